@@ -1,0 +1,1 @@
+"""What surrounds a training step, never the step: config, runtime, checkpoint, log, evaluation, schedules."""

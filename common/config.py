@@ -1,0 +1,357 @@
+"""Strict, typed configs: dataclass default < yaml < `key=value`, all mistakes reported at once.
+
+A script subclasses `RunConfig` with its method's own fields. The comment behind a field is its line in `--help`.
+"""
+
+import argparse
+import dataclasses
+import difflib
+import inspect
+import math
+import os
+import re
+import types
+import typing
+from dataclasses import MISSING, dataclass, field
+from pathlib import Path
+from typing import ClassVar, Literal
+
+import yaml
+
+from common.runtime import UserError
+
+
+def require(*rules: tuple[bool, str]) -> None:
+    """Raise `ValueError` with the sentence of every rule that does not hold."""
+    broken = [sentence for holds, sentence in rules if not holds]
+    if broken:
+        raise ValueError("\n".join(broken))
+
+
+@dataclass
+class DomainConfig:
+    name: str                                 # mnist usps svhn mnistm | folder list | drawn_digits drawn_digits_shifted
+    path: str | None = None                   # below data.root: the folder, the list file, or mnistm's photographs
+    classes: str | None = None                # list: file below data.root with one class name a line, in label order
+    resize: int | None = None                 # px an image is resized to before it is cropped or zero-padded to data.size
+
+    def __post_init__(self):
+        names = ("mnist", "usps", "svhn", "mnistm", "folder", "list", "drawn_digits", "drawn_digits_shifted")
+        near = difflib.get_close_matches(self.name, names, 1)
+        require(
+            (self.name in names, f"name: no data set {self.name!r}" + (f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(names)}")),
+            (self.name not in ("folder", "list", "mnistm") or self.path is not None, f"path is missing for name: {self.name}"),
+            (self.classes is None or self.name == "list", "classes goes with name: list only"),
+            (self.resize is None or self.resize > 0, "resize must be positive"),
+        )
+
+
+@dataclass
+class DataConfig:
+    source: DomainConfig                      # the labelled domain
+    target: DomainConfig                      # the unlabelled domain; its training labels are dropped on loading
+    target_test: DomainConfig | None = None   # null: the set's own test split, else the target images (transductive)
+    task: Literal["classification"] = "classification"  # the only task so far
+    root: str | None = None                   # null: the variable DA_DATA, else ./datasets
+    size: int = 28                            # px of the square the network sees
+    batch: int = 64                           # images a step and domain
+    eval_batch: int = 250                     # images a step in evaluation
+    augment: dict = field(default_factory=dict)  # operation: {parameter: value}, in order; see data/augment.py
+    select_images: int = 2000                 # seeded sample of target training images the label-free criteria see
+    workers: int = 0                          # loader processes a domain; the result does not depend on it
+    cache: str | None = None                  # null: ./cache; where decoded images are kept, never under root
+    cache_gb: float = 2.0                     # decoded images up to this stay in memory, larger sets in .npy files
+
+    def __post_init__(self):
+        from data.augment import check_augment  # here, since data/ reads its config from this module
+
+        self.root = self.root or os.environ.get("DA_DATA") or "datasets"
+        self.cache = self.cache or "cache"
+        root, cache = Path(self.root).resolve(), Path(self.cache).resolve()
+        require(
+            (self.size > 0, "size must be positive"),
+            (self.batch > 0, "batch must be positive"),
+            (self.eval_batch > 0, "eval_batch must be positive"),
+            (self.select_images > 0, "select_images must be positive"),
+            (self.workers >= 0, "workers must not be negative"),
+            (self.cache_gb >= 0, "cache_gb must not be negative"),
+            (not cache.is_relative_to(root), f"cache {self.cache} lies under root {self.root}; name another folder"),
+            *((False, mistake) for mistake in check_augment(self.augment)),
+        )
+
+
+@dataclass
+class ModelConfig:
+    backbone: Literal["lenet", "resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2"] = "lenet"
+    weights: str | None = None                # null | a name of torchvision's weights enum | a file below data.root
+    weights_missing: list[str] = field(default_factory=list)  # tensors (or prefixes) the weights may lack
+    batch_norm: bool = True                   # lenet only: with or without batch norm
+    bn: Literal["concat", "separate", "frozen"] = "concat"  # one forward on both domains | one each | statistics fixed
+    bn_affine: Literal["train", "frozen"] = "train"  # scale and shift of batch norm
+    channels_last: bool = False               # memory layout; speed only
+    bottleneck: int | None = None             # null: none; width of Linear + BN + ReLU between pooling and classifier
+
+    def __post_init__(self):
+        require(
+            (self.batch_norm or self.backbone == "lenet", "batch_norm: false is for backbone: lenet"),
+            (self.bottleneck is None or self.bottleneck > 0, "bottleneck must be positive or null"),
+        )
+
+
+@dataclass
+class OptimConfig:
+    name: Literal["sgd", "adam"] = "sgd"      # sgd with Nesterov momentum
+    lr: float = 0.01                          # rate of the new layers
+    backbone_lr_scale: float = 1.0            # the backbone's rate over lr; 0.1 is usual with pretrained weights
+    momentum: float = 0.9                     # sgd only
+    weight_decay: float = 1e-3                # L2, on every trained parameter
+    schedule: Literal["constant", "inverse_decay", "poly", "cosine"] = "inverse_decay"  # see common/schedules.py
+    schedule_progress: int | Literal["total"] = "total"  # what 1 means: the run's length, or a number of steps
+    fused: bool = True                        # torch's fused kernels: same update, fewer passes over memory
+
+    def __post_init__(self):
+        require(
+            (self.lr > 0, "lr must be positive"),
+            (self.backbone_lr_scale >= 0, "backbone_lr_scale must not be negative"),
+            (0 <= self.momentum < 1, "momentum must lie in [0, 1)"),
+            (self.weight_decay >= 0, "weight_decay must not be negative"),
+            (self.schedule_progress == "total" or self.schedule_progress > 0, "schedule_progress must be total or positive"),
+        )
+
+
+@dataclass
+class RunConfig:
+    out_dir: str                              # the run folder, against the working directory
+    data: DataConfig
+    model: ModelConfig = field(default_factory=ModelConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    seed: int = 0                             # weights, order, augmentation and splits follow from it
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # cuda asked for and absent is an error
+    amp: Literal["float32", "float16", "bfloat16"] = "float32"  # autocast precision
+    steps: int = 4000                         # optimizer steps
+    eval_every: int = 500                     # steps; the last step always evaluates
+    save_every: int = 500                     # steps; the last step always saves
+    log_every: int = 50                       # steps between lines of metrics.jsonl
+    select: Literal["source_val", "entropy", "infomax"] = "infomax"  # label-free criterion that picks model.pt
+    init_from: str | None = None              # a run folder or model.pt to start from, against the working directory
+
+    def __post_init__(self):
+        require(
+            (self.seed >= 0, "seed must not be negative"),
+            *((getattr(self, key) > 0, f"{key} must be positive") for key in ("steps", "eval_every", "save_every", "log_every")),
+        )
+
+    def trained_criteria(self) -> set[str]:
+        """Selection criteria that are part of this method's training loss, and so no judge of it."""
+        return set()
+
+
+# keys that may differ between a run and its continuation: they do not change what is learned
+FREE_AT_RESUME = ("out_dir", "save_every", "data.root", "data.workers", "data.cache", "data.cache_gb")
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.2 scalars and no duplicate keys: `1e-4` is a float, `off` a string, `010` ten."""
+
+    yaml_implicit_resolvers: ClassVar[dict] = {}
+
+    def construct_mapping(self, node, deep=False):
+        seen = set()
+        for key_node, _ in node.value:
+            key = self.construct_object(key_node, deep=deep)
+            if not isinstance(key, str):
+                raise yaml.constructor.ConstructorError(None, None, f"key {key!r} is not a string", key_node.start_mark)
+            if key in seen:
+                raise yaml.constructor.ConstructorError(None, None, f"duplicate key {key!r}", key_node.start_mark)
+            seen.add(key)
+        return super().construct_mapping(node, deep)
+
+
+for _tag, _pattern, _first in (
+    ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", "tTfF"),
+    ("null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
+    ("int", r"^[-+]?[0-9]+$", "-+0123456789"),
+    ("float", r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$", "-+.0123456789"),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), list(_first))
+
+
+def _construct_int(loader, node):
+    return int(loader.construct_scalar(node))  # decimal only
+
+
+_Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
+
+
+def parse_yaml(text: str, where: str):
+    """The value of a yaml text. Raises `UserError` naming file and line."""
+    try:
+        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader subclass
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UserError(f"{where}{line}: {problem}") from None
+    except (RecursionError, ValueError) as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def _type_name(hint) -> str:
+    if hint is types.NoneType:
+        return "null"
+    if typing.get_origin(hint) is Literal:
+        return " | ".join(map(str, typing.get_args(hint)))
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        return " | ".join(map(_type_name, typing.get_args(hint)))
+    if typing.get_origin(hint) is list:
+        return f"list of {_type_name(typing.get_args(hint)[0])}"
+    return {dict: "mapping", float: "number", str: "text", bool: "true | false"}.get(hint, getattr(hint, "__name__", str(hint)))
+
+
+_WRONG = object()
+
+
+def _convert(hint, value):
+    """`value` as a scalar or list of type `hint`, or `_WRONG`."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (types.UnionType, typing.Union):
+        return next((v for v in (_convert(a, value) for a in args) if v is not _WRONG), _WRONG)
+    if origin is Literal:
+        return value if any(value == a and type(value) is type(a) for a in args) else _WRONG
+    if origin is list:
+        items = [_convert(args[0], v) for v in value] if isinstance(value, list) else [_WRONG]
+        return _WRONG if any(v is _WRONG for v in items) else items
+    if hint is float:
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        return float(value) if number else _WRONG
+    if hint is types.NoneType:
+        return None if value is None else _WRONG
+    return value if type(value) is hint else _WRONG
+
+
+def _section(hint):
+    """The dataclass in a hint such as `DomainConfig | None`, or None."""
+    return next((h for h in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(h)), None)
+
+
+def all_keys(cls, prefix: str = "") -> list[str]:
+    """Dotted names of every key of a config class."""
+    keys = []
+    for name, hint in typing.get_type_hints(cls).items():
+        if name in cls.__dataclass_fields__ and typing.get_origin(hint) is not ClassVar:
+            section = _section(hint)
+            keys += [prefix + name] + (all_keys(section, f"{prefix}{name}.") if section else [])
+    return keys
+
+
+def _nearest(key: str, keys: list[str]) -> str:
+    best = max(keys, key=lambda k: max(difflib.SequenceMatcher(None, key, k).ratio(),
+                                       difflib.SequenceMatcher(None, key.rsplit(".", 1)[-1], k.rsplit(".", 1)[-1]).ratio() - 0.05))
+    return best
+
+
+def build(cls, tree, keys: list[str], mistakes: list[str], prefix: str = ""):
+    """An instance of `cls` from a tree of plain values; appends to `mistakes` and returns None where it cannot."""
+    if not isinstance(tree, dict):
+        mistakes.append(f"{prefix.rstrip('.') or 'the config'} must be a mapping, not {tree!r}")
+        return None
+    before, hints, values = len(mistakes), typing.get_type_hints(cls), {}
+    for key in tree:
+        if key not in cls.__dataclass_fields__:
+            mistakes.append(f"unknown key {prefix}{key}; did you mean {_nearest(prefix + key, keys)}?")
+    for spec in dataclasses.fields(cls):
+        hint, name = hints[spec.name], prefix + spec.name
+        section, required = _section(hint), spec.default is MISSING and spec.default_factory is MISSING
+        if spec.name not in tree and not (section and required):
+            if required:
+                mistakes.append(f"{name} is missing ({_type_name(hint)})")
+            continue
+        value = tree.get(spec.name, {})
+        if section and not (value is None and types.NoneType in typing.get_args(hint)):
+            values[spec.name] = build(section, value, keys, mistakes, name + ".")
+            continue
+        values[spec.name] = _convert(hint, value)
+        if values[spec.name] is _WRONG:
+            mistakes.append(f"{name} must be {_type_name(hint)}, not {value!r}")
+    if len(mistakes) > before:
+        return None
+    try:
+        return cls(**values)
+    except ValueError as error:
+        mistakes += [prefix + line for line in str(error).splitlines()]
+        return None
+
+
+def load_config(cls, path: str, overrides: typing.Sequence[str] = ()):
+    """Read a yaml file, apply `key=value` overrides, and build `cls`. Raises `UserError` with every mistake."""
+    try:
+        tree = parse_yaml(Path(path).read_text(encoding="utf-8"), path)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({getattr(error, 'strerror', None) or 'not utf-8 text'})") from None
+    if not isinstance(tree, dict):
+        raise UserError(f"{path}: a config is a mapping of keys to values")
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals:
+            raise UserError(f"{override!r}: overrides are written key=value")
+        node = tree
+        *parents, leaf = key.split(".")
+        for parent in parents:
+            if not isinstance(node.get(parent), dict):
+                node[parent] = {}
+            node = node[parent]
+        node[leaf] = parse_yaml(text, key)
+    mistakes: list[str] = []
+    config = build(cls, tree, all_keys(cls), mistakes)
+    if mistakes:
+        raise UserError(("\n" + " " * 7).join(f"{path}: {mistake}" for mistake in mistakes))
+    return config
+
+
+def flatten(tree: dict, prefix: str = "") -> dict:
+    """{"data": {"size": 28}} -> {"data.size": 28}; `augment` stays whole, since its order matters."""
+    flat = {}
+    for key, value in tree.items():
+        nested = isinstance(value, dict) and prefix + key != "data.augment"
+        flat.update(flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value})
+    return flat
+
+
+def dump(config) -> str:
+    """The resolved config as yaml; reading it back gives the same config."""
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, default_flow_style=None, width=110)
+
+
+def describe(cls, prefix: str = "") -> str:
+    """One line a key: name, type, default and the comment behind the field."""
+    source, comments = "", {}
+    for base in reversed(cls.__mro__[:-1]):
+        source = inspect.getsource(base)
+        comments.update(re.findall(r"^    (\w+): .*?  # (.*)$", source, re.M))
+    lines, hints = [], typing.get_type_hints(cls)
+    for spec in dataclasses.fields(cls):
+        section = _section(hints[spec.name])
+        if section and types.NoneType not in typing.get_args(hints[spec.name]):
+            lines.append(f"  {prefix}{spec.name}: {comments.get(spec.name, '')}".rstrip(": ") + ":")
+            lines.append(describe(section, f"{prefix}{spec.name}."))
+            continue
+        default = spec.default if spec.default is not MISSING else "required" if spec.default_factory is MISSING else spec.default_factory()
+        shown = "null" if default is None else default
+        lines.append(f"  {prefix}{spec.name}={shown}  ({_type_name(hints[spec.name])}) {comments.get(spec.name, '')}".rstrip())
+    return "\n".join(lines)
+
+
+def parse_args(cls, description: str, argv: typing.Sequence[str] | None = None):
+    """`--config FILE [key=value ...] [--resume] [--dry-run] [--debug]` -> (config, arguments)."""
+    parser = argparse.ArgumentParser(description=description, epilog="keys of the config:\n" + describe(cls),
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, metavar="FILE", help="yaml file; see configs/")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the config")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in out_dir")
+    parser.add_argument("--dry-run", action="store_true", help="one step of training and of evaluation, nothing written")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    args = parser.parse_intermixed_args(argv)
+    config = load_config(cls, args.config, args.overrides)
+    if config.select in config.trained_criteria():
+        print(f"warning: select: {config.select} is part of the training loss and no judge of this run; see docs/selection.md")
+    return config, args

@@ -1,0 +1,178 @@
+"""The run folder: what a run leaves behind, and how it goes on after a stop.
+
+    config.yaml  metrics.jsonl  status.json  summary.json  model.pt  checkpoints/step_00000080.pt
+"""
+
+import dataclasses
+import json
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from common import checkpoint
+from common.config import FREE_AT_RESUME, dump, flatten, parse_yaml
+from common.evaluation import choose
+from common.log import Log
+from common.runtime import UserError
+
+KEEP = 2  # checkpoints: the newest, and the one before should the newest be damaged
+
+
+class Run:
+    """Checks the run folder of a config; nothing is written before `begin`, and nothing at all in a dry run.
+
+    Attributes: log, a `Log`; stopping, the signal that asks the run to save and leave, or None.
+
+    Raises `UserError` for a used folder without --resume, and for a resume under a config that trains differently.
+    """
+
+    def __init__(self, config, args):
+        self.config, self.folder, self.dry_run = config, Path(config.out_dir), args.dry_run
+        self.resume = args.resume and not args.dry_run
+        self.history, self.seconds, self.stopping = [], 0.0, None
+        if self.dry_run:
+            config.steps = 1
+            self.log = Log(None, 1)
+            return
+        self.log = Log(self.folder / "metrics.jsonl", config.steps)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise UserError(f"out_dir: {self.folder} is a file; choose another out_dir")
+        used = self.folder.is_dir() and any(self.folder.iterdir())
+        if used and not self.resume:
+            raise UserError(f"out_dir: {self.folder} is used; add --resume to go on with it, or choose another with out_dir=...")
+        if used:
+            self._check_config()
+            status = self.folder / "status.json"
+            if status.is_file() and json.loads(status.read_text())["state"] == "finished":
+                print(f"{self.folder}: finished already, nothing to do")
+                sys.exit(0)
+
+    def _check_config(self) -> None:
+        file = self.folder / "config.yaml"
+        if not file.is_file():
+            raise UserError(f"out_dir: {self.folder} has no config.yaml, it is no run folder; choose another out_dir")
+        before = flatten(parse_yaml(file.read_text(), str(file)))
+        now = flatten(dataclasses.asdict(self.config))
+        changed = [k for k in before.keys() | now.keys() if k not in FREE_AT_RESUME and before.get(k) != now.get(k)]
+        if changed:
+            shown = ", ".join(f"{k} {before.get(k)!r} -> {now.get(k)!r}" for k in sorted(changed))
+            raise UserError(f"--resume: {self.folder} was trained under another config ({shown}); undo the change or choose another out_dir")
+
+    def begin(self, **state) -> int:
+        """Start or continue the run; returns the number of steps done. `state`: what `save` writes, by name."""
+        self.state = {**state, "log": self.log}
+        step = 0
+        if self.resume:
+            step = self._load_newest()
+        if not self.dry_run:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            checkpoint.write_text(self.folder / "config.yaml", dump(self.config))
+            self._write_status("running", step)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, self._on_signal)
+        self.log.open(step)
+        self.started = time.monotonic()
+        return step
+
+    def _on_signal(self, number, frame) -> None:
+        self.stopping = number
+        signal.signal(number, signal.SIG_DFL)  # a second one leaves at once
+
+    def due(self, step: int, every: int) -> bool:
+        """Whether something done every so many steps is due; the last step always is."""
+        return step % every == 0 or step == self.config.steps
+
+    def _values(self) -> dict:
+        """What is saved besides `state`: plain values."""
+        seconds = self.seconds + time.monotonic() - self.started
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        return {"history": self.history, "seconds": seconds, "rng": torch.get_rng_state(), "cuda_rng": cuda}
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint. Raises `UserError` (code 3) rather than save a run that is no longer finite."""
+        if self.dry_run:
+            return
+        self.log.check_finite(step)
+        folder = self.folder / "checkpoints"
+        checkpoint.save(folder / f"step_{step:08d}.pt", step=step, **self.state, **self._values())
+        for old in self._checkpoints()[KEEP:]:
+            old.unlink()
+            old.with_name(old.name + ".sha256").unlink(missing_ok=True)
+        self._write_status("running", step)
+
+    def _checkpoints(self) -> list[Path]:
+        """Newest first."""
+        files = (self.folder / "checkpoints").glob("step_*.pt")
+        return sorted((f for f in files if re.fullmatch(r"step_\d{8,}\.pt", f.name)), reverse=True)
+
+    def _load_newest(self) -> int:
+        files = self._checkpoints()
+        if not files:
+            print(f"{self.folder}: no checkpoint yet, starting at step 0")
+            return 0
+        reasons = []
+        for file in files:
+            try:
+                values = dict.fromkeys(("step", "history", "seconds", "rng", "cuda_rng"))
+                saved = checkpoint.load(file, **self.state, **values)
+            except UserError as error:
+                reasons.append(str(error))
+                print(f"warning: {error}")
+                continue
+            self.history, self.seconds = saved["history"], saved["seconds"]
+            torch.set_rng_state(saved["rng"])
+            if saved["cuda_rng"] and torch.cuda.is_available():
+                torch.cuda.set_rng_state_all(saved["cuda_rng"])
+            print(f"{self.folder}: resuming after step {saved['step']}")
+            return saved["step"]
+        raise UserError(f"{self.folder}: none of its {len(files)} checkpoints can be used; remove the folder to start again", 4)
+
+    def evaluated(self, step: int, metrics: dict, model: torch.nn.Module) -> None:
+        """Record an evaluation (see `common.evaluation.evaluate`); keep the weights if the criterion is the best so far."""
+        self.history.append({"step": step, **metrics})
+        flat = flatten(metrics)
+        self.log.record({"step": step, **flat})
+        self.log.print(f"step {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in flat.items() if value is not None))
+        self.chosen = choose(self.history, self.config.select)
+        if self.chosen["selected"]["step"] == step and not self.dry_run:
+            checkpoint.save_tensors(self.folder / "model.pt", model.state_dict())
+
+    def _write_status(self, state: str, step: int) -> None:
+        checkpoint.write_text(self.folder / "status.json", json.dumps({"state": state, "step": step, "steps": self.config.steps}) + "\n")
+
+    def stopped(self, step: int) -> int:
+        """The exit code of a run that a signal stopped after `step` was saved."""
+        self.log.close()
+        if not self.dry_run:
+            self._write_status("stopped", step)
+        print(f"stopped by {signal.Signals(self.stopping).name} after step {step}; --resume goes on from here")
+        return 128 + self.stopping
+
+    def finish(self, target_test: str) -> None:
+        """Write summary.json. `target_test` says what the target figures were measured on."""
+        self.log.close()
+        config = self.config
+        summary = {
+            "method": type(config).method,
+            "seed": config.seed,
+            "steps": config.steps,
+            "seconds": round(self._values()["seconds"], 1),
+            "target": self.chosen,
+            "target_test": target_test,
+            "source_val": self.history[-1]["source_val"],
+            "selection": {"criterion": config.select, "part_of_training_loss": config.select in config.trained_criteria(),
+                          "value": max(e["criteria"][config.select] for e in self.history)},
+        }
+        if self.dry_run:
+            print("dry run: one step of training and of evaluation passed, nothing was written")
+            return
+        checkpoint.write_text(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        self._write_status("finished", config.steps)
+        for name, entry in self.chosen.items():
+            figures = "  ".join(f"{k} {v:.2f}" for k, v in entry.items() if k != "step" and v is not None)
+            print(f"target {name:8} step {entry['step']}  {figures or 'no target labels'}")
+        print(f"{self.folder / 'summary.json'} ({target_test})")

@@ -1,0 +1,61 @@
+"""Errors a user can mend, the device, and the seeds."""
+
+import os
+import sys
+import traceback
+
+import torch
+
+
+class UserError(Exception):
+    """A mistake the user can mend: one line saying what, where and what to do.
+
+    Exit codes: 2 config or data, 3 not finite, 4 no usable checkpoint, 5 disk.
+    """
+
+    def __init__(self, message: str, code: int = 2):
+        super().__init__(message)
+        self.code = code
+
+    def __reduce__(self):  # crosses the process border from a loader worker
+        return type(self), (self.args[0], self.code)
+
+
+def last_line(error: BaseException) -> str:
+    """The message itself; a loader worker wraps it in its own traceback."""
+    text = str(error).strip()
+    if "Original Traceback" in text:
+        text = text.splitlines()[-1].split("UserError: ", 1)[-1]
+    return text
+
+
+def exit_with(main) -> None:
+    """Run a script's `main`, turning a `UserError` into its line and exit code (`--debug` keeps the traceback)."""
+    try:
+        code = main()
+    except UserError as error:
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        print(f"error: {last_line(error)}", file=sys.stderr)
+        code = error.code
+    sys.exit(code)
+
+
+def get_device(name: str) -> torch.device:
+    """`auto | cpu | cuda`. Raises `UserError` where cuda is asked for and absent: never a silent fall-back."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("WORLD_SIZE is above 1, and several processes are not supported yet: start the script with python")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("device: cuda is asked for but torch sees no GPU; use device=auto or device=cpu")
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def seed_everything(seed: int) -> None:
+    """Seed weights and dropout, and choose deterministic kernels, so that a resumed run is exact."""
+    torch.manual_seed(seed)  # every device
+    if torch.cuda.is_available():
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.backends.cudnn.benchmark = False

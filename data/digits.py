@@ -1,0 +1,117 @@
+"""Digit data sets: MNIST, USPS and SVHN through torchvision, and MNIST-M made as in the DANN paper."""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+from PIL import Image
+
+from common.runtime import UserError
+from data.image_set import ImageSet, image_set
+from data.order import generator
+
+CLASSES = [str(digit) for digit in range(10)]
+CROP = 28  # px of an MNIST digit
+
+
+def _open(name: str, folder: Path, present: bool, build):
+    """`build(download=...)`, downloading only what is absent, with a clear line where that is not possible."""
+    try:
+        return build(download=not present)
+    except ModuleNotFoundError as error:
+        raise UserError(f"{name}: torchvision reads it with {error.name}, which is not installed: pip install {error.name}") from None
+    except (OSError, RuntimeError, ValueError, EOFError) as error:
+        state = "is damaged" if present else "is not there and could not be downloaded"
+        raise UserError(f"{name}: {folder} {state} ({str(error).splitlines()[0] if str(error) else type(error).__name__}); "
+                        "put the original files there or set data.root (or the variable DA_DATA)") from None
+
+
+def _refuse_download(name: str, folder: Path, present: bool, read_only: bool) -> None:
+    if read_only and not present:
+        raise UserError(f"{name}: {folder} is not there, and a dry run downloads nothing; put the files there or run without --dry-run")
+
+
+def mnist(root: Path, train: bool, read_only: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """60,000 + 10,000 digits, uint8 (N, 1, 28, 28), in root/MNIST/raw."""
+    folder = root / "MNIST" / "raw"
+    present = folder.is_dir() and any(folder.iterdir())
+    _refuse_download("mnist", folder, present, read_only)
+    data = _open("mnist", folder, present, lambda download: torchvision.datasets.MNIST(root, train=train, download=download))
+    return data.data.unsqueeze(1), data.targets
+
+
+def usps(root: Path, train: bool, read_only: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """7,291 + 2,007 digits, uint8 (N, 1, 16, 16), in root/USPS."""
+    folder = root / "USPS"
+    present = (folder / ("usps.bz2" if train else "usps.t.bz2")).is_file()
+    _refuse_download("usps", folder, present, read_only)
+    data = _open("usps", folder, present, lambda download: torchvision.datasets.USPS(folder, train=train, download=download))
+    return torch.from_numpy(data.data).unsqueeze(1), torch.as_tensor(data.targets)
+
+
+def svhn(root: Path, train: bool, read_only: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """73,257 + 26,032 house-number digits, uint8 (N, 3, 32, 32), in root/SVHN. torchvision reads them with scipy."""
+    folder, split = root / "SVHN", "train" if train else "test"
+    present = (folder / f"{split}_32x32.mat").is_file()
+    _refuse_download("svhn", folder, present, read_only)
+    data = _open("svhn", folder, present, lambda download: torchvision.datasets.SVHN(folder, split=split, download=download))
+    return torch.from_numpy(data.data), torch.as_tensor(data.labels)
+
+
+def blend(digits: torch.Tensor, photographs: list[np.ndarray], random: torch.Generator) -> torch.Tensor:
+    """MNIST-M: |patch - digit| per channel, a random patch of a random photograph for each digit.
+
+    digits: uint8 (N, 1, 28, 28); photographs: uint8 (H, W, 3) of at least 28 px -> uint8 (N, 3, 28, 28).
+    Ganin et al. 2016, section 5.2.4.
+    """
+    out = np.empty((len(digits), CROP, CROP, 3), np.uint8)
+    which = torch.randint(len(photographs), (len(digits),), generator=random).tolist()
+    corner = torch.rand((len(digits), 2), generator=random).tolist()
+    gray = digits[:, 0].numpy()
+    for i, (number, (down, across)) in enumerate(zip(which, corner, strict=True)):
+        photograph = photographs[number]
+        top, left = int(down * (photograph.shape[0] - CROP + 1)), int(across * (photograph.shape[1] - CROP + 1))
+        patch = photograph[top : top + CROP, left : left + CROP].astype(np.int16)
+        out[i] = np.abs(patch - gray[i, :, :, None])
+    return torch.from_numpy(out).permute(0, 3, 1, 2).contiguous()
+
+
+def mnistm(root: Path, path: str, train: bool, cache: Path, read_only: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """MNIST over the photographs of root/path, uint8 (N, 3, 28, 28); the same for every run seed, kept in `cache`."""
+    digits, labels = mnist(root, train, read_only)
+    files = sorted(p for p in (root / path).glob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
+    if not files:
+        raise UserError(f"mnistm: no photographs in {root / path}; set path to a folder of jpg or png files")
+    split = "train" if train else "test"
+    made = generator("mnistm", split, *(f"{p.name}:{p.stat().st_size}" for p in files))
+    kept = cache / f"mnistm_{split}_{made.initial_seed():016x}.npy"
+    if kept.is_file():
+        try:
+            images = torch.from_numpy(np.load(kept))
+            if images.shape == (len(digits), 3, CROP, CROP):
+                return images, labels
+        except (ValueError, OSError, EOFError):
+            pass  # cut short: made again below
+    try:
+        photographs = [np.asarray(Image.open(p).convert("RGB")) for p in files]
+    except OSError as error:
+        raise UserError(f"mnistm: a photograph in {root / path} cannot be read ({error})") from None
+    small = [p for p, image in zip(files, photographs, strict=True) if min(image.shape[:2]) < CROP]
+    if small:
+        raise UserError(f"mnistm: {small[0]} is smaller than {CROP} px; remove it")
+    images = blend(digits, photographs, made)
+    if not read_only:
+        from common.checkpoint import write_atomically
+
+        write_atomically(kept, lambda file: np.save(file, images.numpy()))
+    return images, labels
+
+
+def open_digits(name: str, path: str | None, root: Path, train: bool, cache: Path, read_only: bool) -> ImageSet:
+    """A digit set by name."""
+    if name == "mnistm":
+        images, labels = mnistm(root, path, train, cache, read_only)
+    else:
+        images, labels = {"mnist": mnist, "usps": usps, "svhn": svhn}[name](root, train, read_only)
+    return image_set(name, images, labels, CLASSES)

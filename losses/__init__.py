@@ -1,0 +1,1 @@
+"""One idea a file; plain functions on tensors, class axis 1."""

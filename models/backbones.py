@@ -1,0 +1,87 @@
+"""Feature extractors: every backbone yields `layer1..layer4`, at strides 4, 8, 16 and 32."""
+
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import nn
+from torchvision.models._utils import IntermediateLayerGetter
+
+from common.checkpoint import load_tensors
+from common.runtime import UserError
+
+LAYERS = ("layer1", "layer2", "layer3", "layer4")
+
+
+class LeNet(nn.Module):
+    """LeNet-like digit network: two 5x5 convolutions (layer1), then three 3x3 ones, one a stage.
+
+    Every convolution is followed by max pooling, batch norm (by key) and ReLU. 28 px end at 1x1.
+    """
+
+    def __init__(self, batch_norm: bool = True):
+        super().__init__()
+
+        def conv(in_channels, out_channels, kernel_size):
+            return nn.Sequential(
+                nn.Conv2d(in_channels, out_channels, kernel_size, padding="same", bias=not batch_norm),
+                nn.MaxPool2d(2, ceil_mode=True),
+                nn.BatchNorm2d(out_channels) if batch_norm else nn.Identity(),
+                nn.ReLU(inplace=True),
+            )
+
+        self.layer1 = nn.Sequential(conv(3, 32, 5), conv(32, 64, 5))
+        self.layer2 = conv(64, 128, 3)
+        self.layer3 = conv(128, 128, 3)
+        self.layer4 = conv(128, 128, 3)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        features = {}
+        for name in LAYERS:
+            x = features[name] = self.get_submodule(name)(x)
+        return features
+
+
+def build_backbone(name: str, batch_norm: bool = True) -> tuple[nn.Module, dict[str, int]]:
+    """(module, channels by layer name); the module maps images (N, 3, H, W) to a dict of (N, C, H', W')."""
+    if name == "lenet":
+        return LeNet(batch_norm), dict(zip(LAYERS, (64, 128, 128, 128), strict=True))
+    network = torchvision.models.get_model(name, weights=None)
+    if name == "mobilenet_v2":  # the last index of each stride
+        stages = {"3": "layer1", "6": "layer2", "13": "layer3", "18": "layer4"}
+        return IntermediateLayerGetter(network.features, stages), dict(zip(LAYERS, (24, 32, 96, 1280), strict=True))
+    width = network.fc.in_features
+    return IntermediateLayerGetter(network, {k: k for k in LAYERS}), dict(zip(LAYERS, (width // 8, width // 4, width // 2, width), strict=True))
+
+
+def load_weights(backbone: nn.Module, name: str, weights: str, root: str, may_miss: list[str]) -> None:
+    """Load ImageNet weights in torchvision's names: a name of its enum (downloaded), or a file below `root`.
+
+    The classifier of the file is left aside. Prints "loaded N of M tensors".
+
+    Raises:
+        UserError: no such name or file, or a tensor of the backbone is missing or of another shape and is not
+            covered by a prefix in `may_miss`.
+    """
+    path = Path(root, weights)
+    if path.is_file():
+        state = load_tensors(path)
+    elif name == "lenet" or path.suffix:
+        raise UserError(f"model.weights: there is no file {path}")
+    else:
+        enum = torchvision.models.get_model_weights(name)
+        if weights not in enum.__members__:
+            raise UserError(f"model.weights: no file {path}, and {name} has no weights {weights!r}; there are {', '.join(enum.__members__)}")
+        try:
+            state = enum[weights].get_state_dict(progress=True, check_hash=True)
+        except OSError as error:
+            raise UserError(f"model.weights: {weights} of {name} cannot be downloaded ({error}); name a file instead") from None
+    state = {key.removeprefix("features."): value for key, value in state.items()}
+    own = backbone.state_dict()
+    fits = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
+    print(f"weights {weights}: loaded {len(fits)} of {len(own)} tensors")
+    missing = [k for k in own if k not in fits and not k.startswith(tuple(may_miss))]
+    if missing:
+        raise UserError(f"model.weights: {weights} lacks {len(missing)} of the {len(own)} tensors of {name}, the first {missing[0]}; "
+                        "are they weights of another backbone? What may be missing is named in model.weights_missing")
+    backbone.load_state_dict(fits, strict=False)

@@ -1,0 +1,91 @@
+"""Source-only training: the lower bound of every adaptation method.
+
+    minimise  cls_loss = CE(model(x_s), y_s)
+
+No target image passes through the network in training, so its batch norm statistics are the source's. With the
+labelled target as `data.source` the same script gives the upper bound. docs/source.md explains every metric.
+
+    python train_source.py --config configs/demo/source.yaml
+    python train_source.py --config configs/demo/source.yaml seed=1 out_dir=runs/demo/source_seed1
+    python train_source.py --config configs/demo/source.yaml --resume
+
+torchrun is not supported yet: one process, one device.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+
+from common.config import RunConfig, parse_args
+from common.evaluation import evaluate
+from common.optim import build_optimizer, set_rates
+from common.run import Run
+from common.runtime import exit_with, get_device, seed_everything
+from data import open_domains, train_loader
+from models import build_classifier, init_from
+
+
+@dataclass
+class Config(RunConfig):
+    method: ClassVar[str] = "source"
+
+
+def main(argv: list[str] | None = None) -> int:
+    # --- set-up
+    config, args = parse_args(Config, __doc__, argv)
+    device = get_device(config.device)
+    seed_everything(config.seed)
+    autocast = torch.autocast(device.type, getattr(torch, config.amp), enabled=config.amp != "float32")
+    scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "float16")
+    run = Run(config, args)
+    domains = open_domains(config.data, config.seed, args.dry_run)
+    print(domains.describe())
+
+    # --- model
+    model = build_classifier(config.model, domains.num_classes, config.data.root)
+    if config.init_from:
+        init_from(model, config.init_from)
+    model.to(device).train()
+    optimizer = build_optimizer(config.optim, model.param_groups(config.optim.backbone_lr_scale))
+    start = run.begin(model=model, optimizer=optimizer, scaler=scaler)
+
+    # --- data
+    source = iter(train_loader(domains.source, config.data, config.seed, "source", start, config.steps))
+    eval_loaders = domains.eval_loaders()
+
+    # --- train
+    for step in range(start + 1, config.steps + 1):
+        lr = set_rates(optimizer, config.optim, step - 1, config.steps)
+        x_s, y_s = next(source)
+        x_s, y_s = x_s.to(device, non_blocking=True), y_s.to(device, non_blocking=True)
+
+        with autocast:
+            out_s = model(x_s)
+            cls_loss = F.cross_entropy(out_s.logits, y_s)
+            loss = cls_loss
+
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+        run.log.add(cls_loss=cls_loss)
+        if run.due(step, config.log_every):
+            run.log.write(step, lr=lr)
+        if run.due(step, config.eval_every):
+            with autocast:
+                metrics = evaluate(model, **eval_loaders, num_classes=domains.num_classes, device=device)
+            run.evaluated(step, metrics, model)
+        if run.due(step, config.save_every) or run.stopping:
+            run.save(step)
+        if run.stopping:
+            return run.stopped(step)
+
+    run.finish(domains.target_test_note)
+    return 0
+
+
+if __name__ == "__main__":
+    exit_with(main)
