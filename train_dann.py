@@ -39,26 +39,37 @@ from models.classifier import check_layers
 @dataclass
 class Config(RunConfig):
     method: ClassVar[str] = "dann"
-    adv_weight: float = 1.0                   # weight of adv_loss, for features and discriminators alike
-    feature_layers: list[str] = field(default_factory=lambda: ["pooled"])  # layer1..layer4, pooled; a discriminator each
+    adv_weight: float = 1.0  # weight of adv_loss, for features and discriminators alike
+    feature_layers: list[str] = field(
+        default_factory=lambda: ["pooled"]
+    )  # layer1..layer4, pooled; a discriminator each
     layer_weights: list[float] = field(default_factory=lambda: [1.0])  # of the reversed gradient only, one a layer
     conditional: Literal["none", "cdan", "cdan_e"] = "none"  # condition D on the class probabilities; + entropy weights
     reversal_schedule: Literal["dann", "constant", "linear"] = "dann"  # of the paper's lambda
-    reversal_max: float = 1.0                 # its final value; 0 leaves the features alone
-    reversal_gamma: float = 10.0              # steepness of the dann schedule
+    reversal_max: float = 1.0  # its final value; 0 leaves the features alone
+    reversal_gamma: float = 10.0  # steepness of the dann schedule
     reversal_progress: int | Literal["total"] = "total"  # where it ends: the run's length, or a number of steps
-    disc_hidden: int = 1024                   # width of a discriminator's two hidden layers
+    disc_hidden: int = 1024  # width of a discriminator's two hidden layers
     disc_norm: Literal["batch", "dropout", "none"] = "batch"  # after each hidden layer
-    disc_lr: float | None = None              # the discriminators' own rate; null: optim.lr
+    disc_lr: float | None = None  # the discriminators' own rate; null: optim.lr
 
     def __post_init__(self):
         super().__post_init__()
         require(
             (len(self.feature_layers) > 0, "feature_layers must name a layer"),
-            (len(self.layer_weights) == len(self.feature_layers), "layer_weights needs one weight for each of feature_layers"),
-            (self.conditional == "none" or self.feature_layers == ["pooled"], "conditional needs feature_layers: [pooled]"),
+            (
+                len(self.layer_weights) == len(self.feature_layers),
+                "layer_weights needs one weight for each of feature_layers",
+            ),
+            (
+                self.conditional == "none" or self.feature_layers == ["pooled"],
+                "conditional needs feature_layers: [pooled]",
+            ),
             (self.adv_weight >= 0 and self.reversal_max >= 0, "adv_weight and reversal_max must not be negative"),
-            (self.reversal_progress == "total" or self.reversal_progress > 0, "reversal_progress must be total or positive"),
+            (
+                self.reversal_progress == "total" or self.reversal_progress > 0,
+                "reversal_progress must be total or positive",
+            ),
             (self.disc_hidden > 0, "disc_hidden must be positive"),
             (self.disc_lr is None or self.disc_lr > 0, "disc_lr must be positive or null"),
         )
@@ -82,12 +93,19 @@ def main(argv: list[str] | None = None) -> int:
     model.to(device).train()
     check_layers(model, config.feature_layers)
     multilinear = MultilinearMap(model.channels["pooled"], domains.num_classes).to(device)
-    widths = [model.channels[name] if config.conditional == "none" else multilinear.out_features for name in config.feature_layers]
-    discriminators = nn.ModuleList(DomainDiscriminator(width, config.disc_hidden, config.disc_norm) for width in widths).to(device)
+    widths = [
+        model.channels[name] if config.conditional == "none" else multilinear.out_features
+        for name in config.feature_layers
+    ]
+    discriminators = nn.ModuleList(
+        DomainDiscriminator(width, config.disc_hidden, config.disc_norm) for width in widths
+    ).to(device)
     disc_lr_scale = 1.0 if config.disc_lr is None else config.disc_lr / config.optim.lr
     disc_group = {"params": list(discriminators.parameters()), "lr_scale": disc_lr_scale}
     optimizer = build_optimizer(config.optim, [*model.param_groups(config.optim.backbone_lr_scale), disc_group])
-    start = run.begin(model=model, multilinear=multilinear, discriminators=discriminators, optimizer=optimizer, scaler=scaler)
+    start = run.begin(
+        model=model, multilinear=multilinear, discriminators=discriminators, optimizer=optimizer, scaler=scaler
+    )
 
     # --- data
     source = iter(train_loader(domains.source, config.data, config.seed, "source", start, config.steps))
@@ -98,18 +116,23 @@ def main(argv: list[str] | None = None) -> int:
     for step in range(start + 1, config.steps + 1):
         lr = set_rates(optimizer, config.optim, step - 1, config.steps)
         reversal_coeff = reversal_coefficient(
-            config.reversal_schedule, progress(step - 1, config.steps, config.reversal_progress), config.reversal_max, config.reversal_gamma
+            config.reversal_schedule,
+            progress(step - 1, config.steps, config.reversal_progress),
+            config.reversal_max,
+            config.reversal_gamma,
         )
         x_s, y_s = next(source)
         x_s, y_s = x_s.to(device, non_blocking=True), y_s.to(device, non_blocking=True)
         x_t = next(target).to(device, non_blocking=True)
 
         with autocast:
-            out_s, out_t = forward_domains(model, x_s, x_t, config.model.bn)
+            out_s, out_t = forward_domains(model, x_s, x_t, config.model)
             cls_loss = F.cross_entropy(out_s.logits, y_s)
 
             adv_loss, accuracy, weight_s, weight_t = 0.0, 0.0, None, None
-            for name, layer_weight, discriminator in zip(config.feature_layers, config.layer_weights, discriminators, strict=True):
+            for name, layer_weight, discriminator in zip(
+                config.feature_layers, config.layer_weights, discriminators, strict=True
+            ):
                 features = torch.cat([out_s.features[name], out_t.features[name]])
                 features = gradient_reversal(features, layer_weight * reversal_coeff)
                 if config.conditional != "none":

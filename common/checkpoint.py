@@ -24,7 +24,9 @@ def write_atomically(path: Path, write) -> None:
         os.fsync(folder)
         os.close(folder)
     except OSError as error:
-        raise UserError(f"{path}: cannot be written ({error.strerror or error}); free some space or choose another out_dir", 5) from None
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror or error}); free some space or choose another out_dir", 5
+        ) from None
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -38,8 +40,11 @@ def _hash_file(path: Path) -> Path:
 
 
 def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def save_tensors(path: Path, state: dict) -> None:
@@ -68,7 +73,9 @@ def load_tensors(path: Path) -> dict:
 
 def save(path: Path, **state) -> None:
     """Save objects with a `state_dict` and plain values under the names given."""
-    save_tensors(path, {name: value.state_dict() if hasattr(value, "state_dict") else value for name, value in state.items()})
+    save_tensors(
+        path, {name: value.state_dict() if hasattr(value, "state_dict") else value for name, value in state.items()}
+    )
 
 
 def load(path: Path, **state) -> dict:
@@ -78,7 +85,9 @@ def load(path: Path, **state) -> dict:
     """
     saved = load_tensors(path)
     if different := sorted(saved.keys() ^ state.keys()):
-        raise UserError(f"{path}: was written by another script or version ({', '.join(different)} on one side only)", 4)
+        raise UserError(
+            f"{path}: was written by another script or version ({', '.join(different)} on one side only)", 4
+        )
     for name, value in state.items():
         if hasattr(value, "load_state_dict"):
             try:

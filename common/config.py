@@ -30,17 +30,24 @@ def require(*rules: tuple[bool, str]) -> None:
 
 @dataclass
 class DomainConfig:
-    name: str                                 # mnist usps svhn mnistm | folder list | drawn_digits drawn_digits_shifted
-    path: str | None = None                   # below data.root: the folder, the list file, or mnistm's photographs
-    classes: str | None = None                # list: file below data.root with one class name a line, in label order
-    resize: int | None = None                 # px an image is resized to before it is cropped or zero-padded to data.size
+    name: str  # mnist usps svhn mnistm | folder list | drawn_digits drawn_digits_shifted
+    path: str | None = None  # below data.root: the folder, the list file, or mnistm's photographs
+    classes: str | None = None  # list: file below data.root with one class name a line, in label order
+    resize: int | None = None  # px an image is resized to before it is cropped or zero-padded to data.size
 
     def __post_init__(self):
         names = ("mnist", "usps", "svhn", "mnistm", "folder", "list", "drawn_digits", "drawn_digits_shifted")
         near = difflib.get_close_matches(self.name, names, 1)
         require(
-            (self.name in names, f"name: no data set {self.name!r}" + (f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(names)}")),
-            (self.name not in ("folder", "list", "mnistm") or self.path is not None, f"path is missing for name: {self.name}"),
+            (
+                self.name in names,
+                f"name: no data set {self.name!r}"
+                + (f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(names)}"),
+            ),
+            (
+                self.name not in ("folder", "list", "mnistm") or self.path is not None,
+                f"path is missing for name: {self.name}",
+            ),
             (self.classes is None or self.name == "list", "classes goes with name: list only"),
             (self.resize is None or self.resize > 0, "resize must be positive"),
         )
@@ -48,19 +55,19 @@ class DomainConfig:
 
 @dataclass
 class DataConfig:
-    source: DomainConfig                      # the labelled domain
-    target: DomainConfig                      # the unlabelled domain; its training labels are dropped on loading
-    target_test: DomainConfig | None = None   # null: the set's own test split, else the target images (transductive)
+    source: DomainConfig  # the labelled domain
+    target: DomainConfig  # the unlabelled domain; its training labels are dropped on loading
+    target_test: DomainConfig | None = None  # null: the set's own test split, else the target images (transductive)
     task: Literal["classification"] = "classification"  # the only task so far
-    root: str | None = None                   # null: the variable DA_DATA, else ./datasets
-    size: int = 28                            # px of the square the network sees
-    batch: int = 64                           # images a step and domain
-    eval_batch: int = 250                     # images a step in evaluation
+    root: str | None = None  # null: the variable DA_DATA, else ./datasets
+    size: int = 28  # px of the square the network sees
+    batch: int = 64  # images a step and domain
+    eval_batch: int = 250  # images a step in evaluation
     augment: dict = field(default_factory=dict)  # operation: {parameter: value}, in order; see data/augment.py
-    select_images: int = 2000                 # seeded sample of target training images the label-free criteria see
-    workers: int = 0                          # loader processes a domain; the result does not depend on it
-    cache: str | None = None                  # null: ./cache; where decoded images are kept, never under root
-    cache_gb: float = 2.0                     # decoded images up to this stay in memory, larger sets in .npy files
+    select_images: int = 2000  # seeded sample of target training images the label-free criteria see
+    workers: int = 0  # loader processes a domain; the result does not depend on it
+    cache: str | None = None  # null: ./cache; where decoded images are kept, never under root
+    cache_gb: float = 2.0  # decoded images up to this stay in memory, larger sets in .npy files
 
     def __post_init__(self):
         from data.augment import check_augment  # here, since data/ reads its config from this module
@@ -83,31 +90,33 @@ class DataConfig:
 @dataclass
 class ModelConfig:
     backbone: Literal["lenet", "resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2"] = "lenet"
-    weights: str | None = None                # null | a name of torchvision's weights enum | a file below data.root
+    weights: str | None = None  # null | a name of torchvision's weights enum | a file below data.root
     weights_missing: list[str] = field(default_factory=list)  # tensors (or prefixes) the weights may lack
-    batch_norm: bool = True                   # lenet only: with or without batch norm
+    batch_norm: bool = True  # lenet only: with or without batch norm
     bn: Literal["concat", "separate", "frozen"] = "concat"  # one forward on both domains | one each | statistics fixed
+    bn_running: Literal["both", "target"] = "both"  # bn: separate: whose statistics evaluation uses
     bn_affine: Literal["train", "frozen"] = "train"  # scale and shift of batch norm
-    channels_last: bool = False               # memory layout; speed only
-    bottleneck: int | None = None             # null: none; width of Linear + BN + ReLU between pooling and classifier
+    channels_last: bool = False  # memory layout; speed only
+    bottleneck: int | None = None  # null: none; width of Linear + BN + ReLU between pooling and classifier
 
     def __post_init__(self):
         require(
             (self.batch_norm or self.backbone == "lenet", "batch_norm: false is for backbone: lenet"),
+            (self.bn_running == "both" or self.bn == "separate", "bn_running: target needs bn: separate"),
             (self.bottleneck is None or self.bottleneck > 0, "bottleneck must be positive or null"),
         )
 
 
 @dataclass
 class OptimConfig:
-    name: Literal["sgd", "adam"] = "sgd"      # sgd with Nesterov momentum
-    lr: float = 0.01                          # rate of the new layers
-    backbone_lr_scale: float = 1.0            # the backbone's rate over lr; 0.1 is usual with pretrained weights
-    momentum: float = 0.9                     # sgd only
-    weight_decay: float = 1e-3                # L2, on every trained parameter
+    name: Literal["sgd", "adam"] = "sgd"  # sgd with Nesterov momentum
+    lr: float = 0.01  # rate of the new layers
+    backbone_lr_scale: float = 1.0  # the backbone's rate over lr; 0.1 is usual with pretrained weights
+    momentum: float = 0.9  # sgd only
+    weight_decay: float = 1e-3  # L2, on every trained parameter
     schedule: Literal["constant", "inverse_decay", "poly", "cosine"] = "inverse_decay"  # see common/schedules.py
     schedule_progress: int | Literal["total"] = "total"  # what 1 means: the run's length, or a number of steps
-    fused: bool = True                        # torch's fused kernels: same update, fewer passes over memory
+    fused: bool = True  # torch's fused kernels: same update, fewer passes over memory
 
     def __post_init__(self):
         require(
@@ -115,30 +124,36 @@ class OptimConfig:
             (self.backbone_lr_scale >= 0, "backbone_lr_scale must not be negative"),
             (0 <= self.momentum < 1, "momentum must lie in [0, 1)"),
             (self.weight_decay >= 0, "weight_decay must not be negative"),
-            (self.schedule_progress == "total" or self.schedule_progress > 0, "schedule_progress must be total or positive"),
+            (
+                self.schedule_progress == "total" or self.schedule_progress > 0,
+                "schedule_progress must be total or positive",
+            ),
         )
 
 
 @dataclass
 class RunConfig:
-    out_dir: str                              # the run folder, against the working directory
+    out_dir: str  # the run folder, against the working directory
     data: DataConfig
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
-    seed: int = 0                             # weights, order, augmentation and splits follow from it
+    seed: int = 0  # weights, order, augmentation and splits follow from it
     device: Literal["auto", "cpu", "cuda"] = "auto"  # cuda asked for and absent is an error
     amp: Literal["float32", "float16", "bfloat16"] = "float32"  # autocast precision
-    steps: int = 4000                         # optimizer steps
-    eval_every: int = 500                     # steps; the last step always evaluates
-    save_every: int = 500                     # steps; the last step always saves
-    log_every: int = 50                       # steps between lines of metrics.jsonl
+    steps: int = 4000  # optimizer steps
+    eval_every: int = 500  # steps; the last step always evaluates
+    save_every: int = 500  # steps; the last step always saves
+    log_every: int = 50  # steps between lines of metrics.jsonl
     select: Literal["source_val", "entropy", "infomax"] = "infomax"  # label-free criterion that picks model.pt
-    init_from: str | None = None              # a run folder or model.pt to start from, against the working directory
+    init_from: str | None = None  # a run folder or model.pt to start from, against the working directory
 
     def __post_init__(self):
         require(
             (self.seed >= 0, "seed must not be negative"),
-            *((getattr(self, key) > 0, f"{key} must be positive") for key in ("steps", "eval_every", "save_every", "log_every")),
+            *(
+                (getattr(self, key) > 0, f"{key} must be positive")
+                for key in ("steps", "eval_every", "save_every", "log_every")
+            ),
         )
 
     def trained_criteria(self) -> set[str]:
@@ -186,7 +201,7 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 def parse_yaml(text: str, where: str):
     """The value of a yaml text. Raises `UserError` naming file and line."""
     try:
-        return yaml.load(text, Loader=_Loader)  # noqa: S506 - a SafeLoader subclass
+        return yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
@@ -205,7 +220,9 @@ def _type_name(hint) -> str:
         return " | ".join(map(_type_name, typing.get_args(hint)))
     if typing.get_origin(hint) is list:
         return f"list of {_type_name(typing.get_args(hint)[0])}"
-    return {dict: "mapping", float: "number", str: "text", bool: "true | false"}.get(hint, getattr(hint, "__name__", str(hint)))
+    return {dict: "mapping", float: "number", str: "text", bool: "true | false"}.get(
+        hint, getattr(hint, "__name__", str(hint))
+    )
 
 
 _WRONG = object()
@@ -245,8 +262,13 @@ def all_keys(cls, prefix: str = "") -> list[str]:
 
 
 def _nearest(key: str, keys: list[str]) -> str:
-    best = max(keys, key=lambda k: max(difflib.SequenceMatcher(None, key, k).ratio(),
-                                       difflib.SequenceMatcher(None, key.rsplit(".", 1)[-1], k.rsplit(".", 1)[-1]).ratio() - 0.05))
+    best = max(
+        keys,
+        key=lambda k: max(
+            difflib.SequenceMatcher(None, key, k).ratio(),
+            difflib.SequenceMatcher(None, key.rsplit(".", 1)[-1], k.rsplit(".", 1)[-1]).ratio() - 0.05,
+        ),
+    )
     return best
 
 
@@ -335,23 +357,38 @@ def describe(cls, prefix: str = "") -> str:
             lines.append(f"  {prefix}{spec.name}: {comments.get(spec.name, '')}".rstrip(": ") + ":")
             lines.append(describe(section, f"{prefix}{spec.name}."))
             continue
-        default = spec.default if spec.default is not MISSING else "required" if spec.default_factory is MISSING else spec.default_factory()
+        default = (
+            spec.default
+            if spec.default is not MISSING
+            else "required"
+            if spec.default_factory is MISSING
+            else spec.default_factory()
+        )
         shown = "null" if default is None else default
-        lines.append(f"  {prefix}{spec.name}={shown}  ({_type_name(hints[spec.name])}) {comments.get(spec.name, '')}".rstrip())
+        lines.append(
+            f"  {prefix}{spec.name}={shown}  ({_type_name(hints[spec.name])}) {comments.get(spec.name, '')}".rstrip()
+        )
     return "\n".join(lines)
 
 
 def parse_args(cls, description: str, argv: typing.Sequence[str] | None = None):
     """`--config FILE [key=value ...] [--resume] [--dry-run] [--debug]` -> (config, arguments)."""
-    parser = argparse.ArgumentParser(description=description, epilog="keys of the config:\n" + describe(cls),
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=description,
+        epilog="keys of the config:\n" + describe(cls),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--config", required=True, metavar="FILE", help="yaml file; see configs/")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the config")
     parser.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in out_dir")
-    parser.add_argument("--dry-run", action="store_true", help="one step of training and of evaluation, nothing written")
+    parser.add_argument(
+        "--dry-run", action="store_true", help="one step of training and of evaluation, nothing written"
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_intermixed_args(argv)
     config = load_config(cls, args.config, args.overrides)
     if config.select in config.trained_criteria():
-        print(f"warning: select: {config.select} is part of the training loss and no judge of this run; see docs/selection.md")
+        print(
+            f"warning: select: {config.select} is part of the training loss and no judge of this run; see docs/selection.md"
+        )
     return config, args

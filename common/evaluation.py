@@ -60,8 +60,14 @@ class Criteria:
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, source_val: Iterable, target_train: Iterable, target_test: Iterable | None,
-             num_classes: int, device: torch.device) -> dict:
+def evaluate(
+    model: nn.Module,
+    source_val: Iterable,
+    target_train: Iterable,
+    target_test: Iterable | None,
+    num_classes: int,
+    device: torch.device,
+) -> dict:
     """{"source_val": accuracies, "target": accuracies (None without labels), "criteria": label-free values}.
 
     The loaders yield (images, labels) and, for `target_train`, images. Precision is the caller's autocast.

@@ -74,11 +74,15 @@ class Log:
         """The means since the last line. Raises `UserError` (code 3) naming the first that is not finite."""
         if not self.sums:
             return {}
-        totals = torch.stack([torch.as_tensor(v, dtype=torch.float64) for v in self.sums.values()]).tolist()  # the one host sync
-        means = {name: total / self.count for name, total in zip(self.sums, totals, strict=True)}
+        tensors = {name: total for name, total in self.sums.items() if isinstance(total, torch.Tensor)}
+        totals = dict(self.sums)
+        if tensors:  # the one host sync
+            totals.update(zip(tensors, torch.stack([t.double() for t in tensors.values()]).tolist(), strict=True))
+        means = {name: total / self.count for name, total in totals.items()}
         for name, mean in means.items():
             if not math.isfinite(mean):
-                raise UserError(f"step {step}: {name} is {mean}; lower optim.lr, or use amp: float32, and --resume from the last checkpoint", 3)
+                remedy = "lower optim.lr, or use amp: float32, and --resume from the last checkpoint"
+                raise UserError(f"step {step}: {name} is {mean}; {remedy}", 3)
         return means
 
     def record(self, line: dict) -> None:

@@ -1,6 +1,6 @@
 """The run folder: what a run leaves behind, and how it goes on after a stop.
 
-    config.yaml  metrics.jsonl  status.json  summary.json  model.pt  checkpoints/step_00000080.pt
+config.yaml  metrics.jsonl  status.json  summary.json  model.pt  checkpoints/step_00000080.pt
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from common import checkpoint
 from common.config import FREE_AT_RESUME, dump, flatten, parse_yaml
 from common.evaluation import choose
 from common.log import Log
-from common.runtime import UserError
+from common.runtime import UserError, get_device
 
 KEEP = 2  # checkpoints: the newest, and the one before should the newest be damaged
 
@@ -43,7 +43,9 @@ class Run:
             raise UserError(f"out_dir: {self.folder} is a file; choose another out_dir")
         used = self.folder.is_dir() and any(self.folder.iterdir())
         if used and not self.resume:
-            raise UserError(f"out_dir: {self.folder} is used; add --resume to go on with it, or choose another with out_dir=...")
+            raise UserError(
+                f"out_dir: {self.folder} is used; add --resume to go on with it, or choose another with out_dir=..."
+            )
         if used:
             self._check_config()
             status = self.folder / "status.json"
@@ -60,7 +62,9 @@ class Run:
         changed = [k for k in before.keys() | now.keys() if k not in FREE_AT_RESUME and before.get(k) != now.get(k)]
         if changed:
             shown = ", ".join(f"{k} {before.get(k)!r} -> {now.get(k)!r}" for k in sorted(changed))
-            raise UserError(f"--resume: {self.folder} was trained under another config ({shown}); undo the change or choose another out_dir")
+            raise UserError(
+                f"--resume: {self.folder} was trained under another config ({shown}); undo the change or choose another out_dir"
+            )
 
     def begin(self, **state) -> int:
         """Start or continue the run; returns the number of steps done. `state`: what `save` writes, by name."""
@@ -129,20 +133,26 @@ class Run:
                 torch.cuda.set_rng_state_all(saved["cuda_rng"])
             print(f"{self.folder}: resuming after step {saved['step']}")
             return saved["step"]
-        raise UserError(f"{self.folder}: none of its {len(files)} checkpoints can be used; remove the folder to start again", 4)
+        raise UserError(
+            f"{self.folder}: none of its {len(files)} checkpoints can be used; remove the folder to start again", 4
+        )
 
     def evaluated(self, step: int, metrics: dict, model: torch.nn.Module) -> None:
         """Record an evaluation (see `common.evaluation.evaluate`); keep the weights if the criterion is the best so far."""
         self.history.append({"step": step, **metrics})
         flat = flatten(metrics)
         self.log.record({"step": step, **flat})
-        self.log.print(f"step {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in flat.items() if value is not None))
+        self.log.print(
+            f"step {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in flat.items() if value is not None)
+        )
         self.chosen = choose(self.history, self.config.select)
         if self.chosen["selected"]["step"] == step and not self.dry_run:
             checkpoint.save_tensors(self.folder / "model.pt", model.state_dict())
 
     def _write_status(self, state: str, step: int) -> None:
-        checkpoint.write_text(self.folder / "status.json", json.dumps({"state": state, "step": step, "steps": self.config.steps}) + "\n")
+        checkpoint.write_text(
+            self.folder / "status.json", json.dumps({"state": state, "step": step, "steps": self.config.steps}) + "\n"
+        )
 
     def stopped(self, step: int) -> int:
         """The exit code of a run that a signal stopped after `step` was saved."""
@@ -160,12 +170,16 @@ class Run:
             "method": type(config).method,
             "seed": config.seed,
             "steps": config.steps,
+            "device": get_device(config.device).type,
             "seconds": round(self._values()["seconds"], 1),
             "target": self.chosen,
             "target_test": target_test,
             "source_val": self.history[-1]["source_val"],
-            "selection": {"criterion": config.select, "part_of_training_loss": config.select in config.trained_criteria(),
-                          "value": max(e["criteria"][config.select] for e in self.history)},
+            "selection": {
+                "criterion": config.select,
+                "part_of_training_loss": config.select in config.trained_criteria(),
+                "value": max(e["criteria"][config.select] for e in self.history),
+            },
         }
         if self.dry_run:
             print("dry run: one step of training and of evaluation passed, nothing was written")

@@ -44,7 +44,9 @@ def exit_with(main) -> None:
 def get_device(name: str) -> torch.device:
     """`auto | cpu | cuda`. Raises `UserError` where cuda is asked for and absent: never a silent fall-back."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("WORLD_SIZE is above 1, and several processes are not supported yet: start the script with python")
+        raise UserError(
+            "WORLD_SIZE is above 1, and several processes are not supported yet: start the script with python"
+        )
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError("device: cuda is asked for but torch sees no GPU; use device=auto or device=cpu")
     if name == "auto":

@@ -24,7 +24,9 @@ def _uniform(n: int, low: float, high: float, generator: torch.Generator, *shape
     return torch.rand((n, *shape), generator=generator) * (high - low) + low
 
 
-def affine(images, size, generator, degrees: float = 0.0, translate: float = 0.0, scale: Range = (1.0, 1.0), shear: float = 0.0):
+def affine(
+    images, size, generator, degrees: float = 0.0, translate: float = 0.0, scale: Range = (1.0, 1.0), shear: float = 0.0
+):
     """Random rotation (+-degrees), scale, shear (+-degrees) and shift (+-share of the side); edges are repeated."""
     n = len(images)
     angle = torch.deg2rad(_uniform(n, -degrees, degrees, generator))
@@ -32,14 +34,26 @@ def affine(images, size, generator, degrees: float = 0.0, translate: float = 0.0
     slant = torch.deg2rad(_uniform(n, -shear, shear, generator)).tan()
     shift = _uniform(n, -2 * translate, 2 * translate, generator, 2)
     cos, sin = angle.cos() / zoom, angle.sin() / zoom
-    theta = torch.stack([torch.stack([cos, cos * slant - sin, shift[:, 0]], 1), torch.stack([sin, sin * slant + cos, shift[:, 1]], 1)], 1)
+    theta = torch.stack(
+        [torch.stack([cos, cos * slant - sin, shift[:, 0]], 1), torch.stack([sin, sin * slant + cos, shift[:, 1]], 1)],
+        1,
+    )
     grid = torch.nn.functional.affine_grid(theta, list(images.shape), align_corners=False)
     moved = torch.nn.functional.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
     return moved.round_().to(torch.uint8)
 
 
-def photometric(images, size, generator, invert: float = 0.0, gain: Range = (1.0, 1.0), offset: float = 0.0,
-                channel_gain: Range = (1.0, 1.0), channel_offset: float = 0.0, noise: float = 0.0):
+def photometric(
+    images,
+    size,
+    generator,
+    invert: float = 0.0,
+    gain: Range = (1.0, 1.0),
+    offset: float = 0.0,
+    channel_gain: Range = (1.0, 1.0),
+    channel_offset: float = 0.0,
+    noise: float = 0.0,
+):
     """Brightness and colour, in units of the full range: with probability `invert` the negative; gain * (x - 1/2)
     + 1/2 + offset, for the whole image and for each channel; normal noise of a standard deviation up to `noise`."""
     n = len(images)
@@ -66,7 +80,9 @@ def crop(images, size, generator, scale: Range = (0.08, 1.0), ratio: Range = (3 
     top = (torch.rand(n, generator=generator) * (side - height + 1)).long()
     left = (torch.rand(n, generator=generator) * (side - width + 1)).long()
     boxes = torch.stack([top, left, height, width], 1).tolist()
-    return torch.stack([F.resized_crop(image, *box, [size, size], antialias=True) for image, box in zip(images, boxes, strict=True)])
+    return torch.stack(
+        [F.resized_crop(image, *box, [size, size], antialias=True) for image, box in zip(images, boxes, strict=True)]
+    )
 
 
 def flip(images, size, generator, probability: float = 0.5):
@@ -75,9 +91,16 @@ def flip(images, size, generator, probability: float = 0.5):
     return torch.where(flipped.view(-1, 1, 1, 1), images.flip(3), images)
 
 
-def jitter(images, size, generator, brightness: float = 0.0, contrast: float = 0.0, saturation: float = 0.0, hue: float = 0.0):
+def jitter(
+    images, size, generator, brightness: float = 0.0, contrast: float = 0.0, saturation: float = 0.0, hue: float = 0.0
+):
     """Colour jitter in this order: brightness, contrast and saturation by a factor in 1 +- the value, hue by +- the value."""
-    operations = [(F.adjust_brightness, 1, brightness), (F.adjust_contrast, 1, contrast), (F.adjust_saturation, 1, saturation), (F.adjust_hue, 0, hue)]
+    operations = [
+        (F.adjust_brightness, 1, brightness),
+        (F.adjust_contrast, 1, contrast),
+        (F.adjust_saturation, 1, saturation),
+        (F.adjust_hue, 0, hue),
+    ]
     out = list(images)
     for adjust, centre, spread in operations:
         if spread:
@@ -91,7 +114,12 @@ OPERATIONS = {f.__name__: f for f in (affine, photometric, crop, flip, jitter)}
 
 def _matches(value, default) -> bool:
     if isinstance(default, tuple):
-        return isinstance(value, list) and len(value) == 2 and all(_matches(v, 0.0) for v in value) and value[0] <= value[1]
+        return (
+            isinstance(value, list)
+            and len(value) == 2
+            and all(_matches(v, 0.0) for v in value)
+            and value[0] <= value[1]
+        )
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
@@ -101,16 +129,26 @@ def check_augment(spec: dict) -> list[str]:
     for name, parameters in spec.items():
         if name not in OPERATIONS:
             near = difflib.get_close_matches(name, OPERATIONS, 1)
-            mistakes.append(f"augment: no operation {name!r}; " + (f"did you mean {near[0]}?" if near else f"there are {', '.join(OPERATIONS)}"))
+            mistakes.append(
+                f"augment: no operation {name!r}; "
+                + (f"did you mean {near[0]}?" if near else f"there are {', '.join(OPERATIONS)}")
+            )
             continue
         if not isinstance(parameters, dict):
-            mistakes.append(f"augment.{name} must be a mapping of parameters, {{}} for the defaults, not {parameters!r}")
+            mistakes.append(
+                f"augment.{name} must be a mapping of parameters, {{}} for the defaults, not {parameters!r}"
+            )
             continue
-        known = {k: p.default for k, p in inspect.signature(OPERATIONS[name]).parameters.items() if p.default is not p.empty}
+        known = {
+            k: p.default for k, p in inspect.signature(OPERATIONS[name]).parameters.items() if p.default is not p.empty
+        }
         for key, value in parameters.items():
             if key not in known:
                 near = difflib.get_close_matches(key, known, 1, 0)
-                mistakes.append(f"augment.{name}: unknown parameter {key}; " + (f"did you mean {near[0]}?" if near else "it has none"))
+                mistakes.append(
+                    f"augment.{name}: unknown parameter {key}; "
+                    + (f"did you mean {near[0]}?" if near else "it has none")
+                )
             elif not _matches(value, known[key]):
                 kind = "[low, high]" if isinstance(known[key], tuple) else "a number"
                 mistakes.append(f"augment.{name}.{key} must be {kind}, not {value!r}")

@@ -18,8 +18,26 @@ def decode(path: Path, side: int) -> torch.Tensor:
             image.draft("RGB", (side, side))  # lets the JPEG decoder skip what a smaller image does not need
             resized = image.convert("RGB").resize((side, side), Image.Resampling.BILINEAR)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(f"{path}: cannot be read as an image ({str(error).splitlines()[0]}); mend or remove it") from None
+        raise UserError(
+            f"{path}: cannot be read as an image ({str(error).splitlines()[0]}); mend or remove it"
+        ) from None
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
+
+
+def _create(path: Path, shape: tuple[int, ...]) -> None:
+    """A sparse uint8 array of zeros, unless the file is there; of two runs that create it at once, the first wins."""
+    if path.is_file():
+        return
+    temporary = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        np.lib.format.open_memmap(temporary, "w+", np.uint8, shape).flush()
+        os.link(temporary, path)
+    except FileExistsError:
+        pass
+    except OSError as error:
+        raise UserError(f"data.cache: {path} cannot be written ({error.strerror}); choose another folder", 5) from None
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 class DecodedImages:
@@ -42,11 +60,8 @@ class DecodedImages:
         stats = (f"{p}:{s.st_size}:{s.st_mtime_ns}" for p in paths for s in [p.stat()])
         self.file = folder / f"decoded_{side}_{generator(*stats).initial_seed():016x}.npy"
         folder.mkdir(parents=True, exist_ok=True)
-        for path, shape in ((self.file, (len(paths), 3, side, side)), (self._flags(), (len(paths),))):
-            if not path.is_file():  # sparse zeros, put in place whole; two runs at once make the same
-                temporary = path.with_suffix(f".{os.getpid()}.tmp")
-                np.lib.format.open_memmap(temporary, "w+", np.uint8, shape).flush()
-                temporary.replace(path)
+        _create(self.file, (len(paths), 3, side, side))
+        _create(self._flags(), (len(paths),))
 
     def _flags(self) -> Path:
         return self.file.with_suffix(".done.npy")
@@ -72,8 +87,10 @@ class DecodedImages:
         for i in index[~self.filled[index].bool()].tolist():
             self.store[i] = decode(self.paths[i], self.side)
             self.filled[i] = 1  # after the image: whoever sees the flag finds the image
-        return self.store[index]
+        return self.store.index_select(0, index)
 
     def describe(self) -> str:
-        where = "not kept" if self.store is None and self.file is None else f"in {self.file}" if self.file else "in memory"
+        where = (
+            "not kept" if self.store is None and self.file is None else f"in {self.file}" if self.file else "in memory"
+        )
         return f"{self.bytes / 2**20:.0f} MiB decoded, {where}"

@@ -20,16 +20,22 @@ def _open(name: str, folder: Path, present: bool, build):
     try:
         return build(download=not present)
     except ModuleNotFoundError as error:
-        raise UserError(f"{name}: torchvision reads it with {error.name}, which is not installed: pip install {error.name}") from None
+        raise UserError(
+            f"{name}: torchvision reads it with {error.name}, which is not installed: pip install {error.name}"
+        ) from None
     except (OSError, RuntimeError, ValueError, EOFError) as error:
         state = "is damaged" if present else "is not there and could not be downloaded"
-        raise UserError(f"{name}: {folder} {state} ({str(error).splitlines()[0] if str(error) else type(error).__name__}); "
-                        "put the original files there or set data.root (or the variable DA_DATA)") from None
+        raise UserError(
+            f"{name}: {folder} {state} ({str(error).splitlines()[0] if str(error) else type(error).__name__}); "
+            "put the original files there or set data.root (or the variable DA_DATA)"
+        ) from None
 
 
 def _refuse_download(name: str, folder: Path, present: bool, read_only: bool) -> None:
     if read_only and not present:
-        raise UserError(f"{name}: {folder} is not there, and a dry run downloads nothing; put the files there or run without --dry-run")
+        raise UserError(
+            f"{name}: {folder} is not there, and a dry run downloads nothing; put the files there or run without --dry-run"
+        )
 
 
 def mnist(root: Path, train: bool, read_only: bool) -> tuple[torch.Tensor, torch.Tensor]:
@@ -37,7 +43,9 @@ def mnist(root: Path, train: bool, read_only: bool) -> tuple[torch.Tensor, torch
     folder = root / "MNIST" / "raw"
     present = folder.is_dir() and any(folder.iterdir())
     _refuse_download("mnist", folder, present, read_only)
-    data = _open("mnist", folder, present, lambda download: torchvision.datasets.MNIST(root, train=train, download=download))
+    data = _open(
+        "mnist", folder, present, lambda download: torchvision.datasets.MNIST(root, train=train, download=download)
+    )
     return data.data.unsqueeze(1), data.targets
 
 
@@ -46,7 +54,9 @@ def usps(root: Path, train: bool, read_only: bool) -> tuple[torch.Tensor, torch.
     folder = root / "USPS"
     present = (folder / ("usps.bz2" if train else "usps.t.bz2")).is_file()
     _refuse_download("usps", folder, present, read_only)
-    data = _open("usps", folder, present, lambda download: torchvision.datasets.USPS(folder, train=train, download=download))
+    data = _open(
+        "usps", folder, present, lambda download: torchvision.datasets.USPS(folder, train=train, download=download)
+    )
     return torch.from_numpy(data.data).unsqueeze(1), torch.as_tensor(data.targets)
 
 
@@ -55,7 +65,9 @@ def svhn(root: Path, train: bool, read_only: bool) -> tuple[torch.Tensor, torch.
     folder, split = root / "SVHN", "train" if train else "test"
     present = (folder / f"{split}_32x32.mat").is_file()
     _refuse_download("svhn", folder, present, read_only)
-    data = _open("svhn", folder, present, lambda download: torchvision.datasets.SVHN(folder, split=split, download=download))
+    data = _open(
+        "svhn", folder, present, lambda download: torchvision.datasets.SVHN(folder, split=split, download=download)
+    )
     return torch.from_numpy(data.data), torch.as_tensor(data.labels)
 
 

@@ -33,12 +33,18 @@ def open_set(domain: DomainConfig, config: DataConfig, train: bool, read_only: b
             images = open_drawn(domain.name, train)
         else:
             images = open_digits(domain.name, domain.path, root, train, cache, read_only)
-        return image_set(images.name, _square(images.images, domain.resize or config.size), images.labels, images.classes)
+        return image_set(
+            images.name, _square(images.images, domain.resize or config.size), images.labels, images.classes
+        )
     if not train:
         return None
-    files, labels, classes = scan_folder(domain.path, root) if domain.name == "folder" else read_list(domain.path, domain.classes, root)
+    files, labels, classes = (
+        scan_folder(domain.path, root) if domain.name == "folder" else read_list(domain.path, domain.classes, root)
+    )
     side = domain.resize or round(config.size * 8 / 7)
-    images = DecodedImages(files, side, None if read_only else cache, config.cache_gb * 2**30, shared=config.workers > 0)
+    images = DecodedImages(
+        files, side, None if read_only else cache, config.cache_gb * 2**30, shared=config.workers > 0
+    )
     return image_set(f"{domain.name} {domain.path}", images, labels, classes)
 
 
@@ -81,7 +87,11 @@ class Domains:
                 lines.append(f"{role:12} none: no target labels")
                 continue
             note = f" ({self.target_test_note})" if role == "target_test" else ""
-            kept = f", {images.images.describe()}" if isinstance(images.images, DecodedImages) and not role.startswith("target_") else ""
+            kept = (
+                f", {images.images.describe()}"
+                if isinstance(images.images, DecodedImages) and not role.startswith("target_")
+                else ""
+            )
             lines.append(f"{role:12} {images.name}: {len(images)} images{note}{kept}")
         size = self.config.size
         return "\n".join([*lines, f"batch        {self.config.batch} a domain, 3x{size}x{size}"])

@@ -32,12 +32,16 @@ def scan_folder(path: str, root: Path) -> tuple[list[Path], list[int] | None, li
     if not classes:
         return images, None, None
     if images:
-        raise UserError(f"folder: {folder} holds both folders and images ({images[0].name}); a class is a folder of images")
+        raise UserError(
+            f"folder: {folder} holds both folders and images ({images[0].name}); a class is a folder of images"
+        )
     files, labels = [], []
     for label, child in enumerate(classes):
         inside = sorted(child.iterdir())
         if deeper := [p for p in inside if p.is_dir()]:
-            raise UserError(f"folder: {deeper[0]} is a folder inside the class {child.name}: is {folder} a level too high?")
+            raise UserError(
+                f"folder: {deeper[0]} is a folder inside the class {child.name}: is {folder} a level too high?"
+            )
         own = [p for p in inside if _is_image(p)]
         if not own:
             raise UserError(f"folder: the class {child} has no images")
@@ -78,7 +82,9 @@ def read_list(path: str, classes: str | None, root: Path) -> tuple[list[Path], l
         where, (image, *label) = f"{file}:{number}", line.strip().rsplit(maxsplit=1)
         if label and _is_image(Path(line.strip())) and not _is_image(Path(image)):
             image, label = line.strip(), []  # an unlabelled path with a space
-        image = _inside(file.parent.relative_to(root) / image if not Path(image).is_absolute() else Path(image), root, where)
+        image = _inside(
+            file.parent.relative_to(root) / image if not Path(image).is_absolute() else Path(image), root, where
+        )
         if not image.is_file():
             raise UserError(f"{where}: there is no file {image}")
         files.append(image)
@@ -92,7 +98,10 @@ def read_list(path: str, classes: str | None, root: Path) -> tuple[list[Path], l
     names = names or [str(n) for n in range(max(labels) + 1)]
     absent = sorted(set(range(len(names))) - set(labels))
     if absent:
-        raise UserError(f"list: {file} has no image of class {names[absent[0]]}" + ("" if classes else "; labels count from 0 without gaps"))
+        raise UserError(
+            f"list: {file} has no image of class {names[absent[0]]}"
+            + ("" if classes else "; labels count from 0 without gaps")
+        )
     if len(names) == 1:
         raise UserError(f"list: {file} has the one class {names[0]}; at least two are needed")
     return files, labels, names
@@ -102,7 +111,10 @@ def _label(text: str, names: list[str] | None, where: str) -> int:
     if names and text in names:
         return names.index(text)
     if not text.isascii() or not text.isdecimal():
-        raise UserError(f"{where}: label {text!r} is no class number" + ("" if names is None else " and no name in the classes file"))
+        raise UserError(
+            f"{where}: label {text!r} is no class number"
+            + ("" if names is None else " and no name in the classes file")
+        )
     if names and int(text) >= len(names):
         raise UserError(f"{where}: label {text} is unknown, the classes file has numbers 0 to {len(names) - 1}")
     return int(text)

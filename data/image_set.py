@@ -26,7 +26,9 @@ class ImageSet:
         return len(self.indices)
 
     def subset(self, positions: torch.Tensor) -> "ImageSet":
-        return replace(self, indices=self.indices[positions], labels=None if self.labels is None else self.labels[positions])
+        return replace(
+            self, indices=self.indices[positions], labels=None if self.labels is None else self.labels[positions]
+        )
 
     def unlabelled(self) -> "ImageSet":
         return replace(self, labels=None)
@@ -37,8 +39,10 @@ class ImageSet:
             return self
         if set(classes) != set(self.classes):
             extra, lacking = sorted(set(self.classes) - set(classes)), sorted(set(classes) - set(self.classes))
-            raise UserError(f"{self.name}: its classes differ from the source's: "
-                            f"only here: {', '.join(extra) or 'none'}; only in the source: {', '.join(lacking) or 'none'}")
+            raise UserError(
+                f"{self.name}: its classes differ from the source's: "
+                f"only here: {', '.join(extra) or 'none'}; only in the source: {', '.join(lacking) or 'none'}"
+            )
         mapping = torch.tensor([classes.index(name) for name in self.classes])
         return replace(self, labels=mapping[self.labels], classes=classes)
 

@@ -1,5 +1,7 @@
 """Loaders of whole batches: batch k is a pure function of (seed, domain, k), whatever the number of workers."""
 
+import atexit
+import multiprocessing
 import signal
 
 import torch
@@ -17,9 +19,23 @@ def _worker_init(worker: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
+@atexit.register  # after, and so run before, multiprocessing's own, which sends the SIGTERM they ignore and waits
+def _end_workers() -> None:
+    for process in multiprocessing.active_children():
+        if process.daemon:
+            process.kill()
+
+
 def _batch_loader(batches: Dataset, numbers: range, workers: int) -> DataLoader:
-    return DataLoader(batches, batch_size=None, sampler=numbers, num_workers=workers, worker_init_fn=_worker_init,
-                      pin_memory=torch.cuda.is_available(), generator=torch.Generator())  # iter() leaves the global stream alone
+    return DataLoader(
+        batches,
+        batch_size=None,
+        sampler=numbers,
+        num_workers=workers,
+        worker_init_fn=_worker_init,
+        pin_memory=torch.cuda.is_available(),
+        generator=torch.Generator(),
+    )  # iter() leaves the global stream alone
 
 
 def _three_channels(images: torch.Tensor) -> torch.Tensor:

@@ -18,8 +18,12 @@ def domain_loss(
 
     Returns a float32 scalar; log 2 when the discriminator is undecided. An empty domain counts 0.
     """
-    loss_s = F.binary_cross_entropy_with_logits(logits_s.float(), torch.ones_like(logits_s, dtype=torch.float32), weight_s, reduction="sum")
-    loss_t = F.binary_cross_entropy_with_logits(logits_t.float(), torch.zeros_like(logits_t, dtype=torch.float32), weight_t, reduction="sum")
+    loss_s = F.binary_cross_entropy_with_logits(
+        logits_s.float(), torch.ones_like(logits_s, dtype=torch.float32), weight_s, reduction="sum"
+    )
+    loss_t = F.binary_cross_entropy_with_logits(
+        logits_t.float(), torch.zeros_like(logits_t, dtype=torch.float32), weight_t, reduction="sum"
+    )
     return 0.5 * (loss_s / max(logits_s.numel(), 1) + loss_t / max(logits_t.numel(), 1))
 
 

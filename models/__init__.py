@@ -4,4 +4,11 @@ from models.classifier import ModelOutput, build_classifier, forward_domains, in
 from models.discriminator import DomainDiscriminator
 from models.gradient_reversal import gradient_reversal
 
-__all__ = ["DomainDiscriminator", "ModelOutput", "build_classifier", "forward_domains", "gradient_reversal", "init_from"]
+__all__ = [
+    "DomainDiscriminator",
+    "ModelOutput",
+    "build_classifier",
+    "forward_domains",
+    "gradient_reversal",
+    "init_from",
+]

@@ -51,7 +51,9 @@ def build_backbone(name: str, batch_norm: bool = True) -> tuple[nn.Module, dict[
         stages = {"3": "layer1", "6": "layer2", "13": "layer3", "18": "layer4"}
         return IntermediateLayerGetter(network.features, stages), dict(zip(LAYERS, (24, 32, 96, 1280), strict=True))
     width = network.fc.in_features
-    return IntermediateLayerGetter(network, {k: k for k in LAYERS}), dict(zip(LAYERS, (width // 8, width // 4, width // 2, width), strict=True))
+    return IntermediateLayerGetter(network, {k: k for k in LAYERS}), dict(
+        zip(LAYERS, (width // 8, width // 4, width // 2, width), strict=True)
+    )
 
 
 def load_weights(backbone: nn.Module, name: str, weights: str, root: str, may_miss: list[str]) -> None:
@@ -71,17 +73,23 @@ def load_weights(backbone: nn.Module, name: str, weights: str, root: str, may_mi
     else:
         enum = torchvision.models.get_model_weights(name)
         if weights not in enum.__members__:
-            raise UserError(f"model.weights: no file {path}, and {name} has no weights {weights!r}; there are {', '.join(enum.__members__)}")
+            raise UserError(
+                f"model.weights: no file {path}, and {name} has no weights {weights!r}; there are {', '.join(enum.__members__)}"
+            )
         try:
             state = enum[weights].get_state_dict(progress=True, check_hash=True)
         except OSError as error:
-            raise UserError(f"model.weights: {weights} of {name} cannot be downloaded ({error}); name a file instead") from None
+            raise UserError(
+                f"model.weights: {weights} of {name} cannot be downloaded ({error}); name a file instead"
+            ) from None
     state = {key.removeprefix("features."): value for key, value in state.items()}
     own = backbone.state_dict()
     fits = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
     print(f"weights {weights}: loaded {len(fits)} of {len(own)} tensors")
     missing = [k for k in own if k not in fits and not k.startswith(tuple(may_miss))]
     if missing:
-        raise UserError(f"model.weights: {weights} lacks {len(missing)} of the {len(own)} tensors of {name}, the first {missing[0]}; "
-                        "are they weights of another backbone? What may be missing is named in model.weights_missing")
+        raise UserError(
+            f"model.weights: {weights} lacks {len(missing)} of the {len(own)} tensors of {name}, the first {missing[0]}; "
+            "are they weights of another backbone? What may be missing is named in model.weights_missing"
+        )
     backbone.load_state_dict(fits, strict=False)

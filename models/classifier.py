@@ -1,5 +1,6 @@
 """The adapted network: backbone, pooled bottleneck, classifier."""
 
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -36,7 +37,9 @@ class Classifier(nn.Module):
         width = channels["layer4"]
         self.bottleneck = nn.Identity()
         if config.bottleneck:
-            self.bottleneck = nn.Sequential(nn.Linear(width, config.bottleneck), nn.BatchNorm1d(config.bottleneck), nn.ReLU(inplace=True))
+            self.bottleneck = nn.Sequential(
+                nn.Linear(width, config.bottleneck), nn.BatchNorm1d(config.bottleneck), nn.ReLU(inplace=True)
+            )
             width = config.bottleneck
         self.channels = {**channels, "pooled": width}
         self.head = nn.Linear(width, num_classes)
@@ -58,16 +61,36 @@ class Classifier(nn.Module):
         return self
 
     def forward(self, images: torch.Tensor) -> ModelOutput:
-        x = images.to(torch.float32, memory_format=self.memory_format).sub_(self.mean).div_(self.std)
-        features = self.backbone(x)
-        features["pooled"] = self.bottleneck(features["layer4"].mean((2, 3)))
+        x = images.to(torch.float32, memory_format=self.memory_format, copy=True).sub_(self.mean).div_(self.std)
+        try:
+            features = self.backbone(x)
+            features["pooled"] = self.bottleneck(features["layer4"].mean((2, 3)))
+        except ValueError as error:
+            if "more than 1 value per channel" not in str(error):
+                raise
+            raise UserError(
+                f"data.batch: {len(images)} image gives batch norm one value a channel; "
+                "use data.batch of 2 or more, or model.bn: frozen"
+            ) from None
         return ModelOutput(self.head(features["pooled"]), features)
+
+    @contextmanager
+    def running_statistics(self, kept: bool):
+        """Within, if `kept`, batch norm normalises by the batch but leaves its running statistics as they are."""
+        momenta = [(m, m.momentum) for m in self._batch_norms()] if kept else []
+        for module, _ in momenta:
+            module.momentum = 0.0
+        yield
+        for module, momentum in momenta:
+            module.momentum = momentum
 
     def param_groups(self, lr_scale: float) -> list[dict]:
         """The backbone's trainable parameters at `lr_scale`, the new layers' at 1."""
         new = [p for module in (self.bottleneck, self.head) for p in module.parameters() if p.requires_grad]
-        return [{"params": [p for p in self.backbone.parameters() if p.requires_grad], "lr_scale": lr_scale},
-                {"params": new, "lr_scale": 1.0}]
+        return [
+            {"params": [p for p in self.backbone.parameters() if p.requires_grad], "lr_scale": lr_scale},
+            {"params": new, "lr_scale": 1.0},
+        ]
 
 
 def build_classifier(config: ModelConfig, num_classes: int, root: str) -> Classifier:
@@ -98,17 +121,22 @@ def check_layers(model: Classifier, names: list[str]) -> None:
             raise UserError(f"feature_layers: no layer {name!r}; there are {', '.join((*LAYERS, 'pooled'))}")
 
 
-def forward_domains(model: nn.Module, x_s: torch.Tensor, x_t: torch.Tensor, bn: str) -> tuple[ModelOutput, ModelOutput]:
+def forward_domains(
+    model: Classifier, x_s: torch.Tensor, x_t: torch.Tensor, config: ModelConfig
+) -> tuple[ModelOutput, ModelOutput]:
     """Outputs on source and target.
 
-    bn: `separate` runs one forward each, so that each domain is normalised by its own statistics; `concat` and
-    `frozen` run one forward on both (equal image sizes), the faster way.
+    `bn: separate` runs one forward each, so that each domain is normalised by its own statistics; with `bn_running:
+    target` only the target's enter the running statistics that evaluation uses. `concat` and `frozen` run one forward
+    on both (equal image sizes), the faster way.
     """
-    if bn == "separate":
-        return model(x_s), model(x_t)
+    if config.bn == "separate":
+        with model.running_statistics(kept=config.bn_running == "target"):
+            out_s = model(x_s)
+        return out_s, model(x_t)
     sizes = [len(x_s), len(x_t)]
     out = model(torch.cat([x_s, x_t]))
     features = {name: feature.split(sizes) for name, feature in out.features.items()}
     logits = out.logits.split(sizes)
-    out_s, out_t = (ModelOutput(logits[i], {name: feature[i] for name, feature in features.items()}) for i in (0, 1))
+    out_s, out_t = (ModelOutput(logits[i], {name: pair[i] for name, pair in features.items()}) for i in (0, 1))
     return out_s, out_t

@@ -1,0 +1,18 @@
+.PHONY: demo test style
+.DELETE_ON_ERROR:
+
+PYTHON ?= python3
+
+demo: .venv/.installed
+	.venv/bin/python train_source.py --config configs/demo/source.yaml seed=0 out_dir=runs/demo/source_seed0 --resume
+	.venv/bin/python train_dann.py --config configs/demo/dann.yaml seed=0 out_dir=runs/demo/dann_seed0 --resume
+	.venv/bin/python reproduce.py configs/suites/demo.yaml --seeds 0
+
+test: .venv/.installed
+	.venv/bin/ruff check .
+	.venv/bin/python -m pytest
+
+.venv/.installed: requirements.txt requirements-dev.txt
+	test -x .venv/bin/python || $(PYTHON) -m venv .venv
+	.venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	touch $@

@@ -1,0 +1,106 @@
+"""What every test shares: one thread, a working directory of its own, digits drawn once."""
+
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[1]
+REAL_DATA = Path(os.environ["DA_DATA"]).resolve() if os.environ.get("DA_DATA") else None
+sys.path.insert(0, str(ROOT))
+
+from data import drawn  # noqa: E402
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def drawn_once():
+    """The built-in digits are the same on every call: a session draws them once. `draw.__wrapped__` draws anew."""
+    draw, kept = drawn.draw, {}
+
+    @functools.wraps(draw)
+    def once(split, shifted):
+        key = (drawn.COUNT[split], split, shifted)
+        if key not in kept:
+            kept[key] = draw(split, shifted)
+        return kept[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(drawn, "draw", once)
+        yield
+
+
+@pytest.fixture(autouse=True)
+def workplace(tmp_path, monkeypatch):
+    """Relative paths of a test end in its own folder; the machine's data sets are seen by tests marked `data` only."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DA_DATA", raising=False)
+
+
+@pytest.fixture
+def few_digits(monkeypatch):
+    monkeypatch.setattr(drawn, "COUNT", {"train": 200, "test": 60})
+
+
+@pytest.fixture
+def real_data():
+    """`real_data("MNIST")`: the folder of the variable DA_DATA; where a set is not there the test is skipped aloud."""
+
+    def root(*parts: str) -> Path:
+        if REAL_DATA is None:
+            pytest.skip("the variable DA_DATA is not set")
+        for part in parts:
+            if not (REAL_DATA / part).exists():
+                pytest.skip(f"the folder of DA_DATA has no {part}")
+        return REAL_DATA
+
+    return root
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """`pictures("photo", {"cat": 3, "dog": 2})`: a folder of seeded png files per class, or a flat one for a number.
+
+    The folder lies in tmp_path/images. Classes are told apart by their colour.
+    """
+
+    def make(name: str, classes: dict[str, int] | int, side: int = 20) -> Path:
+        folder = tmp_path / "images" / name
+        flat = isinstance(classes, int)
+        random = np.random.default_rng(sum(name.encode()))
+        for number, (label, count) in enumerate({"": classes}.items() if flat else classes.items()):
+            (folder / label).mkdir(parents=True, exist_ok=True)
+            for i in range(count):
+                pixels = random.integers(0, 120, (side, side, 3)) + 120 * (np.arange(3) == number % 3)
+                Image.fromarray(pixels.astype(np.uint8)).save(folder / label / f"{i:03d}.png")
+        return folder
+
+    return make
+
+
+@pytest.fixture
+def command(tmp_path):
+    """`command("train_dann", "--config", file)`: the real command, as (exit code, stdout, stderr)."""
+
+    def call(script: str, *arguments) -> tuple[int, str, str]:
+        done = subprocess.run(
+            [sys.executable, ROOT / f"{script}.py", *map(str, arguments)],
+            cwd=tmp_path,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        return done.returncode, done.stdout, done.stderr
+
+    return call

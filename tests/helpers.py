@@ -1,0 +1,94 @@
+"""Tiny runs of the real scripts, in this process."""
+
+import importlib.util
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+import torch
+
+from common import log
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = ("train_source", "train_dann")
+
+
+def load_script(path: Path):
+    """A fresh module of a script, as `python path` would see it."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[path.stem] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def tiny_config(folder: Path, **changes) -> Path:
+    """A config of ten steps on the built-in digits; `changes` are top-level lines of yaml."""
+    lines = {
+        "out_dir": folder / "run",
+        "steps": 10,
+        "eval_every": 4,
+        "save_every": 5,
+        "log_every": 4,
+        "data": "{source: {name: drawn_digits}, target: {name: drawn_digits_shifted}, batch: 8, eval_batch: 40, "
+        f"root: {folder}/images, cache: {folder}/cache, "
+        "augment: {affine: {degrees: 10, scale: [0.9, 1.1]}, photometric: {gain: [0.5, 1.5], noise: 0.1}}}",
+        "optim": "{lr: 0.02}",
+        **changes,
+    }
+    file = folder / "config.yaml"
+    file.write_text("".join(f"{key}: {value}\n" for key, value in lines.items()))
+    return file
+
+
+def train(script: str, config: Path, *arguments: str) -> int:
+    """Run a script's main; a finished run's exit 0 comes back as 0."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        return load_script(ROOT / f"{script}.py").main(["--config", str(config), *arguments])
+    except SystemExit as stop:
+        return stop.code
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def stop_after(monkeypatch, step: int, number: signal.Signals = signal.SIGTERM) -> None:
+    """Send this process a signal during step `step` of the next run."""
+    add, seen = log.Log.add, []
+
+    def add_and_stop(self, **values):
+        add(self, **values)
+        seen.append(1)
+        if len(seen) == step:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(log.Log, "add", add_and_stop)
+
+
+def differing(a, b) -> int:
+    """How many numbers of two nested states differ; structure must agree."""
+    if isinstance(a, torch.Tensor):
+        assert a.shape == b.shape
+        return int((a != b).sum())
+    if isinstance(a, dict):
+        assert list(a) == list(b)
+        return sum(differing(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        return sum(map(differing, a, b))
+    return int(a != b)
+
+
+def weights(folder: Path, file: str = "model.pt") -> dict:
+    return torch.load(folder / file, weights_only=True)
+
+
+def summary(folder: Path) -> dict:
+    return json.loads((folder / "summary.json").read_text())
+
+
+def metrics(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]

@@ -1,0 +1,336 @@
+"""Bad input: one line that says what, where and what to do, exit code 2, and nothing left behind."""
+
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+
+from common.runtime import exit_with
+from tests.helpers import SCRIPTS, metrics, tiny_config, train
+
+DATA = (
+    "{source: {name: folder, path: photo}, target: {name: folder, path: sketch}, "
+    "size: 16, batch: 4, root: images, cache: cache}"
+)
+
+
+@pytest.fixture
+def config(pictures, tmp_path) -> Path:
+    """Ten steps from the folder photo to the folder sketch, into the folder run."""
+    pictures("photo", {"cat": 12, "dog": 12})
+    pictures("sketch", {"cat": 6, "dog": 6})
+    return tiny_config(tmp_path, out_dir="run", data=DATA)
+
+
+@pytest.fixture
+def outcome(capsys):
+    """`outcome(script, config, *arguments)`: a script's end as (exit code, stdout, lines of stderr)."""
+
+    def end(script: str, config: Path, *arguments: str) -> tuple[int, str, list[str]]:
+        with pytest.raises(SystemExit) as stop:
+            exit_with(lambda: train(script, config, *arguments))
+        out, err = capsys.readouterr()
+        return stop.value.code, out, err.splitlines()
+
+    return end
+
+
+@pytest.fixture
+def refused(outcome):
+    """The one line of a run that is refused with code 2 and leaves no out_dir."""
+
+    def line(script: str, config: Path, *arguments: str) -> str:
+        code, _, lines = outcome(script, config, *arguments)
+        assert code == 2
+        assert len(lines) == 1, lines
+        assert lines[0].startswith("error: ")
+        assert not Path("run").exists()
+        return lines[0]
+
+    return line
+
+
+def listing(folder: Path) -> dict[str, bytes | None]:
+    """Every file below a folder with its bytes, every folder with None."""
+    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+
+
+# --- config
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_an_unknown_key(config, refused, script):
+    assert refused(script, config, "data.bach=3") == (
+        f"error: {config}: unknown key data.bach; did you mean data.batch?"
+    )
+
+
+def test_a_key_of_another_script(config, refused):
+    assert "unknown key adv_weight" in refused("train_source", config, "adv_weight=1")
+
+
+def test_several_mistakes_have_a_line_each(config, outcome):
+    code, _, lines = outcome("train_dann", config, "stepps=3", "amp=half", "optim.lr=x")
+    assert code == 2
+    assert len(lines) == 3
+    assert all(re.match(r"(error: |       )\S*config\.yaml: ", line) for line in lines)
+    assert not Path("run").exists()
+
+
+@pytest.mark.parametrize(
+    "text", ["out_dir: [run", "out_dir: 'run", "a: 1\na: 2\n", "out_dir: !!python/name:os.mkdir ''"]
+)
+def test_malformed_yaml(config, refused, text):
+    config.write_text(text)
+    assert re.match(rf"error: {re.escape(str(config))}:\d+: ", refused("train_source", config))
+
+
+def test_conditional_adaptation_of_several_layers(config, refused):
+    arguments = ["conditional=cdan", "feature_layers=[layer4, pooled]", "layer_weights=[1, 1]"]
+    assert "conditional needs feature_layers: [pooled]" in refused("train_dann", config, *arguments)
+
+
+def test_an_unknown_layer(config, refused):
+    message = "feature_layers: no layer 'fc'; there are layer1, layer2, layer3, layer4, pooled"
+    assert message in refused("train_dann", config, "feature_layers=[fc]")
+
+
+def test_several_processes(config, refused, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for script in SCRIPTS:
+        assert "WORLD_SIZE" in refused(script, config)
+
+
+def test_a_gpu_that_is_not_there(config, refused, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for script in SCRIPTS:
+        assert "device: cuda is asked for but torch sees no GPU" in refused(script, config, "device=cuda")
+
+
+def test_a_loss_that_is_not_finite_is_no_result(config, outcome):
+    code, _, lines = outcome("train_source", config, "optim.lr=1e30", "log_every=1")
+    assert code == 3
+    assert len(lines) == 1
+    assert re.match(r"error: step \d+: cls_loss is (nan|inf); lower optim\.lr", lines[0])
+
+
+# --- data
+
+
+def test_class_sets_that_differ(config, refused, pictures):
+    pictures("other", {"cat": 3, "fox": 3, "hen": 3})
+    message = refused("train_dann", config, "data.target.path=other")
+    assert "classes differ from the source's: only here: fox, hen; only in the source: dog" in message
+
+
+@pytest.mark.parametrize("key", ["source", "target"])
+@pytest.mark.parametrize(
+    ("path", "match"),
+    [
+        ("nowhere", r"there is no folder \S*nowhere"),
+        ("empty", r"\S*empty is empty"),
+        ("one_empty", r"the class \S*one_empty/dog has no images"),
+        (".", r"\S*photo/cat is a folder inside the class photo: is \S*images a level too high\?"),
+        ("single", r"\S*single has the one class cat; is it a level too high or low\?"),
+        ("mixed", r"\S*mixed holds both folders and images \(000\.png\)"),
+        ("../images/photo", r"\.\./images/photo lies outside images"),
+    ],
+)
+def test_folders_that_hold_something_else(config, refused, pictures, tmp_path, key, path, match):
+    images = tmp_path / "images"
+    if path == ".":
+        shutil.rmtree(images / "sketch")
+    elif path == "empty":
+        (images / "empty").mkdir()
+    elif path == "one_empty":
+        pictures("one_empty", {"cat": 3})
+        (images / "one_empty" / "dog").mkdir()
+    elif path == "single":
+        pictures("single", {"cat": 3})
+    elif path == "mixed":
+        pictures("mixed", {"cat": 3, "dog": 3})
+        pictures("mixed", 1)
+    other = f"data.{'target' if key == 'source' else 'source'}={{name: drawn_digits}}"
+    assert re.search(match, refused("train_dann", config, f"data.{key}.path={path}", other))
+
+
+def test_a_source_without_labels(config, refused):
+    assert "the source needs labels" in refused("train_dann", config, "data.source.path=photo/cat")
+
+
+def test_a_list_with_a_missing_file_or_an_unknown_label(config, refused, tmp_path):
+    file = tmp_path / "images" / "photo" / "list.txt"
+    for line, message in (
+        ("cat/999.png 1", "list.txt:2: there is no file "),
+        ("dog/000.png wolf", "list.txt:2: label 'wolf' is no class number"),
+        ("../sketch/../../secret.png 1", "list.txt:2: "),
+    ):
+        file.write_text(f"cat/000.png 0\n{line}\n")
+        assert message in refused("train_dann", config, "data.source={name: list, path: photo/list.txt}")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_an_unreadable_image_is_named_and_can_be_mended(config, outcome, tmp_path, workers):
+    image = tmp_path / "images" / "photo" / "dog" / "003.png"
+    whole = image.read_bytes()
+    image.write_bytes(whole[:150])
+    code, _, lines = outcome("train_source", config, f"data.workers={workers}")
+    assert code == 2
+    assert len(lines) == 1, lines
+    assert re.match(
+        r"error: images/photo/dog/003\.png: cannot be read as an image \(.*\); mend or remove it$", lines[0]
+    )
+    image.write_bytes(whole)
+    assert outcome("train_source", config, f"data.workers={workers}", "--resume")[0] == 0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_domain_smaller_than_the_batch_trains(config, outcome, pictures, workers):
+    pictures("few", 3)
+    code, _, lines = outcome("train_dann", config, "data.target.path=few", "data.batch=8", f"data.workers={workers}")
+    assert (code, lines) == (0, [])
+    assert metrics(Path("run"))[-1]["step"] == 10
+
+
+def test_a_batch_of_one_that_batch_norm_has_no_use_for(config, outcome):
+    code, _, lines = outcome("train_source", config, "data.batch=1")
+    assert code == 2
+    assert len(lines) == 1, lines
+    assert re.search(r"data\.batch.*bn: frozen", lines[0])
+    # nothing was trained yet, so the folder takes the mended config
+    assert outcome("train_source", config, "data.batch=2", "--resume")[0] == 0
+
+
+# --- weights
+
+
+def test_weights_of_another_backbone(config, refused, tmp_path):
+    torch.save(torchvision.models.resnet18(weights=None).state_dict(), tmp_path / "images" / "resnet18.pth")
+    message = refused("train_dann", config, "model={backbone: mobilenet_v2, weights: resnet18.pth}")
+    assert "resnet18.pth lacks 312 of the 312 tensors of mobilenet_v2" in message
+    assert "weights of another backbone?" in message
+
+
+def test_init_from_another_network(config, refused, tmp_path):
+    assert "init_from: there is no nowhere" in refused("train_dann", config, "init_from=nowhere")
+    torch.save({"head.weight": torch.zeros(1)}, tmp_path / "model.pt")
+    assert "model.pt does not fit this model: " in refused("train_dann", config, "init_from=model.pt")
+
+
+# --- the run folder
+
+
+@pytest.fixture
+def finished(config, outcome) -> Path:
+    assert outcome("train_source", config)[0] == 0
+    return Path("run")
+
+
+def test_a_used_folder_names_both_ways_out(config, finished, outcome):
+    before = listing(finished)
+    code, _, lines = outcome("train_source", config)
+    assert (code, len(lines)) == (2, 1)
+    assert "add --resume" in lines[0]
+    assert "choose another with out_dir=" in lines[0]
+    assert listing(finished) == before
+    assert outcome("train_source", config, "out_dir=another")[0] == 0
+
+
+def test_resuming_a_finished_run_says_so(config, finished, outcome):
+    before = listing(finished)
+    code, out, lines = outcome("train_source", config, "--resume")
+    assert (code, lines) == (0, [])
+    assert "run: finished already" in out
+    assert listing(finished) == before
+
+
+def test_resuming_under_another_config_names_the_key(config, finished, outcome):
+    before = listing(finished)
+    for changes, named in (
+        (["optim.lr=0.5"], ["optim.lr 0.02 -> 0.5"]),
+        (["data.batch=5", "seed=3"], ["data.batch 4 -> 5, seed 0 -> 3"]),
+        (["data.augment={flip: {}}"], ["data.augment {} -> {'flip': {}}"]),
+    ):
+        code, _, lines = outcome("train_source", config, "--resume", *changes)
+        assert (code, len(lines)) == (2, 1)
+        assert all(text in lines[0] for text in [*named, "--resume: run was trained under another config"])
+    assert listing(finished) == before
+    free = ["save_every=7", "data.workers=2", "data.cache=elsewhere", "data.cache_gb=0"]
+    assert outcome("train_source", config, "--resume", *free)[0] == 0  # what changes no result is free
+
+
+def test_resuming_with_another_script(config, finished, outcome):
+    code, _, lines = outcome("train_dann", config, "--resume")
+    assert (code, len(lines)) == (2, 1)
+    assert "adv_weight" in lines[0]
+
+
+def test_an_out_dir_that_is_no_run_folder(config, outcome, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "diary.txt").write_text("dear diary")
+    for arguments, message in (
+        (["out_dir=config.yaml"], "out_dir: config.yaml is a file; choose another out_dir"),
+        (["out_dir=config.yaml/run"], "out_dir"),
+        (["out_dir=full"], "out_dir: full is used"),
+        (["out_dir=full", "--resume"], "out_dir: full has no config.yaml"),
+    ):
+        code, _, lines = outcome("train_source", config, *arguments)
+        assert code in (2, 5)
+        assert len(lines) == 1
+        assert message in lines[0]
+    assert listing(tmp_path / "full") == {"diary.txt": b"dear diary"}
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("keys", [[], ["data.cache_gb=0"], ["data.workers=2"], ["data.target={name: drawn_digits}",
+                                  "data.source={name: drawn_digits}", "conditional=cdan_e"]])  # fmt: skip
+def test_a_dry_run_writes_nothing(config, outcome, tmp_path, script, keys):
+    keys = [key for key in keys if script == "train_dann" or not key.startswith("conditional")]
+    before = listing(tmp_path)
+    code, out, lines = outcome(script, config, "--dry-run", *keys)
+    assert (code, lines) == (0, [])
+    assert "source " in out
+    assert "images" in out
+    assert "nothing was written" in out
+    assert listing(tmp_path) == before
+
+
+def test_a_dry_run_leaves_a_used_folder_alone(config, finished, outcome, tmp_path):
+    before = listing(tmp_path)
+    for arguments in (["--dry-run"], ["--dry-run", "--resume"]):
+        assert outcome("train_source", config, *arguments)[0] == 0
+        assert listing(tmp_path) == before
+    assert outcome("train_source", config, "--dry-run", "data.source.path=nowhere")[0] == 2
+
+
+# --- the real commands
+
+
+def test_the_real_command_refuses_in_one_line(config, command):
+    code, out, err = command("train_dann", "--config", config, "stepps=3")
+    assert (code, out) == (2, "")
+    assert err == f"error: {config}: unknown key stepps; did you mean steps?\n"
+    assert not Path("run").exists()
+
+
+def test_the_real_command_ends_when_a_worker_meets_an_unreadable_image(config, command, tmp_path):
+    """It neither waits for its workers nor lets them speak."""
+    for image in (tmp_path / "images" / "photo" / "cat").iterdir():
+        image.write_bytes(b"no image")
+    code, _, err = command("train_dann", "--config", config, "data.workers=2")
+    assert code == 2
+    assert re.fullmatch(
+        r"error: images/photo/cat/\d+\.png: cannot be read as an image \(.*\); mend or remove it\n", err
+    )
+
+
+def test_debug_shows_where_it_happened(config, outcome, monkeypatch):
+    arguments = ["data.source.path=nowhere", "--debug"]
+    monkeypatch.setattr("sys.argv", ["train_dann.py", *arguments])
+    code, _, lines = outcome("train_dann", config, *arguments)
+    assert code == 2
+    assert lines[0].startswith("Traceback")
+    assert lines[-1].startswith("error: folder: there is no folder")

@@ -1,0 +1,368 @@
+"""Strict configs: precedence, yaml's traps, and mistakes reported all at once."""
+
+import dataclasses
+import re
+
+import pytest
+import yaml
+
+from common.config import all_keys, dump, load_config, parse_args, parse_yaml
+from common.runtime import UserError
+from train_dann import Config
+
+MINIMAL = "out_dir: run\ndata: {source: {name: drawn_digits}, target: {name: drawn_digits_shifted}}\n"
+
+
+def load(text: str = MINIMAL, *overrides: str, cls=Config):
+    with open("config.yaml", "w", encoding="utf-8") as file:
+        file.write(text)
+    return load_config(cls, "config.yaml", overrides)
+
+
+def mistakes(text: str = MINIMAL, *overrides: str) -> list[str]:
+    """The lines of the error, without the file's name that begins each."""
+    with pytest.raises(UserError) as caught:
+        load(text, *overrides)
+    assert caught.value.code == 2
+    lines = [line.strip() for line in str(caught.value).splitlines()]
+    assert all(line.startswith("config.yaml: ") for line in lines), lines
+    return [line.removeprefix("config.yaml: ") for line in lines]
+
+
+def test_default_then_yaml_then_override():
+    assert (load().steps, load().optim.lr, load().data.source.name) == (4000, 0.01, "drawn_digits")
+    text = MINIMAL + "steps: 7\noptim: {lr: 0.5}\n"
+    assert (load(text).steps, load(text).optim.lr) == (7, 0.5)
+    config = load(text, "steps=9", "optim.lr=0.25", "steps=10", "data.source.name=usps", "out_dir=a=b")
+    assert (config.steps, config.optim.lr, config.data.source.name) == (10, 0.25, "usps")
+    assert config.out_dir == "a=b"  # the first = ends the key
+    assert config.optim.momentum == 0.9  # its neighbours keep their defaults
+
+
+@pytest.mark.parametrize("text", ["1e-4", "1E-4", "1.0e-4", ".0001", "+1e-4", "1e-04"])
+def test_numbers_with_an_exponent_are_numbers(text):
+    assert load(MINIMAL + f"optim: {{lr: {text}}}\n").optim.lr == 1e-4
+    assert load(MINIMAL, f"optim.lr={text}").optim.lr == 1e-4
+    assert not isinstance(yaml.safe_load("1e-4"), float)  # control: what plain yaml makes of it
+
+
+@pytest.mark.parametrize("word", ["off", "no", "y", "on", "Off"])
+def test_only_true_and_false_are_truth_values(word):
+    assert mistakes(MINIMAL + f"model: {{channels_last: {word}}}\n") == [
+        f"model.channels_last must be true | false, not {word!r}"
+    ]
+    assert load(MINIMAL, f"out_dir={word}").out_dir == word
+    assert load(MINIMAL, "model.channels_last=true").model.channels_last is True
+
+
+def test_yaml_scalars_are_decimal_and_literal():
+    assert parse_yaml("[010, 1_000, 12:30, 0x10, null, ~, 2020-01-01]", "f") == [
+        10, "1_000", "12:30", "0x10", None, None, "2020-01-01"]  # fmt: skip
+
+
+def test_a_whole_number_is_a_number_but_no_other_type_is_another():
+    assert load(MINIMAL, "optim.lr=1").optim.lr == 1.0
+    assert isinstance(load(MINIMAL, "optim.lr=1").optim.lr, float)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("steps=1.5", "steps must be int, not 1.5"),
+        ("steps=10.0", "steps must be int, not 10.0"),
+        ("steps=true", "steps must be int, not True"),
+        ("steps='3'", "steps must be int, not '3'"),
+        ("seed=null", "seed must be int, not None"),
+        ("seed=", "seed must be int, not None"),
+        ("model.channels_last=1", "model.channels_last must be true | false, not 1"),
+        ("model.channels_last=0", "model.channels_last must be true | false, not 0"),
+        ("optim.lr=fast", "optim.lr must be number, not 'fast'"),
+        ("optim.lr=true", "optim.lr must be number, not True"),
+        ("optim.lr=[1]", "optim.lr must be number, not [1]"),
+        ("out_dir=3", "out_dir must be text, not 3"),
+        ("feature_layers=pooled", "feature_layers must be list of text, not 'pooled'"),
+        ("layer_weights=[1, x]", "layer_weights must be list of number, not [1, 'x']"),
+        ("amp=fp16", "amp must be float32 | float16 | bfloat16, not 'fp16'"),
+        ("model.bottleneck=1.5", "model.bottleneck must be int | null, not 1.5"),
+        ("disc_lr=[]", "disc_lr must be number | null, not []"),
+        ("reversal_progress=half", "reversal_progress must be int | total, not 'half'"),
+        ("data.augment=[flip]", "data.augment must be mapping, not ['flip']"),
+        ("model=lenet", "model must be a mapping, not 'lenet'"),
+        ("data.source=null", "data.source must be a mapping, not None"),
+        ("seed.x=1", "seed must be int, not {'x': 1}"),
+    ],
+)
+def test_wrong_types(override, expected):
+    assert mistakes(MINIMAL, override) == [expected]
+
+
+@pytest.mark.parametrize(
+    "value", [".nan", ".inf", "-.inf", "nan", "1e999", "!!float .nan", "!!float .inf", "1" + 400 * "0"]
+)
+def test_numbers_are_finite(value):
+    (line,) = mistakes(MINIMAL, f"optim.lr={value}")
+    assert line.startswith("optim.lr must be number, not ")
+
+
+@pytest.mark.parametrize(
+    ("typo", "meant"),
+    [
+        ("sed", "seed"),
+        ("epochs", "steps"),
+        ("out", "out_dir"),
+        ("adv_wieght", "adv_weight"),
+        ("reversal_gama", "reversal_gamma"),
+        ("eval_evry", "eval_every"),
+        ("lr", "optim.lr"),
+        ("batch", "data.batch"),
+        ("num_workers", "data.workers"),
+        ("data.batchsize", "data.batch"),
+        ("data.source.pth", "data.source.path"),
+        ("model.backbon", "model.backbone"),
+        ("optim.weightdecay", "optim.weight_decay"),
+    ],
+)
+def test_an_unknown_key_names_the_nearest(typo, meant):
+    assert mistakes(MINIMAL, f"{typo}=1") == [f"unknown key {typo}; did you mean {meant}?"]
+
+
+def test_all_mistakes_are_reported_at_once():
+    text = "data: {source: {name: drawn_digits}, target: {nme: usps}, batch: x}\nstep: 3\noptim: {lr: [1]}\n"
+    assert sorted(mistakes(text, "model.bn=none", "optim.momentun=0.9")) == [
+        "data.batch must be int, not 'x'",
+        "data.target.name is missing (text)",
+        "model.bn must be concat | separate | frozen, not 'none'",
+        "optim.lr must be number, not [1]",
+        "out_dir is missing (text)",
+        "unknown key data.target.nme; did you mean data.target.name?",
+        "unknown key optim.momentun; did you mean optim.momentum?",
+        "unknown key step; did you mean steps?",
+    ]
+
+
+def test_broken_rules_are_reported_at_once():
+    """Of every section, of the shared keys and of the method's own, beside mistakes of other kinds."""
+    found = mistakes(MINIMAL, "data.batch=0", "optim.lr=-1", "optim.momentum=2", "seed=-1", "adv_weight=-1", "stps=3")
+    assert sorted(found) == [
+        "adv_weight and reversal_max must not be negative",
+        "data.batch must be positive",
+        "optim.lr must be positive",
+        "optim.momentum must lie in [0, 1)",
+        "seed must not be negative",
+        "unknown key stps; did you mean steps?",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("seed=-1", "seed must not be negative"),
+        ("steps=0", "steps must be positive"),
+        ("eval_every=0", "eval_every must be positive"),
+        ("save_every=-5", "save_every must be positive"),
+        ("log_every=0", "log_every must be positive"),
+        ("data.size=0", "data.size must be positive"),
+        ("data.batch=0", "data.batch must be positive"),
+        ("data.eval_batch=0", "data.eval_batch must be positive"),
+        ("data.select_images=0", "data.select_images must be positive"),
+        ("data.workers=-1", "data.workers must not be negative"),
+        ("data.cache_gb=-1", "data.cache_gb must not be negative"),
+        ("data.source.name=minst", "data.source.name: no data set 'minst'; did you mean 'mnist'?"),
+        ("data.source.name=folder", "data.source.path is missing for name: folder"),
+        ("data.target.classes=c.txt", "data.target.classes goes with name: list only"),
+        ("data.target.resize=0", "data.target.resize must be positive"),
+        ("data.augment.afine={}", "data.augment: no operation 'afine'; did you mean affine?"),
+        ("data.augment.flip=yes", "data.augment.flip must be a mapping of parameters, {} for the defaults, not 'yes'"),
+        ("data.augment.affine.degree=3", "data.augment.affine: unknown parameter degree; did you mean degrees?"),
+        ("data.augment.affine.scale=2", "data.augment.affine.scale must be [low, high], not 2"),
+        ("data.augment.affine.scale=[2, 1]", "data.augment.affine.scale must be [low, high], not [2, 1]"),
+        ("data.augment.affine.shear=x", "data.augment.affine.shear must be a number, not 'x'"),
+        ("model={backbone: resnet18, batch_norm: false}", "model.batch_norm: false is for backbone: lenet"),
+        ("model.bn_running=target", "model.bn_running: target needs bn: separate"),
+        ("model.bottleneck=0", "model.bottleneck must be positive or null"),
+        ("optim.lr=0", "optim.lr must be positive"),
+        ("optim.backbone_lr_scale=-1", "optim.backbone_lr_scale must not be negative"),
+        ("optim.momentum=1", "optim.momentum must lie in [0, 1)"),
+        ("optim.weight_decay=-1", "optim.weight_decay must not be negative"),
+        ("optim.schedule_progress=0", "optim.schedule_progress must be total or positive"),
+        ("feature_layers=[]", "feature_layers must name a layer"),
+        ("layer_weights=[1, 1]", "layer_weights needs one weight for each of feature_layers"),
+        ("reversal_max=-1", "adv_weight and reversal_max must not be negative"),
+        ("reversal_progress=0", "reversal_progress must be total or positive"),
+        ("disc_hidden=0", "disc_hidden must be positive"),
+        ("disc_lr=0", "disc_lr must be positive or null"),
+    ],
+)
+def test_rules(override, expected):
+    assert expected in mistakes(MINIMAL, override)
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "seed=99999999999999999999",  # more than torch can take
+        "reversal_gamma=-1000",
+        "data.augment.affine.scale=[0, 1]",
+        "data.augment.affine.degrees=1e999",
+        "data.augment.crop.ratio=[0, 1]",
+        "data.augment.jitter.hue=0.7",
+    ],
+)
+def test_values_that_training_would_break_on(override):
+    (line,) = mistakes(MINIMAL, override)
+    assert line.startswith(override.split("=")[0] + " must ")
+
+
+def test_conditional_takes_the_pooled_layer_only():
+    layers = ["feature_layers=[layer4, pooled]", "layer_weights=[1, 1]"]
+    assert mistakes(MINIMAL, "conditional=cdan", *layers) == ["conditional needs feature_layers: [pooled]"]
+    assert load(MINIMAL, *layers).layer_weights == [1.0, 1.0]  # without conditioning there may be several
+    assert load(MINIMAL, "conditional=cdan").conditional == "cdan"
+
+
+@pytest.mark.parametrize("text", [MINIMAL + "seed: 1\nsteps: 2\nseed: 3\n", MINIMAL + "optim: {lr: 1, lr: 2}\n"])
+def test_duplicate_keys_are_refused(text):
+    with pytest.raises(UserError, match=r"config\.yaml:\d+: duplicate key '(seed|lr)'"):
+        load(text)
+    assert yaml.safe_load(text)  # control: plain yaml takes the last
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "- a\n- b\n",
+        "out_dir: [run\n",
+        "out_dir: run\n\tsteps: 3\n",
+        "out_dir: 'run\n",
+        "out_dir: run\x00\n",
+        "? [a, b]\n: 1\n",
+        "3: run\n",
+        "steps: *nothing\n",
+        "out_dir: !!bool maybe\n",
+        "out_dir: !!timestamp soon\n",
+        "!!map [a]\n",
+        "a: " + 2000 * "[",
+        "---\na: 1\n---\nb: 2\n",
+    ],
+)
+def test_malformed_yaml_is_one_line(text):
+    with pytest.raises(UserError, match=r"^config\.yaml") as caught:
+        load(text)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "!!python/object/apply:os.mkdir [executed]",
+        "!!python/object/new:os.mkdir [executed]",
+        "!!python/name:os.mkdir ''",
+        "!!python/module:os ''",
+    ],
+)
+def test_yaml_executes_nothing(tmp_path, value):
+    with pytest.raises(UserError, match="could not determine a constructor"):
+        load(MINIMAL + f"init_from: {value}\n")
+    with pytest.raises(UserError, match="could not determine a constructor"):
+        load(MINIMAL, f"init_from={value}")
+    assert not (tmp_path / "executed").exists()
+    yaml.unsafe_load("!!python/object/apply:os.mkdir [executed]")
+    assert (tmp_path / "executed").exists()  # control: an unsafe loader would have
+
+
+def test_a_config_that_cannot_be_read(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere\.yaml: cannot be read \(No such file"):
+        load_config(Config, "nowhere.yaml")
+    with pytest.raises(UserError, match=r"cannot be read \(Is a directory"):
+        load_config(Config, str(tmp_path))
+    (tmp_path / "latin.yaml").write_bytes(b"out_dir: \xfc\n")
+    with pytest.raises(UserError, match="not utf-8 text"):
+        load_config(Config, "latin.yaml")
+
+
+@pytest.mark.parametrize("override", ["steps", "--steps", ""])
+def test_an_override_is_key_equals_value(override):
+    with pytest.raises(UserError, match="overrides are written key=value"):
+        load(MINIMAL, override)
+
+
+def test_a_nested_override_opens_a_null_section():
+    config = load(MINIMAL, "data.target_test.name=usps", "data.target_test.resize=20")
+    assert (config.data.target_test.name, config.data.target_test.resize) == ("usps", 20)
+    assert load(MINIMAL, "data.target_test.name=usps", "data.target_test=null").data.target_test is None
+
+
+def test_root_and_cache(monkeypatch):
+    assert (load().data.root, load().data.cache) == ("datasets", "cache")
+    monkeypatch.setenv("DA_DATA", "elsewhere")
+    assert load().data.root == "elsewhere"
+    assert load(MINIMAL, "data.root=here").data.root == "here"
+    for cache in ("here", "here/cache", "here/../here/cache"):
+        assert mistakes(MINIMAL, "data.root=here", f"data.cache={cache}") == [
+            f"data.cache {cache} lies under root here; name another folder"
+        ]
+    assert load(MINIMAL, "data.root=here", "data.cache=here_too").data.cache == "here_too"
+
+
+AWKWARD = [
+    *("1e-4", "2e3", "1.", ".5", "08", "010", "1_000", "0x10", "12:30", "2020-01-01"),
+    *("off", "no", "true", "null", "~", "<<", "=", "", " a ", "line\nbreak", "ünï", "a'b\"c"),
+    *("a: b", "# no comment", "[x]", "&a", "*a", "!t"),
+]
+
+
+@pytest.mark.parametrize("word", AWKWARD)
+def test_a_dumped_config_reads_back_the_same(word):
+    config = load(
+        MINIMAL,
+        "optim.lr=1e-05",
+        "data.target_test.name=usps",
+        "data.augment={photometric: {gain: [0.5, 1.5]}, affine: {degrees: 15}}",
+        "reversal_progress=10000",
+        "disc_lr=1e-22",
+    )
+    config.out_dir, config.model.weights_missing = word or "run", [word]
+    again = load(dump(config))
+    assert again == config
+    assert list(again.data.augment) == ["photometric", "affine"]  # the order is part of it
+
+
+def test_help_lists_every_key_with_its_comment(capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse_args(Config, "About this script.", ["--help"])
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert "About this script." in shown
+    assert all(option in shown for option in ("--config", "--resume", "--dry-run"))
+    keys = [key for key in all_keys(Config) if not key.startswith("data.target_test.")]
+    sections = ("data", "data.source", "data.target", "model", "optim")
+    bare = [
+        key for key in keys
+        if key not in sections and not re.search(rf"^  {re.escape(key)}=\S.*\) \S", shown, re.MULTILINE)
+    ]  # fmt: skip
+    assert bare == []
+    assert "  optim.lr=0.01  (number) " in shown
+    assert "  out_dir=required  (text) " in shown
+
+
+@dataclasses.dataclass
+class Minimised(Config):
+    def trained_criteria(self):
+        return {"entropy"}
+
+
+def test_a_criterion_that_is_trained_on_is_warned_of(capsys):
+    load()
+    config, args = parse_args(Minimised, "", ["--config", "config.yaml", "select=entropy"])
+    assert (config.select, args.resume, args.dry_run) == ("entropy", False, False)
+    assert "warning: select: entropy is part of the training loss" in capsys.readouterr().out
+    parse_args(Minimised, "", ["--config", "config.yaml"])
+    parse_args(Config, "", ["--config", "config.yaml", "select=entropy"])
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_options_may_stand_between_overrides():
+    load()
+    config, args = parse_args(Config, "", ["seed=3", "--resume", "--config", "config.yaml", "steps=5", "--dry-run"])
+    assert (config.seed, config.steps, args.resume, args.dry_run) == (3, 5, True, True)

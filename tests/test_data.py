@@ -1,0 +1,741 @@
+"""Order, augmentation, decoding, the built-in sets, folders and lists, and the splits of two domains."""
+
+import math
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+from torchvision.transforms.v2 import functional as F
+
+import data.decoded
+import data.digits
+import data.folder
+from common.config import DataConfig, DomainConfig
+from common.runtime import UserError
+from data import drawn, eval_loader, open_domains, train_loader
+from data.augment import OPERATIONS, Augment
+from data.decoded import DecodedImages, decode
+from data.digits import blend, mnistm
+from data.folder import read_list, scan_folder
+from data.image_set import image_set
+from data.loaders import TrainBatches
+from data.order import Order, generator
+from tests.helpers import summary, tiny_config, train
+
+
+def data_config(source=None, target=None, **keys) -> DataConfig:
+    source, target = source or {"name": "drawn_digits"}, target or {"name": "drawn_digits_shifted"}
+    target_test = keys.pop("target_test", None)
+    return DataConfig(
+        DomainConfig(**source), DomainConfig(**target), target_test and DomainConfig(**target_test),
+        **{"root": "images", "cache": "cache", **keys},
+    )  # fmt: skip
+
+
+def folder_config(**keys) -> DataConfig:
+    return data_config({"name": "folder", "path": "photo"}, {"name": "folder", "path": "sketch"}, **keys)
+
+
+def numbered(size: int, side: int = 4, channels: int = 3, labelled: bool = False):
+    """A set whose image i is all i."""
+    images = torch.arange(size, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, channels, side, side).contiguous()
+    return image_set("numbered", images, list(range(size)) if labelled else None, None)
+
+
+def equal_batches(a, b) -> bool:
+    a, b = ([*x] if isinstance(x, (list, tuple)) else [x] for x in (a, b))
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+# --- order and loaders
+
+
+@pytest.mark.parametrize("batch", [1, 3, 7, 10, 64])
+def test_a_pass_has_every_image_once_whatever_the_batch(batch):
+    order, steps = Order(0, "source", 10), -(-40 // batch)
+    seen = torch.cat([order.positions(step * batch, batch) for step in range(steps)])[:40].view(4, 10)
+    assert (seen.sort(1).values == torch.arange(10)).all()
+    assert len({tuple(row) for row in seen.tolist()}) == 4  # shuffled anew each pass
+    assert torch.equal(seen.flatten(), Order(0, "source", 10).positions(0, 40))
+
+
+def test_order_is_a_function_of_seed_domain_and_position():
+    order = Order(3, "source", 50)
+    late = order.positions(123, 20)
+    assert torch.equal(order.positions(123, 20), late)
+    assert torch.equal(Order(3, "source", 50).positions(0, 200)[123:143], late)
+    assert not torch.equal(Order(4, "source", 50).positions(123, 20), late)
+    assert not torch.equal(Order(3, "target", 50).positions(123, 20), late)
+
+
+def test_unequal_domains_never_stop():
+    config, counts = data_config(batch=4, size=4), {}
+    for domain, size in (("source", 17), ("target", 5)):
+        batches = list(train_loader(numbered(size), config, 0, domain, 0, 20))
+        assert len(batches) == 20
+        counts[domain] = torch.bincount(torch.cat(batches)[:, 0, 0, 0].long())
+    assert (counts["target"] == 16).all()  # 80 draws of 5 images
+    assert counts["source"].sum() == 80
+    assert set(counts["source"].tolist()) == {4, 5}
+
+
+def test_a_domain_smaller_than_the_batch_wraps():
+    batch = TrainBatches(numbered(3), data_config(batch=8, size=4), 0, "target")[5]
+    assert batch.shape == (8, 3, 4, 4)
+    assert sorted(torch.bincount(batch[:, 0, 0, 0].long()).tolist()) == [2, 3, 3]
+
+
+AUGMENT = {"affine": {"degrees": 30}, "photometric": {"gain": [0.5, 1.5], "noise": 0.1}, "flip": {}}
+
+
+def noise_set(size: int = 23, labelled: bool = True):
+    images = torch.randint(256, (size, 3, 12, 12), dtype=torch.uint8, generator=generator("noise"))
+    return image_set("noise", images, list(range(size)) if labelled else None, None)
+
+
+def test_a_batch_is_a_function_of_seed_domain_and_step():
+    config, images = data_config(batch=6, size=12, augment=AUGMENT), noise_set()
+    batches = TrainBatches(images, config, 1, "source")
+    first = batches[7]
+    torch.manual_seed(5)
+    _ = batches[2], batches[8]
+    assert equal_batches(batches[7], first)
+    assert equal_batches(TrainBatches(images, config, 1, "source")[7], first)
+    for other in (
+        batches[8],
+        TrainBatches(images, config, 2, "source")[7],
+        TrainBatches(images, config, 1, "target")[7],
+    ):
+        assert not torch.equal(other[0], first[0])
+        assert not torch.equal(other[1], first[1])
+    assert not torch.equal(first[0], images.images[first[1]])  # control: the augmentation takes place
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_do_not_depend_on_workers_or_on_where_a_run_resumes(workers):
+    images, config = noise_set(), data_config(batch=6, size=12, augment=AUGMENT, workers=workers)
+    expected = [TrainBatches(images, config, 1, "source")[step] for step in range(9)]
+    state, numpy_state = torch.get_rng_state(), np.random.get_state()[1].copy()
+    whole, tail = (list(train_loader(images, config, 1, "source", start, 9)) for start in (0, 5))
+    assert len(whole) == 9
+    assert all(equal_batches(a, b) for a, b in zip(whole, expected, strict=True))
+    assert all(equal_batches(a, b) for a, b in zip(tail, whole[5:], strict=True))
+    assert torch.equal(torch.get_rng_state(), state)  # loading leaves the global streams alone
+    assert (np.random.get_state()[1] == numpy_state).all()
+
+
+def test_evaluation_sees_every_image_once_in_order():
+    config = data_config(size=4, eval_batch=10, augment={"photometric": {"invert": 1.0}})
+    batches = list(eval_loader(numbered(23, labelled=True), config))
+    assert [len(images) for images, _ in batches] == [10, 10, 3]
+    assert torch.cat([labels for _, labels in batches]).tolist() == list(range(23))
+    assert torch.cat([images for images, _ in batches])[:, 0, 0, 0].tolist() == list(range(23))  # not augmented
+    assert [images.shape[1:] for images in eval_loader(numbered(5), config)] == [(3, 4, 4)]  # without labels
+
+
+@pytest.mark.parametrize("side", [6, 10])
+def test_images_are_cropped_or_padded_at_the_centre(side):
+    images = image_set("gray", torch.randint(1, 256, (5, 1, side, side), dtype=torch.uint8), None, None)
+    config = data_config(size=8, batch=5)
+    (evaluated,) = eval_loader(images, config)
+    trained = TrainBatches(images, config, 0, "source")[0][Order(0, "source", 5).positions(0, 5).argsort()]
+    for batch in (evaluated, trained):
+        assert batch.shape == (5, 3, 8, 8)
+        assert torch.equal(batch[:, 0], batch[:, 1])
+        if side > 8:
+            assert torch.equal(batch[:, :1], images.images[:, :, 1:9, 1:9])
+        else:
+            assert torch.equal(batch[:, :1, 1:7, 1:7], images.images)
+            assert batch[:, :, [0, 7]].sum() + batch[..., [0, 7]].sum() == 0
+
+
+# --- augmentation
+
+STRONG = {
+    "affine": {"degrees": 30, "translate": 0.2, "scale": [0.7, 1.3], "shear": 20},
+    "photometric": {"gain": [0.5, 1.5], "offset": 0.2, "channel_gain": [0.5, 1.5], "channel_offset": 0.2, "noise": 0.1},
+    "crop": {"scale": [0.3, 1.0]},
+    "flip": {},
+    "jitter": {"brightness": 0.5, "contrast": 0.5, "saturation": 0.5, "hue": 0.3},
+}
+
+
+def smooth(n: int, side: int = 32) -> torch.Tensor:
+    """The same smooth colour picture n times."""
+    coarse = torch.randint(256, (1, 3, 4, 4), dtype=torch.uint8, generator=generator("smooth"))
+    return F.resize(coarse, [side, side]).expand(n, -1, -1, -1).contiguous()
+
+
+def apply(name: str, images: torch.Tensor, seed: int = 0, size: int | None = None, **parameters) -> torch.Tensor:
+    before = images.clone()
+    out = Augment({name: parameters}, size or images.shape[-1])(images, generator(seed))
+    assert torch.equal(images, before)  # the decoded images are kept
+    assert out.dtype == torch.uint8
+    return out
+
+
+def off(a: torch.Tensor, b: torch.Tensor) -> int:
+    """The largest difference in grey levels."""
+    return int((a.int() - b.int()).abs().max())
+
+
+def test_every_operation_is_tested():
+    assert set(STRONG) == set(OPERATIONS)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_every_image_of_a_batch_has_its_own_parameters(name):
+    out = apply(name, smooth(16), **STRONG[name])
+    assert out.shape == (16, 3, 32, 32)
+    assert len({image.numpy().tobytes() for image in out}) == (2 if name == "flip" else 16)
+    assert torch.equal(apply(name, smooth(16), **STRONG[name]), out)
+    assert not torch.equal(apply(name, smooth(16), seed=1, **STRONG[name]), out)
+
+
+def test_control_torchvision_draws_once_for_a_batch():
+    out = torchvision.transforms.v2.RandomAffine(30)(smooth(16))
+    assert len({image.numpy().tobytes() for image in out}) == 1
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_identity_parameters_change_nothing(name):
+    identity = {"crop": {"scale": [1.0, 1.0], "ratio": [1.0, 1.0]}, "flip": {"probability": 0.0}}.get(name, {})
+    assert off(apply(name, smooth(4), **identity), smooth(4)) <= 1
+    gray = smooth(4)[:, :1].contiguous()
+    assert off(apply(name, gray, **identity), gray) <= 1  # one channel stays one
+
+
+def _spot(right: int, down: int, side: int = 65) -> torch.Tensor:
+    """64 images with a white spot that far from the centre."""
+    images = torch.zeros(64, 3, side, side, dtype=torch.uint8)
+    row, column = side // 2 + down, side // 2 + right
+    images[:, :, row - 2 : row + 3, column - 2 : column + 3] = 255
+    return images
+
+
+def _centre(images: torch.Tensor) -> torch.Tensor:
+    """(right, down) of each image's centre of mass, from the middle."""
+    mass, side = images[:, 0].float(), images.shape[-1]
+    axis = torch.arange(side) - (side - 1) / 2
+    return torch.stack([(mass.sum(1) * axis).sum(1), (mass.sum(2) * axis).sum(1)], 1) / mass.sum((1, 2)).unsqueeze(1)
+
+
+def test_affine_rotates():
+    centre = _centre(apply("affine", _spot(20, 0), degrees=40))
+    assert ((centre.norm(dim=1) - 20).abs() < 0.5).all()
+    angle = torch.atan2(centre[:, 1], centre[:, 0]).rad2deg()
+    assert angle.abs().max() < 41
+    assert (angle.min(), angle.max()) < (-25, 25)
+    assert angle.max() > 25
+
+
+def test_affine_shifts():
+    centre = _centre(apply("affine", _spot(0, 0), translate=0.2))
+    assert centre.abs().max() < 0.2 * 65 + 0.5
+    assert (centre.max(0).values > 8).all()
+    assert (centre.min(0).values < -8).all()
+
+
+def test_affine_scales():
+    centre = _centre(apply("affine", _spot(16, 8), scale=[0.5, 1.5]))
+    zoom = centre / torch.tensor([16.0, 8.0])
+    torch.testing.assert_close(zoom[:, 0], zoom[:, 1], atol=0.06, rtol=0)
+    assert 0.45 < zoom.min() < 0.65
+    assert 1.35 < zoom.max() < 1.55
+
+
+def test_affine_shears():
+    centre = _centre(apply("affine", _spot(0, 20), shear=30))
+    assert ((centre[:, 1] - 20).abs() < 0.5).all()  # along the rows
+    assert centre[:, 0].abs().max() < 20 * math.tan(math.radians(31))
+    assert centre[:, 0].min() < -5
+    assert centre[:, 0].max() > 5
+
+
+def test_affine_repeats_the_edges():
+    assert (
+        apply("affine", torch.full((8, 3, 16, 16), 200, dtype=torch.uint8), translate=0.5, scale=[0.5, 0.5]) == 200
+    ).all()
+
+
+def test_photometric_inverts():
+    assert off(apply("photometric", smooth(4), invert=1.0), 255 - smooth(4)) <= 1
+    some = apply("photometric", smooth(40), invert=0.5)
+    inverted = [off(image, 255 - smooth(1)[0]) <= 1 for image in some]
+    assert 8 < sum(inverted) < 32
+    assert all(was or off(image, smooth(1)[0]) <= 1 for image, was in zip(some, inverted, strict=True))
+
+
+def test_photometric_gain_and_offset():
+    two = torch.tensor([100, 156], dtype=torch.uint8).view(1, 1, 1, 2).expand(64, 3, 2, 2)
+    gain = apply("photometric", two, gain=[0.5, 1.5]).float()
+    spread, middle = (gain[..., 1] - gain[..., 0]) / 56, gain.mean((1, 2, 3))
+    assert 0.47 < spread.min() < 0.65
+    assert 1.35 < spread.max() < 1.53
+    assert (middle - 128).abs().max() <= 1
+    shift = apply("photometric", two, offset=0.2).float() - two
+    assert (shift.amax((1, 2, 3)) - shift.amin((1, 2, 3))).max() <= 1  # of the whole image
+    assert shift.abs().max() <= 0.2 * 255 + 1
+    assert shift.min() < -25
+    assert shift.max() > 25
+
+
+def test_photometric_colour_and_noise():
+    gray = torch.full((64, 1, 8, 8), 100, dtype=torch.uint8)
+    for parameters in ({"channel_gain": [0.5, 1.5]}, {"channel_offset": 0.2}):
+        out = apply("photometric", gray, **parameters)
+        assert out.shape == (64, 3, 8, 8)
+        assert (out.amax((2, 3)) == out.amin((2, 3))).all()  # a colour for each image
+        assert (out[:, 0] != out[:, 1]).any()
+    deviation = apply("photometric", gray, noise=0.1).float().std((1, 2, 3))
+    assert deviation.max() < 0.13 * 255
+    assert deviation.min() < 0.03 * 255 < 0.07 * 255 < deviation.max()
+
+
+def test_crop_of_the_whole_is_a_resize():
+    whole = {"scale": [1.0, 1.0], "ratio": [1.0, 1.0]}
+    assert torch.equal(apply("crop", smooth(4), size=12, **whole), F.resize(smooth(4), [12, 12], antialias=True))
+
+
+def test_crop_has_the_area_and_aspect_asked_for():
+    """Every pixel tells its place, so that a crop tells its box."""
+    place = 4 * torch.arange(64)
+    image = torch.stack([place.expand(64, 64), place.view(-1, 1).expand(64, 64), torch.zeros(64, 64)])
+    out = apply("crop", image.to(torch.uint8).expand(200, -1, -1, -1), scale=[0.2, 0.5], ratio=[0.5, 2.0]).float() / 4
+    (left, top), (right, bottom) = out[:, :2].amin((2, 3)).T, out[:, :2].amax((2, 3)).T
+    width, height = right - left + 1, bottom - top + 1
+    share, aspect = width * height / 64**2, width / height
+    assert 0.17 < share.min() < 0.26
+    assert 0.44 < share.max() < 0.53
+    assert 0.44 < aspect.min() < 0.65
+    assert 1.5 < aspect.max() < 2.25
+    assert left.min() < 3
+    assert right.max() > 60
+
+
+def test_flip():
+    assert torch.equal(apply("flip", smooth(4), probability=1.0), smooth(4).flip(3))
+    flipped = [torch.equal(image, smooth(1)[0].flip(2)) for image in apply("flip", smooth(40))]
+    assert 8 < sum(flipped) < 32
+
+
+def test_jitter():
+    image = smooth(40)
+    brightness = apply("jitter", image, brightness=0.4).float().mean((1, 2, 3)) / image.float().mean((1, 2, 3))
+    assert 0.58 < brightness.min() < 0.75
+    assert 1.2 < brightness.max() < 1.42
+    contrast = apply("jitter", image, contrast=0.4).float().std((1, 2, 3)) / image.float().std((1, 2, 3))
+    assert 0.55 < contrast.min() < 0.75
+    assert 1.2 < contrast.max() < 1.45
+    gray = image[:, :1].expand(-1, 3, -1, -1).contiguous()
+    assert off(apply("jitter", gray, saturation=0.9, hue=0.4), gray) <= 1  # no colour to change
+    assert off(apply("jitter", image, saturation=0.9), image) > 20
+    assert off(apply("jitter", image, hue=0.4), image) > 20
+
+
+def test_jitter_beyond_its_range_stays_an_image():
+    for name in ("brightness", "contrast", "saturation"):
+        assert apply("jitter", smooth(40), **{name: 1.5}).shape == (40, 3, 32, 32)
+
+
+# --- decoded images
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """The paths decoded so far."""
+    calls, plain = [], data.decoded.decode
+    monkeypatch.setattr(data.decoded, "decode", lambda path, side: (calls.append(path), plain(path, side))[1])
+    return calls
+
+
+def test_memory_file_and_not_kept_give_the_same_pixels(pictures, tmp_path, decoded):
+    paths, index = sorted(pictures("flat", 6).iterdir()), torch.tensor([4, 0, 4, 2])
+    expected = torch.stack([decode(paths[i], 16) for i in index])
+    assert expected.shape == (4, 3, 16, 16)
+    cache = tmp_path / "cache"
+    for keys, kept, files in (
+        ((None, 1e9, False), False, 0),
+        ((cache, 1e9, False), True, 0),
+        ((cache, 6 * 3 * 16 * 16, False), True, 0),  # exactly at the limit
+        ((cache, 6 * 3 * 16 * 16 - 1, False), True, 2),
+        ((cache, 1e9, True), True, 2),  # read by several workers; finds the file of the line above
+    ):
+        del decoded[:]
+        images = DecodedImages(paths, 16, *keys)
+        for _ in range(3):
+            assert torch.equal(images[index], expected)
+        if kept and keys != (cache, 1e9, True):
+            assert sorted(set(decoded)) == [paths[0], paths[2], paths[4]]
+            assert len(decoded) <= 4
+        else:
+            assert len(decoded) == (0 if kept else 12)
+        assert len(list(cache.glob("*")) if cache.exists() else []) == files
+        assert len(images) == 6
+
+
+def test_a_file_of_decoded_images_is_found_by_later_runs(pictures, tmp_path, decoded):
+    paths = sorted(pictures("flat", 5).iterdir())
+
+    def read(side: int = 16):
+        return DecodedImages(paths, side, tmp_path / "cache", 0, False)[torch.arange(5)]
+
+    first = read()
+    assert len(decoded) == 5
+    assert torch.equal(read(), first)
+    assert len(decoded) == 5
+    read(8)
+    assert len(decoded) == 10  # another size is another file
+
+    Image.new("RGB", (20, 20), (9, 9, 9)).save(paths[3])
+    os.utime(paths[3], ns=(1, 1))
+    again = read()
+    assert (again[3] == 9).all()  # a changed image is decoded again
+    assert torch.equal(again[:3], first[:3])
+
+
+def test_workers_share_the_file(pictures, tmp_path, decoded):
+    paths = sorted(pictures("flat", 4).iterdir())
+    here = DecodedImages(paths, 16, tmp_path / "cache", 0, False)
+    there = pickle.loads(pickle.dumps(here))
+    pixels = there[torch.arange(4)]
+    assert torch.equal(here[torch.arange(4)], pixels)
+    assert len(decoded) == 4
+    assert len(pickle.dumps(here)) < 4096  # the pixels do not travel
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1", "I;16"])
+def test_every_kind_of_image_becomes_rgb(tmp_path, mode):
+    image = Image.new("RGB", (30, 20), (200, 200, 200))
+    image = Image.new("I;16", (30, 20), 200) if mode == "I;16" else image.convert(mode)
+    image.save("image.tif")
+    pixels = decode(tmp_path / "image.tif", 8)
+    assert pixels.shape == (3, 8, 8)
+    assert pixels.dtype == torch.uint8
+
+
+def test_decoding_is_resizing_and_jpeg_shortcuts_are_close(tmp_path):
+    picture = Image.fromarray(smooth(1, 400)[0].permute(1, 2, 0).numpy())
+    picture.save("image.png")
+    exact = torch.from_numpy(np.array(picture.resize((16, 16), Image.Resampling.BILINEAR))).permute(2, 0, 1)
+    assert torch.equal(decode(tmp_path / "image.png", 16), exact)
+    picture.save("image.jpg", quality=95)
+    assert off(decode(tmp_path / "image.jpg", 16), exact) < 12
+
+
+@pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n", "half"])
+def test_an_unreadable_image_is_named(pictures, content):
+    path = sorted(pictures("flat", 1).iterdir())[0]
+    path.write_bytes(path.read_bytes()[:200] if content == "half" else content)
+    with pytest.raises(UserError, match=r"000\.png: cannot be read as an image \(.+\); mend or remove it") as caught:
+        decode(path, 8)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+# --- built-in and digit sets
+
+
+def test_drawn_digits_are_the_same_on_every_call(few_digits):
+    torch.manual_seed(1)
+    for split in ("train", "test"):
+        for shifted in (False, True):
+            images, labels = drawn.draw.__wrapped__(split, shifted)
+            torch.manual_seed(2)
+            again, same_labels = drawn.draw.__wrapped__(split, shifted)
+            assert torch.equal(images, again)
+            assert torch.equal(labels, same_labels)
+            assert images.shape == (drawn.COUNT[split], 3, 28, 28)
+            assert images.dtype == torch.uint8
+            assert set(labels.tolist()) == set(range(10))
+
+
+def test_drawn_domains_and_splits_differ(few_digits):
+    plain, shifted = drawn.draw("train", False)[0].float(), drawn.draw("train", True)[0].float()
+    colour = [(x[:, 0] - x[:, 2]).abs().mean() for x in (plain, shifted)]
+    ground = [x[:, :, 0, 0].std() for x in (plain, shifted)]
+    assert colour[1] > 2 * colour[0]
+    assert ground[1] > 5 * ground[0]
+    test = drawn.draw("test", False)[0]
+    assert not any((plain == image).all(3).all(2).all(1).any() for image in test)
+
+
+def test_mnistm_is_the_difference_of_patch_and_digit():
+    digits = torch.randint(256, (5, 1, 28, 28), dtype=torch.uint8, generator=generator("digits"))
+    photographs = [np.random.default_rng(i).integers(0, 256, (30 + i, 40, 3), dtype=np.uint8) for i in range(3)]
+    blended, random = blend(digits, photographs, generator("x")), generator("x")
+    which, corners = torch.randint(3, (5,), generator=random), torch.rand((5, 2), generator=random)
+    for i in range(5):
+        photograph = photographs[which[i]]
+        top, left = (int(c * (n - 28 + 1)) for c, n in zip(corners[i].tolist(), photograph.shape[:2], strict=True))
+        for row in range(28):
+            for column in range(28):
+                for channel in range(3):
+                    patch = int(photograph[top + row, left + column, channel])
+                    assert blended[i, channel, row, column] == abs(patch - int(digits[i, 0, row, column]))
+
+
+def test_mnistm_is_kept_and_found_again(pictures, tmp_path, monkeypatch):
+    root, cache = pictures("photographs", 3, side=40).parent, tmp_path / "cache"
+    digits = {train: torch.randint(256, (6, 1, 28, 28), dtype=torch.uint8) for train in (True, False)}
+    monkeypatch.setattr(data.digits, "mnist", lambda root, train, read_only: (digits[train], torch.arange(6)))
+
+    def made(train=True, read_only=False):
+        return mnistm(root, "photographs", train, cache, read_only)[0]
+
+    first = made(read_only=True)
+    assert not cache.exists()  # a dry run writes nothing
+    assert torch.equal(made(), first)
+    assert not torch.equal(made(train=False), first)
+    with monkeypatch.context() as patch:
+        patch.setattr(data.digits, "blend", lambda *_: pytest.fail("not kept"))
+        assert torch.equal(made(), first)
+    for kept in cache.glob("mnistm_train*.npy"):
+        kept.write_bytes(kept.read_bytes()[:500])
+    assert torch.equal(made(), first)  # a file cut short is made again
+    with pytest.raises(UserError, match=r"mnistm: no photographs in .*nowhere"):
+        mnistm(root, "nowhere", True, cache, False)
+    pictures("photographs", 4, side=20)
+    with pytest.raises(UserError, match=r"000\.png is smaller than 28 px"):
+        made()
+
+
+@pytest.mark.parametrize("name", ["mnist", "usps", "svhn"])
+def test_an_absent_set_says_so_and_a_dry_run_downloads_nothing(tmp_path, monkeypatch, name):
+    monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: pytest.fail("a download"))
+    config = data_config({"name": name})
+    with pytest.raises(UserError, match=f"{name}: .* is not there, and a dry run downloads nothing"):
+        open_domains(config, 0, dry_run=True)
+
+    def offline(*_, **__):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("urllib.request.urlopen", offline)
+    with pytest.raises(
+        UserError, match=rf"{name}: .*(could not be downloaded \(.*set data\.root|pip install scipy)"
+    ) as caught:
+        open_domains(config, 0)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+# --- folders and lists
+
+
+def test_a_folder_per_class(pictures, tmp_path):
+    folder = pictures("photo", {"dog": 2, "cat": 3})
+    (folder / "cat" / "notes.txt").write_text("no image")
+    (folder / ".hidden").mkdir()
+    files, labels, classes = scan_folder("photo", tmp_path / "images")
+    assert classes == ["cat", "dog"]
+    assert labels == [0, 0, 0, 1, 1]
+    assert [f.parent.name for f in files] == ["cat"] * 3 + ["dog"] * 2
+    pictures("flat", 3)
+    files, labels, classes = scan_folder("flat", tmp_path / "images")
+    assert (len(files), labels, classes) == (3, None, None)
+
+
+@pytest.fixture
+def lists(pictures, tmp_path):
+    """`lists("a.txt", "cat/000.png 0\\n")`, beside the pictures of cat (3) and dog (2)."""
+    pictures("photo", {"cat": 3, "dog": 2})
+
+    def read(text: str, classes: str | None = None):
+        (tmp_path / "images" / "photo" / "a.txt").write_text(text)
+        if classes is not None:
+            (tmp_path / "images" / "classes.txt").write_text(classes)
+        return read_list("photo/a.txt", None if classes is None else "classes.txt", tmp_path / "images")
+
+    return read
+
+
+def test_lists(lists, tmp_path):
+    files, labels, classes = lists("dog/001.png 0\ncat/000.png 1\n\ncat/002.png 1\n")
+    assert [str(f.relative_to(tmp_path / "images/photo")) for f in files] == [
+        "dog/001.png",
+        "cat/000.png",
+        "cat/002.png",
+    ]
+    assert (labels, classes) == ([0, 1, 1], ["0", "1"])
+    assert lists("dog/001.png cat\ncat/000.png dog\n", "dog\ncat\n")[1:] == ([1, 0], ["dog", "cat"])
+    assert lists("dog/001.png 0\ncat/000.png 1\n", "dog\ncat\n")[1:] == ([0, 1], ["dog", "cat"])
+    assert lists("dog/001.png\ncat/000.png\n")[1:] == (None, None)
+    spaced = tmp_path / "images" / "photo" / "my cat.png"
+    spaced.write_bytes((tmp_path / "images" / "photo" / "cat" / "000.png").read_bytes())
+    assert lists("my cat.png 1\ndog/000.png 0\n")[:2] == ([spaced, tmp_path / "images/photo/dog/000.png"], [1, 0])
+    assert lists("my cat.png\n")[:2] == ([spaced], None)
+    assert lists(f"{spaced} 0\ndog/000.png 1\n")[0][0] == spaced  # absolute, below the root
+
+
+@pytest.mark.parametrize(
+    ("text", "classes", "match"),
+    [
+        ("cat/000.png 0\ncat/999.png 1\n", None, r"a\.txt:2: there is no file .*cat/999\.png"),
+        ("cat/000.png 0\ndog/000.png tiger\n", None, r"a\.txt:2: label 'tiger' is no class number$"),
+        ("cat/000.png 0\ndog/000.png tiger\n", "cat\ndog\n", r"a\.txt:2: label 'tiger' is no class number and no name"),
+        ("cat/000.png 0\ndog/000.png 2\n", "cat\ndog\n", r"a\.txt:2: label 2 is unknown, .* numbers 0 to 1"),
+        ("cat/000.png 0\ndog/000.png -1\n", None, r"a\.txt:2: label '-1' is no class number"),
+        ("cat/000.png 0\ndog/000.png\n", None, r"a\.txt:2: has no label, other lines have"),
+        ("cat/000.png 0\n../../secret.png 1\n", None, r"a\.txt:2: .*secret\.png lies outside"),
+        ("cat/000.png 0\n/etc/secret.png 1\n", None, r"a\.txt:2: /etc/secret\.png lies outside"),
+        ("cat/000.png 0\ndog/000.png 2\n", None, r"a\.txt has no image of class 1; labels count from 0 without gaps"),
+        ("cat/000.png 0\ncat/001.png 0\n", "cat\ndog\n", r"a\.txt has no image of class dog"),
+        ("cat/000.png 0\n", None, r"a\.txt has the one class 0"),
+        ("\n", None, r"a\.txt names no image"),
+        ("cat/000.png 0\n", "cat\ncat\n", r"classes\.txt must name at least two classes, each once"),
+    ],
+)
+def test_mistakes_in_a_list(lists, text, classes, match):
+    with pytest.raises(UserError, match=match) as caught:
+        lists(text, classes)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_label_out_of_all_proportion_is_refused_at_once(lists, monkeypatch):
+    """Not after counting up to it."""
+    monkeypatch.setattr(data.folder, "range", lambda n: range(n) if n < 10**6 else pytest.fail("counts"), raising=False)
+    with pytest.raises(UserError, match="has no image of class 1; labels count from 0 without gaps"):
+        lists("cat/000.png 0\ndog/000.png 999999999999\n")
+
+
+def test_classes_in_another_order_are_matched_by_name(pictures, tmp_path):
+    pictures("photo", {"ant": 4, "bee": 5, "cat": 6})
+    pictures("sketch", {"ant": 3, "bee": 2, "cat": 1})
+    names = ["cat", "ant", "bee"]
+    (tmp_path / "images/classes.txt").write_text("\n".join(names))
+    files = sorted((tmp_path / "images/sketch").glob("*/*.png"))
+    lines = [f"{f.relative_to(tmp_path / 'images/sketch')} {names.index(f.parent.name)}\n" for f in files]
+    (tmp_path / "images/sketch/list.txt").write_text("".join(lines))
+    target = {"name": "list", "path": "sketch/list.txt", "classes": "classes.txt"}
+    domains = open_domains(data_config({"name": "folder", "path": "photo"}, target), 0)
+    assert domains.classes == ["ant", "bee", "cat"]
+    assert [domains.classes[label] for label in domains.target_test.labels] == [f.parent.name for f in files]
+    assert domains.target_test.labels.tolist() != [names.index(f.parent.name) for f in files]  # control
+
+
+# --- domains
+
+
+def test_target_labels_are_dropped(pictures, few_digits):
+    pictures("photo", {"cat": 5, "dog": 5})
+    pictures("sketch", {"cat": 4, "dog": 3})
+    for config in (data_config(), folder_config()):
+        domains = open_domains(config, 0)
+        assert domains.target.labels is None
+        assert domains.criteria.labels is None
+        (batch,) = train_loader(domains.target, config, 0, "target", 0, 1)
+        assert isinstance(batch, torch.Tensor)
+        assert all(isinstance(batch, torch.Tensor) for batch in domains.eval_loaders()["target_train"])
+        assert domains.target_test.labels is not None  # for reporting
+
+
+def test_source_val_is_a_seeded_tenth(pictures):
+    pictures("photo", {"cat": 20, "dog": 13})
+    pictures("sketch", {"cat": 4, "dog": 3})
+    domains, again, other = (open_domains(folder_config(), seed) for seed in (0, 0, 1))
+    assert (len(domains.source), len(domains.source_val)) == (30, 3)
+    assert sorted([*domains.source.indices.tolist(), *domains.source_val.indices.tolist()]) == list(range(33))
+    for part in (domains.source, domains.source_val):
+        assert [domains.classes[label] for label in part.labels] == [
+            part.images.paths[i].parent.name for i in part.indices
+        ]
+    assert torch.equal(again.source_val.indices, domains.source_val.indices)
+    assert not torch.equal(other.source_val.indices, domains.source_val.indices)
+
+
+def test_own_test_splits_are_used(few_digits):
+    domains = open_domains(data_config(), 0)
+    assert [len(s) for s in (domains.source, domains.source_val, domains.target, domains.target_test)] == [200, 60] * 2
+    assert domains.target_test_note == "the target's own test split"
+
+
+def test_a_target_test_set_of_its_own(pictures):
+    pictures("photo", {"cat": 5, "dog": 5})
+    pictures("sketch", 6)
+    pictures("held_out", {"cat": 2, "dog": 1})
+    held_out = {"name": "folder", "path": "held_out"}
+    domains = open_domains(folder_config(target_test=held_out), 0)
+    assert (len(domains.target), len(domains.target_test)) == (6, 3)
+    assert domains.target_test_note == "data.target_test"
+    with pytest.raises(UserError, match="target_test needs labels"):
+        open_domains(folder_config(target_test={"name": "folder", "path": "sketch"}), 0)
+
+
+def test_labelled_target_images_are_reported_as_transductive(pictures):
+    pictures("photo", {"cat": 5, "dog": 5})
+    pictures("sketch", {"cat": 4, "dog": 3})
+    domains = open_domains(folder_config(), 0)
+    assert torch.equal(domains.target_test.indices, domains.target.indices)
+    assert "transductive" in domains.target_test_note
+
+
+def test_criteria_see_a_seeded_sample_of_target_training_images(few_digits):
+    chosen = [open_domains(data_config(select_images=50), seed).criteria.indices for seed in (0, 0, 1)]
+    assert len(chosen[0].unique()) == 50
+    assert torch.equal(chosen[0], chosen[1])
+    assert not torch.equal(chosen[0], chosen[2])
+    assert len(open_domains(data_config(select_images=5000), 0).criteria) == 200
+
+
+def test_without_target_labels_there_are_no_target_figures(pictures, tmp_path):
+    pictures("photo", {"cat": 12, "dog": 12})
+    pictures("sketch", 9)
+    assert open_domains(folder_config(), 0).target_test is None
+    config = tiny_config(
+        tmp_path,
+        data="{source: {name: folder, path: photo}, target: {name: folder, path: sketch}, size: 16, batch: 4, "
+        f"root: {tmp_path}/images, cache: {tmp_path}/cache}}",
+    )
+    assert train("train_dann", config, "steps=2") == 0
+    result = summary(tmp_path / "run")
+    nothing = {"accuracy": None, "mean_class_accuracy": None}
+    assert result["target"] == {
+        "last": {"step": 2, **nothing}, "selected": {"step": 2, **nothing}, "oracle": {"step": None, **nothing}
+    }  # fmt: skip
+    assert result["target_test"] == "none: no target labels"
+    assert 0 <= result["source_val"]["accuracy"] <= 100
+
+
+def test_a_dry_run_evaluates_one_batch_and_keeps_nothing(pictures, tmp_path):
+    pictures("photo", {"cat": 20, "dog": 20})
+    pictures("sketch", {"cat": 9, "dog": 9})
+    domains = open_domains(folder_config(eval_batch=3, cache_gb=0.0), 0, dry_run=True)
+    assert [len(s) for s in (domains.source_val, domains.criteria, domains.target_test)] == [3, 3, 3]
+    assert (len(domains.source), len(domains.target)) == (36, 18)
+    domains.source.images[torch.arange(4)]
+    assert not (tmp_path / "cache").exists()
+
+
+# --- real data
+
+
+@pytest.mark.data
+def test_real_mnist_and_usps(real_data, tmp_path):
+    config = data_config({"name": "mnist"}, {"name": "usps", "resize": 20}, root=str(real_data("MNIST", "USPS")))
+    domains = open_domains(config, 0)
+    assert [len(s) for s in (domains.source, domains.source_val)] == [60000, 10000]
+    assert [len(s) for s in (domains.target, domains.target_test)] == [7291, 2007]
+    assert torch.bincount(domains.source.labels).tolist()[:3] == [5923, 6742, 5958]
+    assert domains.source.images.shape == (60000, 1, 28, 28)
+    assert domains.target.images.shape == (7291, 1, 20, 20)
+    assert all(s.images.float().mean() < 100 for s in (domains.source, domains.target))  # light digits on dark ground
+
+
+@pytest.mark.data
+def test_real_pacs(real_data):
+    photo, art = ({"name": "folder", "path": f"PACS/{name}"} for name in ("photo", "art_painting"))
+    domains = open_domains(data_config(photo, art, size=28, root=str(real_data("PACS"))), 0)
+    assert domains.classes == ["dog", "elephant", "giraffe", "guitar", "horse", "house", "person"]
+    assert len(domains.source) + len(domains.source_val) == 1670
+    assert len(domains.target) == len(domains.target_test) == 2048
+    assert domains.source.images[torch.tensor([0, 1000])].shape == (2, 3, 32, 32)
+
+
+@pytest.mark.data
+def test_real_mnistm(real_data, tmp_path):
+    images, labels = mnistm(real_data("MNIST", "BSDS500"), "BSDS500/train", False, tmp_path / "cache", False)
+    assert images.shape == (10000, 3, 28, 28)
+    assert labels.shape == (10000,)
+    assert 80 < images.float().mean() < 150

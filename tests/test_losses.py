@@ -1,0 +1,148 @@
+"""Losses against plain loops."""
+
+import math
+
+import pytest
+import torch
+
+from losses.cdan import MultilinearMap, entropy_weights
+from losses.domain import domain_accuracy, domain_loss
+
+
+def _softplus(x: float) -> float:
+    return max(x, 0.0) + math.log1p(math.exp(-abs(x)))
+
+
+def _slow_domain_loss(logits_s, logits_t, weight_s, weight_t) -> float:
+    source = sum(w * _softplus(-x) for x, w in zip(logits_s.tolist(), weight_s.tolist(), strict=True)) / len(logits_s)
+    target = sum(w * _softplus(x) for x, w in zip(logits_t.tolist(), weight_t.tolist(), strict=True)) / len(logits_t)
+    return 0.5 * (source + target)
+
+
+@pytest.mark.parametrize(("n_s", "n_t"), [(5, 5), (7, 2), (1, 9)])
+def test_domain_loss_is_the_mean_of_both_domains_means(n_s, n_t):
+    torch.manual_seed(n_s)
+    logits_s, logits_t, weight_s, weight_t = (
+        3 * torch.randn(n_s),
+        3 * torch.randn(n_t),
+        torch.rand(n_s),
+        torch.rand(n_t),
+    )
+    plain = _slow_domain_loss(logits_s, logits_t, torch.ones(n_s), torch.ones(n_t))
+    assert domain_loss(logits_s, logits_t).item() == pytest.approx(plain, rel=1e-5)
+    weighted = _slow_domain_loss(logits_s, logits_t, weight_s, weight_t)
+    assert domain_loss(logits_s, logits_t, weight_s, weight_t).item() == pytest.approx(weighted, rel=1e-5)
+
+
+def test_domain_loss_of_an_undecided_discriminator_is_log_2():
+    assert domain_loss(torch.zeros(3), torch.zeros(8)).item() == pytest.approx(math.log(2))
+
+
+def test_domain_loss_takes_logits_of_any_shape():
+    logits_s, logits_t = torch.randn(2, 1, 3, 4), torch.randn(5, 1, 2, 2)
+    flat = domain_loss(logits_s.flatten(), logits_t.flatten())
+    torch.testing.assert_close(domain_loss(logits_s, logits_t), flat)
+
+
+def test_the_label_convention_does_not_matter():
+    """Target labelled 1 and source 0, the discriminator's sign flipped: the same loss."""
+    logits_s, logits_t, weight_s, weight_t = torch.randn(6), torch.randn(4), torch.rand(6), torch.rand(4)
+    loss = domain_loss(logits_s, logits_t, weight_s, weight_t)
+    torch.testing.assert_close(domain_loss(-logits_t, -logits_s, weight_t, weight_s), loss)
+    assert (
+        abs(domain_loss(logits_t, logits_s) - domain_loss(logits_s, logits_t)) > 1e-3
+    )  # control: the labels do matter
+
+
+def test_an_empty_domain_counts_nothing_and_stays_attached():
+    logits_s, nothing = torch.randn(4, requires_grad=True), torch.zeros(0, requires_grad=True)
+    loss = domain_loss(logits_s, nothing)
+    assert loss.item() == pytest.approx(0.5 * sum(_softplus(-x) for x in logits_s.tolist()) / 4, rel=1e-5)
+    both_empty = domain_loss(nothing, nothing)
+    assert both_empty.item() == 0
+    (loss + both_empty).backward()
+    assert nothing.grad.shape == (0,)
+    assert (logits_s.grad != 0).all()
+
+
+@pytest.mark.parametrize("size", [1e4, -1e4])
+def test_domain_loss_is_finite_in_half_precision(size):
+    logits = torch.full((3,), size, dtype=torch.float16, requires_grad=True)
+    loss = domain_loss(logits, logits)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(0.5 * 1e4, rel=1e-3)
+    loss.backward()
+    assert logits.grad.isfinite().all()
+
+
+def test_domain_accuracy():
+    right, wrong = torch.tensor([2.0, 0.5]), torch.tensor([-1.0, -3.0, -0.1])
+    assert domain_accuracy(right, wrong).item() == 100
+    assert domain_accuracy(wrong, right).item() == 0
+    assert domain_accuracy(right, right).item() == 50  # always the same answer: confused, whatever the domains' sizes
+    assert domain_accuracy(wrong, wrong).item() == 50
+    assert domain_accuracy(torch.tensor([1.0, 1.0, 1.0, -1.0]), torch.tensor([-1.0])).item() == 87.5
+
+
+def test_multilinear_map_is_the_outer_product():
+    features, probabilities = torch.randn(3, 5), torch.rand(3, 4).softmax(1)
+    mapped = MultilinearMap(5, 4)(features, probabilities)
+    assert mapped.shape == (3, 20)
+    for n in range(3):
+        products = [features[n, d] * probabilities[n, k] for d in range(5) for k in range(4)]
+        torch.testing.assert_close(mapped[n], torch.stack(products))
+
+
+def test_multilinear_map_is_random_beyond_4096():
+    exact, random = MultilinearMap(512, 8), MultilinearMap(512, 9)
+    assert (exact.randomized, exact.out_features, len(exact.state_dict())) == (False, 4096, 0)
+    assert (random.randomized, random.out_features) == (True, 1024)
+    assert {name: tuple(value.shape) for name, value in random.state_dict().items()} == {
+        "random_f": (512, 1024),
+        "random_g": (9, 1024),
+    }
+    assert not list(random.parameters())  # fixed
+    other, inputs = MultilinearMap(512, 9), (torch.randn(2, 512), torch.rand(2, 9))
+    assert (other(*inputs) != random(*inputs)).any()
+    other.load_state_dict(random.state_dict())
+    assert torch.equal(other(*inputs), random(*inputs))
+
+
+def test_random_multilinear_map_keeps_inner_products():
+    """E <T(f, g), T(f', g')> = <f, f'> <g, g'>, the kernel of the outer products."""
+    torch.manual_seed(0)
+    features, probabilities = torch.randn(4, 30), torch.randn(4, 20).mul(2).softmax(1)
+    exact = MultilinearMap(30, 20)(features, probabilities)
+    kernels = []
+    for _ in range(100):
+        mapped = MultilinearMap(30, 20, max_features=1)(features, probabilities)
+        kernels.append(mapped @ mapped.T)
+    kernels = torch.stack(kernels)
+    error, spread = kernels.mean(0) - exact @ exact.T, kernels.std(0) / 10
+    assert (error.abs() < 4 * spread).all()  # four standard errors
+    assert (spread < 0.05 * (exact @ exact.T).diag().max()).all()  # control: tight enough to see a wrong factor
+
+
+def test_entropy_weights_are_one_plus_exp_minus_entropy_in_nats():
+    logits = 2 * torch.randn(6, 5)
+    expected = []
+    for row in logits.double().softmax(1).tolist():
+        expected.append(1 + math.exp(sum(p * math.log(p) for p in row)))
+    expected = [w / (sum(expected) / 6) for w in expected]
+    assert entropy_weights(logits).tolist() == pytest.approx(expected, rel=1e-5)
+
+
+def test_entropy_weights_have_mean_one_a_domain_and_no_gradient():
+    for scale in (0.1, 5.0):
+        weights = entropy_weights((scale * torch.randn(9, 4)).requires_grad_())
+        assert weights.mean().item() == pytest.approx(1, abs=1e-6)
+        assert weights.dtype == torch.float32
+        assert not weights.requires_grad
+
+
+def test_entropy_weights_at_the_extremes():
+    sure, unsure = torch.tensor([[1e4, -1e4, 0.0]]), torch.zeros(1, 3)
+    weights = entropy_weights(torch.cat([sure, unsure]).half())
+    assert weights.isfinite().all()
+    assert (weights[0] / weights[1]).item() == pytest.approx(2 / (1 + 1 / 3), rel=1e-4)  # exp(-log 3) = 1/3: in nats
+    assert entropy_weights(torch.zeros(0, 3)).shape == (0,)

@@ -1,0 +1,69 @@
+"""Target labels reach evaluation only."""
+
+import dataclasses
+
+import pytest
+import torch
+
+import data.domains
+from tests.helpers import SCRIPTS, differing, summary, tiny_config, train, weights
+
+
+@pytest.fixture
+def permute(monkeypatch):
+    """Permute the labels of one built-in set and split."""
+    open_drawn = data.domains.open_drawn
+
+    def apply(name: str, train_split: bool):
+        def permuted(asked, is_train):
+            images = open_drawn(asked, is_train)
+            if (asked, is_train) != (name, train_split):
+                return images
+            order = torch.randperm(len(images), generator=torch.Generator().manual_seed(9))
+            return dataclasses.replace(images, labels=images.labels[order])
+
+        monkeypatch.setattr(data.domains, "open_drawn", permuted)
+
+    return apply
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_target_labels_do_not_train_or_select(tmp_path, permute, script):
+    config = tiny_config(tmp_path)
+    assert train(script, config, f"out_dir={tmp_path}/plain") == 0
+    plain, plain_weights = summary(tmp_path / "plain"), weights(tmp_path / "plain")
+
+    permute("drawn_digits_shifted", True)
+    assert train(script, config, f"out_dir={tmp_path}/train_permuted") == 0
+    permuted = summary(tmp_path / "train_permuted")
+    assert differing(plain_weights, weights(tmp_path / "train_permuted")) == 0
+    assert permuted["target"] == plain["target"]
+
+    permute("drawn_digits_shifted", False)
+    assert train(script, config, f"out_dir={tmp_path}/test_permuted") == 0
+    permuted = summary(tmp_path / "test_permuted")
+    last = "checkpoints/step_00000010.pt"
+    assert differing(plain_weights, weights(tmp_path / "test_permuted")) == 0
+    assert (
+        differing(weights(tmp_path / "plain", last)["model"], weights(tmp_path / "test_permuted", last)["model"]) == 0
+    )
+    for entry in ("last", "selected"):
+        assert permuted["target"][entry]["step"] == plain["target"][entry]["step"]
+    assert (
+        permuted["target"]["last"]["accuracy"] != plain["target"]["last"]["accuracy"]
+    )  # control: the permutation took place
+
+    permute("drawn_digits", True)
+    assert train(script, config, f"out_dir={tmp_path}/control") == 0
+    assert differing(plain_weights, weights(tmp_path / "control")) > 1000
+
+
+def test_source_only_does_not_see_the_target(tmp_path):
+    """Weights and statistics stay the same whatever the target is (METHODS: target images through batch norm)."""
+    config = tiny_config(tmp_path, select="source_val")
+    assert train("train_source", config) == 0
+    assert train("train_source", config, "data.target={name: drawn_digits}", f"out_dir={tmp_path}/other") == 0
+    assert differing(weights(tmp_path / "run"), weights(tmp_path / "other")) == 0
+    assert train("train_dann", config, f"out_dir={tmp_path}/dann") == 0
+    assert train("train_dann", config, "data.target={name: drawn_digits}", f"out_dir={tmp_path}/dann_other") == 0
+    assert differing(weights(tmp_path / "dann"), weights(tmp_path / "dann_other")) > 1000  # control

@@ -1,0 +1,53 @@
+"""Every config loads, and those whose images are not here pass a dry run on a small stand-in."""
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+from common.config import load_config
+from tests.helpers import ROOT, load_script, train
+
+CONFIGS = sorted(file for file in (ROOT / "configs").rglob("*.yaml") if file.parent.name != "suites")
+RECIPES = [file for file in CONFIGS if file.parent.name in ("office31", "officehome", "visda")]
+
+
+def _script(config) -> str:
+    return "train_source" if config.stem.startswith("source") else "train_dann"
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda file: f"{file.parent.name}/{file.stem}")
+def test_every_config_loads(config):
+    loaded = load_config(load_script(ROOT / f"{_script(config)}.py").Config, str(config))
+    assert loaded.out_dir == str(config.relative_to(ROOT).with_suffix("")).replace("configs", "runs", 1)
+
+
+def _stand_in(root, domain: dict) -> None:
+    """Three images in each of three classes, as a folder per class or as a list with a classes file."""
+    names = ["back_pack", "bike", "mug"]
+    path = root / domain["path"]
+    folder = path.parent if domain["name"] == "list" else path
+    for label, name in enumerate(names):
+        (folder / name).mkdir(parents=True)
+        for i in range(3):
+            pixels = np.full((40, 30, 3), 60 * label + 10 * i, np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"frame_{i}.png")
+    if domain["name"] == "list":
+        path.write_text(
+            "".join(f"{name}/frame_{i}.png {label}\n" for label, name in enumerate(names) for i in range(3))
+        )
+        (root / domain["classes"]).write_text("\n".join(names))
+
+
+@pytest.mark.parametrize("config", RECIPES, ids=lambda file: f"{file.parent.name}/{file.stem}")
+def test_recipes_pass_a_dry_run(tmp_path, capsys, config):
+    content = yaml.safe_load(config.read_text())
+    for role in ("source", "target"):
+        _stand_in(tmp_path / "images", content["data"][role])
+    small = [f"data.root={tmp_path}/images", "data.size=64", "data.batch=2", "data.workers=0", "model.weights=null"]
+    assert train(_script(config), config, "--dry-run", *small, f"out_dir={tmp_path}/run") == 0
+    out = capsys.readouterr().out
+    assert "3 classes: back_pack, bike, mug" in out
+    assert "nothing was written" in out
+    assert not (tmp_path / "run").exists()
+    assert not (tmp_path / "cache").exists()

@@ -1,0 +1,348 @@
+"""reproduce.py: the runs it starts, skips and resumes, and the table it makes of them. A small fake script trains."""
+
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+import reproduce
+from common.config import load_config
+from common.runtime import UserError
+
+ROOT = Path(reproduce.__file__).parent
+FIGURES = {0: 70.0, 1: 80.0, 2: 87.0}  # mean 79, sum of squares 81 + 1 + 64 = 146, / 2 = 73: sd 8.544
+SCRIPT = """
+import json, os, pathlib, sys, time
+values = dict(a.split("=", 1) for a in sys.argv if "=" in a)
+seed, folder = int(values["seed"]), pathlib.Path(values["out_dir"])
+with open("calls.jsonl", "a") as calls:
+    call = {"argv": sys.argv, "omp": os.environ.get("OMP_NUM_THREADS"), "time": time.monotonic()}
+    calls.write(json.dumps(call) + "\\n")
+folder.mkdir(parents=True, exist_ok=True)
+print("training")
+if os.environ.get("FAIL_SEED") == str(seed):
+    print("warning: soon", file=sys.stderr)
+    print("error: no images of seed %d" % seed, file=sys.stderr)
+    sys.exit(1)
+meet = int(os.environ.get("MEET", 0))  # wait until so many runs are alive at once
+(folder / "alive").touch()
+end = time.monotonic() + 20
+while len(list(folder.parent.glob("*/alive"))) < meet:
+    if time.monotonic() > end:
+        sys.exit("alone")
+    time.sleep(0.02)
+accuracy = json.loads(os.environ["FIGURES"])[str(seed)]
+target = {name: {"step": 8, "accuracy": accuracy and accuracy + more, "mean_class_accuracy": 1.0}
+          for name, more in (("last", 0), ("selected", 1), ("oracle", 2))}
+config = pathlib.Path(sys.argv[sys.argv.index("--config") + 1]).read_text()
+(folder / "config.yaml").write_text(config + "seed: %d\\n" % seed)
+(folder / "summary.json").write_text(json.dumps({
+    "method": "fake", "seed": seed, "steps": 8, "seconds": 10.0 + seed,
+    "target": target, "target_test": "its test split",
+    "selection": {"criterion": "infomax", "part_of_training_loss": False, "value": 0.5}}))
+(folder / "status.json").write_text(json.dumps({"state": "finished", "step": 8, "steps": 8}))
+"""
+WAITS = """
+import pathlib, signal, sys, time
+folder = pathlib.Path(next(a for a in sys.argv if a.startswith("out_dir=")).split("=", 1)[1])
+folder.mkdir(parents=True)
+stop, end = [], time.monotonic() + 20
+signal.signal(signal.SIGTERM, lambda number, frame: stop.append(number))
+(folder / "ready").touch()
+while not stop:
+    time.sleep(0.02)
+    if time.monotonic() > end:
+        sys.exit("no signal")
+time.sleep(0.5 * ("two" in folder.name))  # one ends while the other still saves
+(folder / "saved").touch()
+sys.exit(128 + stop[0])
+"""
+SUITE = """title: A test
+note: A note.
+runs:
+  - {task: A -> B, method: one, script: train.py, config: one.yaml, published: 77.10, reference: some paper}
+  - {task: A -> B, method: two, script: train.py, config: two.yaml}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A working directory with a suite of two configs."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("FAIL_SEED", "MEET", "OMP_NUM_THREADS", "PYTHONUNBUFFERED"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("FIGURES", json.dumps(FIGURES))
+    Path("train.py").write_text(SCRIPT)
+    Path("waits.py").write_text(WAITS)
+    Path("suite.yaml").write_text(SUITE)
+    for name in ("one", "two"):
+        Path(f"{name}.yaml").write_text(f"out_dir: runs/{name}\nsteps: 8\noptim: {{lr: 0.05}}\n")
+    return tmp_path
+
+
+def calls() -> list[dict]:
+    """What the fake script was called with so far; forgotten afterwards."""
+    file = Path("calls.jsonl")
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    file.unlink(missing_ok=True)
+    return lines
+
+
+def cells(text: str, method: str) -> list[str]:
+    """The cells of a method's line in a markdown table."""
+    (line,) = [line for line in text.splitlines() if line.startswith("|") and f"| {method} |" in line]
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_every_config_runs_under_every_seed(folder, capfd):
+    assert reproduce.main(["suite.yaml", "--seeds", "0", "2"]) == 0
+    expected = [
+        ["train.py", "--config", f"{name}.yaml", f"seed={seed}", f"out_dir=runs/{name}_seed{seed}"]
+        for seed in (0, 2)
+        for name in ("one", "two")
+    ]
+    assert [call["argv"] for call in calls()] == expected
+    log = Path("runs/one_seed2.log").read_text().splitlines()
+    assert log == ["$ " + shlex.join([sys.executable, *expected[2]]), "training"]
+    out = capfd.readouterr().out
+    assert out.count(": started (") == out.count(": finished after ") == 4
+    assert "training" not in out
+
+
+def test_finished_runs_are_skipped(folder, capfd):
+    reproduce.main(["suite.yaml", "--seeds", "0"])
+    calls()
+    assert reproduce.main(["suite.yaml", "--seeds", "0", "1"]) == 0
+    assert sorted(call["argv"][3] for call in calls()) == ["seed=1", "seed=1"]
+    assert "runs/one_seed0: finished already" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("file", "text"),
+    [
+        ("status.json", '{"state": "running", "step": 4, "steps": 8}'),
+        ("status.json", '{"state": "finis'),
+        ("summary.json", None),
+        ("config.yaml", "out_dir: runs/one\nsteps: 8\noptim: {lr: 0.1}\nseed: 0\n"),  # the config was edited since
+    ],
+)
+def test_broken_runs_are_resumed(folder, file, text):
+    reproduce.main(["suite.yaml", "--seeds", "0"])
+    calls()
+    path = Path("runs/one_seed0") / file
+    path.write_text(text) if text else path.unlink()
+    assert reproduce.main(["suite.yaml", "--seeds", "0"]) == 0
+    assert [call["argv"][2:] for call in calls()] == [["one.yaml", "seed=0", "out_dir=runs/one_seed0", "--resume"]]
+
+
+def test_a_run_that_trained_elsewhere_is_still_finished(folder):
+    reproduce.main(["suite.yaml", "--seeds", "0"])
+    calls()
+    with open("one.yaml", "a") as file:
+        file.write("data: {workers: 2, root: elsewhere}\n")  # keys that do not change what is learned
+    assert reproduce.main(["suite.yaml", "--seeds", "0"]) == 0
+    assert calls() == []
+
+
+def test_a_failed_run_stops_no_other(folder, capfd, monkeypatch):
+    monkeypatch.setenv("FAIL_SEED", "1")
+    assert reproduce.main(["suite.yaml", "--seeds", "0", "1", "2"]) == 1
+    assert len(calls()) == 6
+    out = capfd.readouterr().out
+    (line,) = [line for line in out.splitlines() if line.startswith("runs/two_seed1: failed")]
+    assert line.endswith(" with exit code 1: error: no images of seed 1 (log: runs/two_seed1.log)")
+    assert cells(out, "one")[2:4] == ["2 of 3", "78.5 +- 12.0"]  # 70 and 87
+    monkeypatch.delenv("FAIL_SEED")
+    assert reproduce.main(["suite.yaml", "--seeds", "0", "1", "2"]) == 0
+    assert [call["argv"][-1] for call in calls()] == ["--resume"] * 2
+
+
+def test_a_run_without_results_has_failed(folder, capfd):
+    Path("train.py").write_text("print('nothing to do')")
+    assert reproduce.main(["suite.yaml", "--seeds", "0"]) == 1
+    out = capfd.readouterr().out
+    assert "runs/one_seed0: failed after 0 s with exit code 0: no summary.json of this config" in out
+    assert cells(out, "one")[2:7] == ["0 of 1", "-", "-", "-", "-"]
+
+
+def test_table_against_hand_computation(folder, capfd):
+    reproduce.main(["suite.yaml", "--seeds", "0", "1", "2"])
+    out = capfd.readouterr().out
+    figures = ["79.0 +- 8.5", "80.0 +- 8.5", "81.0 +- 8.5"]
+    assert cells(out, "one") == ["A -> B", "one", "3", *figures, "11", "77.1 (some paper)"]
+    assert cells(out, "two")[-1] == "-"
+    assert "oracle (chosen on target test labels: no result)" in cells(out, "method")
+    assert "`python reproduce.py suite.yaml --seeds 0 1 2`: seeds 0 1 2; steps 8; on " in out
+    assert "accuracy in percent on its test split" in out
+    assert "A note." in out
+    reproduce.main(["suite.yaml", "--seeds", "1"])
+    assert cells(capfd.readouterr().out, "one")[2:7] == ["1", "80.0", "81.0", "82.0", "11"]
+
+
+def test_unknown_figures_and_mean_iou(folder, capfd, monkeypatch):
+    monkeypatch.setenv("FIGURES", '{"0": null}')
+    assert reproduce.main(["suite.yaml", "--seeds", "0"]) == 0
+    assert cells(capfd.readouterr().out, "one")[2:6] == ["1", "-", "-", "-"]
+    file = Path("runs/one_seed0/summary.json")
+    summary = json.loads(file.read_text())
+    for entry in summary["target"].values():
+        entry["mean_iou"] = 45.34
+    summary["selection"]["part_of_training_loss"] = True
+    file.write_text(json.dumps(summary))
+    reproduce.main(["suite.yaml", "--seeds", "0"])
+    out = capfd.readouterr().out
+    assert cells(out, "one")[3:6] == ["45.3"] * 3
+    assert "Target accuracy, mean_iou in percent" in out
+    assert "infomax, infomax (part of the training loss: no judge)" in out
+
+
+def test_out_replaces_the_marked_block_in_place(folder, capfd):
+    begin, end = "<!-- begin: suite -->", "<!-- end: suite -->"
+    before = "# Results\r\n\r\ntext | with | bars\n"
+    after = "\n\nmore   \n<!-- begin: other -->\nkept\n<!-- end: other -->\nno newline"
+    out = Path("results.md")
+    out.write_bytes(f"{before}{begin}\nan old table\n{end}{after}".encode())
+    assert reproduce.main(["suite.yaml", "--seeds", "0", "--out", "results.md"]) == 0
+    text = out.read_bytes().decode()
+    assert text.startswith(before + begin + "\n")
+    assert text.endswith("\n" + end + after)
+    block = text[len(before + begin) + 1 : -len("\n" + end + after)]
+    assert cells(block, "one")[3] == "70.0"
+    assert "an old table" not in text
+    assert capfd.readouterr().out.endswith("\n" + block + "\n")
+    assert sorted(p.name for p in folder.iterdir() if "results" in p.name) == ["results.md"]
+
+
+def test_out_appends_the_block_where_the_file_lacks_it(folder):
+    Path("results.md").write_text("# Results\n")
+    for _ in range(2):  # the second time it is there
+        reproduce.main(["suite.yaml", "--seeds", "0", "--out", "results.md"])
+        text = Path("results.md").read_text()
+        assert text.startswith("# Results\n\n<!-- begin: suite -->\n**A test**\n")
+        assert text.endswith("\n<!-- end: suite -->\n")
+        assert text.count("<!-- begin") == 1
+    reproduce.main(["suite.yaml", "--seeds", "0", "--out", "new.md"])
+    assert Path("new.md").read_text().startswith("<!-- begin: suite -->\n")
+
+
+@pytest.mark.parametrize("text", ["<!-- begin: suite -->\n", "<!-- end: suite -->\n<!-- begin: suite -->\n"])
+def test_out_with_torn_markers_is_refused_before_any_run(folder, text):
+    Path("results.md").write_text(text)
+    with pytest.raises(UserError, match="once each") as raised:
+        reproduce.main(["suite.yaml", "--seeds", "0", "--out", "results.md"])
+    assert raised.value.code == 2
+    assert calls() == []
+    assert Path("results.md").read_text() == text
+
+
+def test_list_runs_nothing(folder, capfd):
+    Path("runs/two_seed1").mkdir(parents=True)
+    Path("suite.yaml").write_text(SUITE.replace("train.py", "my train.py"))
+    Path("train.py").rename("my train.py")
+    assert reproduce.main(["suite.yaml", "--seeds", "0", "1", "--list", "--out", "results.md"]) == 0
+    lines = capfd.readouterr().out.splitlines()
+    assert lines[0] == f"{sys.executable} 'my train.py' --config one.yaml seed=0 out_dir=runs/one_seed0"
+    ends = [shlex.split(line)[-1] for line in lines]
+    assert ends[1:] == ["out_dir=runs/two_seed0", "out_dir=runs/one_seed1", "--resume"]
+    assert calls() == []
+    assert sorted(p.name for p in Path("runs").iterdir()) == ["two_seed1"]
+    assert not Path("results.md").exists()
+
+
+def test_jobs_run_at_once_and_share_the_cores(folder, monkeypatch):
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    monkeypatch.setenv("MEET", "2")  # a run ends once two have started: one at a time would fail
+    assert reproduce.main(["suite.yaml", "--seeds", "0", "--jobs", "2"]) == 0
+    assert [call["omp"] for call in calls()] == ["3", "3"]
+    monkeypatch.setenv("OMP_NUM_THREADS", "5")
+    assert reproduce.main(["suite.yaml", "--seeds", "1", "--jobs", "99"]) == 0
+    assert [call["omp"] for call in calls()] == ["5", "5"]
+
+
+def test_jobs_is_a_limit(folder, monkeypatch):
+    Path("train.py").write_text(SCRIPT.replace("meet = ", "time.sleep(0.3)\nmeet = "))
+    assert reproduce.main(["suite.yaml", "--seeds", "0", "--jobs", "1"]) == 0
+    first, second = (call["time"] for call in calls())
+    assert second - first > 0.3
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "says"),
+    [
+        ("title: A test\n", "", "title is missing"),
+        ("method: two", "methd: two", "unknown key runs[1].methd; did you mean runs[1].method?"),
+        ("config: two.yaml", "config: three.yaml", "runs[1].config: there is no file three.yaml"),
+        (
+            "script: train.py, config: two",
+            "script: train_x.py, config: two",
+            "runs[1].script: there is no file train_x.py",
+        ),
+        ("config: two.yaml", "config: one.yaml", "runs[1] has the out_dir runs/one of another"),
+        ("method: two", "method: one", "runs[1] has the line A -> B / one of another"),
+        (", reference: some paper", "", "published and reference go together"),
+        ("published: 77.10", "published: high", "runs[0].published must be number | null, not 'high'"),
+        ("note: A note.\n", "note: A note.\nnote: B\n", "duplicate key 'note'"),
+        (SUITE[SUITE.index("  - ") :], "  []\n", "runs is empty"),
+    ],
+)
+def test_a_bad_suite_is_one_sentence(folder, old, new, says):
+    assert old in SUITE
+    Path("suite.yaml").write_text(SUITE.replace(old, new))
+    with pytest.raises(UserError) as raised:
+        reproduce.main(["suite.yaml"])
+    assert says in str(raised.value)
+    assert raised.value.code == 2
+    assert calls() == []
+
+
+@pytest.mark.parametrize("options", [["--jobs", "0"], ["--seeds", "1", "1"], ["--seeds", "0", "-1"]])
+def test_bad_arguments(folder, options):
+    with pytest.raises(UserError, match=options[0]):
+        reproduce.main(["suite.yaml", *options])
+    assert calls() == []
+
+
+def test_a_bad_suite_on_the_command_line(folder):
+    Path("one.yaml").unlink()
+    done = subprocess.run([sys.executable, str(ROOT / "reproduce.py"), "suite.yaml"], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr == "error: suite.yaml: runs[0].config: there is no file one.yaml\n"
+
+
+def test_a_signal_reaches_the_runs_and_starts_no_more(folder):
+    Path("suite.yaml").write_text(SUITE.replace("script: train.py", "script: waits.py"))
+    options = ["suite.yaml", "--seeds", "0", "1", "--jobs", "2", "--out", "results.md"]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "reproduce.py"), *options], stdout=subprocess.PIPE, text=True
+    )
+    first = [Path("runs/one_seed0"), Path("runs/two_seed0")]
+    end = time.monotonic() + 60
+    while not all((run / "ready").exists() for run in first) and time.monotonic() < end:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    out = process.communicate()[0]  # ends at any rate: the script gives up
+    assert process.returncode == 143
+    for run in first:
+        assert (run / "saved").exists()
+        assert f"{run}: stopped after" in out
+    assert sorted(Path("runs").glob("*_seed1*")) == []
+    assert not Path("results.md").exists()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs/suites").glob("*.yaml")), ids=lambda path: path.stem)
+def test_the_suites_of_the_repository(path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    suite = load_config(reproduce.Suite, str(path))
+    assert all(entry.script.startswith("train_") for entry in suite.runs)
+
+
+def test_there_are_suites():
+    for name in ("demo", "digits", "digits_paper", "pacs"):
+        assert (ROOT / f"configs/suites/{name}.yaml").is_file()

@@ -1,0 +1,109 @@
+"""A run stopped at any step and resumed equals the uninterrupted one to the bit."""
+
+import pytest
+import torch
+
+from common.runtime import UserError
+from tests.helpers import SCRIPTS, differing, metrics, stop_after, summary, tiny_config, train, weights
+
+LAST = "checkpoints/step_00000010.pt"
+DROPOUT = {"train_source": [], "train_dann": ["disc_norm=dropout"]}  # dropout: the random state must be kept too
+
+
+def _same_run(a, b) -> int:
+    last_a, last_b = weights(a, LAST), weights(b, LAST)
+    del last_a["seconds"], last_b["seconds"]
+    summary_a, summary_b = summary(a), summary(b)
+    del summary_a["seconds"], summary_b["seconds"]
+    assert summary_a == summary_b
+    assert metrics(a) == metrics(b)
+    return differing(last_a, last_b) + differing(weights(a), weights(b))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The uninterrupted run of each script."""
+    folders = {}
+    for script in SCRIPTS:
+        folder = tmp_path_factory.mktemp(script)
+        assert train(script, tiny_config(folder), *DROPOUT[script]) == 0
+        folders[script] = folder / "run"
+    return folders
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(("stop", "workers", "workers_after"), [(1, 0, 0), (3, 0, 0), (7, 2, 2), (6, 2, 0), (9, 0, 2)])
+def test_stopped_and_resumed_is_exact(tmp_path, monkeypatch, whole, script, stop, workers, workers_after):
+    config = tiny_config(tmp_path)
+    with monkeypatch.context() as patch:
+        stop_after(patch, stop)
+        assert train(script, config, *DROPOUT[script], f"data.workers={workers}") == 143
+    assert (tmp_path / f"run/checkpoints/step_{stop:08d}.pt").is_file()
+    assert train(script, config, *DROPOUT[script], f"data.workers={workers_after}", "--resume") == 0
+    assert _same_run(whole[script], tmp_path / "run") == 0
+
+
+@pytest.mark.parametrize("lost", ["optimizer", "random state", "batch norm"])
+def test_control_a_lost_state_is_seen(tmp_path, monkeypatch, whole, lost):
+    config = tiny_config(tmp_path)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 6)
+        train("train_dann", config, "disc_norm=dropout")
+    file = tmp_path / "run/checkpoints/step_00000006.pt"
+    state = weights(tmp_path / "run", "checkpoints/step_00000006.pt")
+    if lost == "optimizer":
+        for entry in state["optimizer"]["state"].values():
+            entry["momentum_buffer"].zero_()
+    elif lost == "random state":
+        state["rng"] = torch.Generator().manual_seed(5).get_state()
+    else:
+        for name, value in state["model"].items():
+            if "running" in name:
+                value.zero_()
+    file.with_name(file.name + ".sha256").unlink()
+    torch.save(state, file)
+    assert train("train_dann", config, "disc_norm=dropout", "--resume") == 0
+    last, other = (weights(folder, LAST)["model"] for folder in (whole["train_dann"], tmp_path / "run"))
+    assert differing(last, other) > 1000 if lost != "batch norm" else differing(last, other) > 100
+
+
+def test_same_seed_same_weights_other_seed_other_weights(tmp_path, whole):
+    assert train("train_dann", tiny_config(tmp_path), "disc_norm=dropout") == 0
+    assert _same_run(whole["train_dann"], tmp_path / "run") == 0
+    assert train("train_dann", tiny_config(tmp_path), "disc_norm=dropout", "seed=1", f"out_dir={tmp_path}/other") == 0
+    a, b = (torch.cat([v.flatten().float() for v in weights(tmp_path / run).values()]) for run in ("run", "other"))
+    assert (a != b).float().mean() > 0.9
+
+
+def test_damaged_newest_falls_back_and_none_usable_is_exit_4(tmp_path, capsys, whole):
+    config = tiny_config(tmp_path)
+    assert train("train_source", config) == 0
+    (tmp_path / "run/status.json").write_text('{"state": "running", "step": 10, "steps": 10}')
+    newest = tmp_path / "run" / LAST
+    newest.write_bytes(newest.read_bytes()[:1000])
+    assert train("train_source", config, "--resume") == 0
+    assert "step_00000010.pt: does not match" in capsys.readouterr().out
+    assert _same_run(whole["train_source"], tmp_path / "run") == 0
+    (tmp_path / "run/status.json").write_text('{"state": "running", "step": 10, "steps": 10}')
+    for file in (tmp_path / "run/checkpoints").glob("*.pt"):
+        file.write_bytes(b"")
+    with pytest.raises(UserError, match="none of its 2 checkpoints can be used") as error:
+        train("train_source", config, "--resume")
+    assert error.value.code == 4
+
+
+def test_killed_before_the_first_checkpoint_starts_again(tmp_path, monkeypatch, whole):
+    config = tiny_config(tmp_path)
+    with monkeypatch.context() as patch, pytest.raises(KeyError):
+        patch.setattr("common.run.Run.save", lambda self, step: {}["killed"])
+        train("train_source", config)
+    assert train("train_source", config, "--resume") == 0
+    assert _same_run(whole["train_source"], tmp_path / "run") == 0
+
+
+def test_not_finite_stops_with_exit_3_and_keeps_the_last_good_checkpoint(tmp_path):
+    with pytest.raises(UserError, match="cls_loss is nan") as error:
+        train("train_source", tiny_config(tmp_path), "optim.lr=1e20", "save_every=1", "log_every=1")
+    assert error.value.code == 3
+    for file in (tmp_path / "run/checkpoints").glob("*.pt"):
+        assert all(torch.isfinite(v).all() for v in weights(file.parent, file.name)["model"].values())

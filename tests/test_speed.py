@@ -1,0 +1,146 @@
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import data.decoded
+from benchmarks.speed import HEADER, measure, table_line
+from common.log import Log
+from common.runtime import UserError
+from data.loaders import TrainBatches
+from tests.helpers import ROOT, differing, train, weights
+
+ROUNDS, STEPS, BATCH = 3, 2, 8
+TINY = [f"data.batch={BATCH}", "data.select_images=50", "log_every=3"]
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def config(method: str) -> Path:
+    return ROOT / "configs" / "demo" / f"{method}.yaml"
+
+
+def turns_of(method: str, *overrides: str):
+    return measure(ROOT / f"train_{method}.py", str(config(method)), [*TINY, *overrides], ROUNDS, STEPS)
+
+
+def edited(folder: Path, *changes: tuple[str, str]) -> Path:
+    """train_source.py with pieces of its text replaced."""
+    text = (ROOT / "train_source.py").read_text()
+    for old, new in changes:
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    file = folder / "train_edited.py"
+    file.write_text(text)
+    return file
+
+
+def test_command_prints_a_table_line(command):
+    short = ["--rounds", "7", "--steps", "2"]
+    code, out, err = command("benchmarks/speed", ROOT / "train_source.py", "--config", config("source"), *TINY, *short)
+    assert code == 0, err
+    header, rule, line = out.splitlines()
+    assert f"{header}\n{rule}" == HEADER
+    number = r"(\d+\.\d+)"
+    ratio = rf"{number} \({number}-{number}\)"
+    found = re.fullmatch(rf"\| source \| {BATCH} \| {number} \| {number} \| {ratio} \| {ratio} \|", line)
+    assert found, line
+    for median, low, high in (map(float, found.groups()[i : i + 3]) for i in (2, 5)):
+        assert 0 < low <= median <= high
+
+
+def test_too_few_rounds_are_refused(command):
+    code, _, err = command("benchmarks/speed", ROOT / "train_source.py", "--config", config("source"), "--rounds", "6")
+    assert code == 2
+    assert "at least 7" in err
+
+
+@pytest.mark.parametrize(
+    ("method", "overrides", "images"),
+    [("source", [], BATCH), ("dann", ["model.bn=concat"], 2 * BATCH), ("dann", ["model.bn=separate"], 2 * BATCH)],
+)
+def test_bare_model_sees_as_many_images_as_the_script(method, overrides, images):
+    turns = turns_of(method, *overrides)
+    assert turns.bare.x.shape == (images, 3, 28, 28)
+    assert turns.bare.y.shape == (images,)
+    assert len(turns.times) == ROUNDS
+    assert all((seconds > 0).all() for seconds in turns.times)
+
+
+def test_images_forwarded_without_gradient_do_not_count(tmp_path):
+    step = "        optimizer.zero_grad(set_to_none=True)\n"
+    teacher = edited(tmp_path, (step, f"        with torch.no_grad():\n            model(x_s)\n{step}"))
+    assert len(measure(teacher, str(config("source")), TINY, ROUNDS, STEPS).bare.x) == BATCH
+
+
+def test_bare_model_is_the_same_network_contiguous_and_apart():
+    turns = turns_of("source", "model.channels_last=true")
+    own, bare = turns.model.state_dict(), turns.bare.model.state_dict()
+    assert {k: v.shape for k, v in own.items()} == {k: v.shape for k, v in bare.items()}
+    assert not {v.data_ptr() for v in own.values()} & {v.data_ptr() for v in bare.values()}
+    convolution = "backbone.layer2.0.weight"
+    assert own[convolution].is_contiguous(memory_format=torch.channels_last)
+    assert bare[convolution].is_contiguous()
+
+
+def test_bare_model_forwards_what_the_classifier_does(monkeypatch):
+    batches, batch = {}, TrainBatches.__getitem__
+    monkeypatch.setattr(TrainBatches, "__getitem__", lambda own, step: batches.setdefault(step, batch(own, step)))
+    bare = turns_of("source", "model.bottleneck=16").bare
+    bare.model.eval()
+    torch.testing.assert_close(bare.forward(), bare.model(batches[STEPS - 1][0]).logits)  # of the last warm-up step
+
+
+@pytest.mark.parametrize("disc_norm", ["batch", "dropout"])  # dropout draws from the global stream
+def test_the_measured_run_is_the_plain_run(tmp_path, disc_norm):
+    add, overrides = Log.add, [*TINY, "model.bn=separate", f"disc_norm={disc_norm}"]
+    turns = turns_of("dann", *overrides)
+    assert Log.add is add
+    total = (ROUNDS + 1) * STEPS
+    rest = [f"out_dir={tmp_path / 'run'}", f"steps={total}", f"eval_every={total}", f"save_every={total}"]
+    assert train("train_dann", config("dann"), *overrides, *rest) == 0
+    assert differing(weights(tmp_path / "run"), dict(turns.model.state_dict())) == 0
+
+
+def test_a_slower_script_has_a_higher_ratio(monkeypatch):
+    add, pause = Log.add, 0.2
+
+    def slow_add(log, **values):
+        time.sleep(pause)
+        add(log, **values)
+
+    def wall_ratio(turns):
+        return float(re.findall(r"\d+\.\d+", table_line("", turns))[2])
+
+    quick = turns_of("source")
+    monkeypatch.setattr(Log, "add", slow_add)
+    slow = turns_of("source")
+    assert wall_ratio(slow) > 2 * wall_ratio(quick)
+    assert min(float(seconds[0, 0]) for seconds in slow.times) > pause
+
+
+def test_image_files_are_decoded_before_the_first_step(pictures, tmp_path, monkeypatch):
+    root = pictures("one", {"a": 12, "b": 12}).parent
+    pictures("two", {"a": 12, "b": 12})
+    events, decode, batch = [], data.decoded.decode, TrainBatches.__getitem__
+    monkeypatch.setattr(data.decoded, "decode", lambda *args: events.append("decode") or decode(*args))
+    monkeypatch.setattr(TrainBatches, "__getitem__", lambda *args: events.append("batch") or batch(*args))
+    domains = ["data.source={name: folder, path: one}", "data.target={name: folder, path: two}"]
+    turns_of("dann", *domains, f"data.root={root}", f"data.cache={tmp_path / 'cache'}", "data.size=16")
+    assert events[:48] == ["decode"] * 48
+    assert set(events[48:]) == {"batch"}
+
+
+def test_a_script_that_ends_early_is_an_error(tmp_path):
+    loop, end = ("range(start + 1, config.steps + 1)", "range(start + 1, 4)"), ("    run.finish(", "    str(")
+    with pytest.raises(UserError, match="before the last round"):
+        measure(edited(tmp_path, loop, end), str(config("source")), TINY, ROUNDS, STEPS)

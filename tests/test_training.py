@@ -1,0 +1,167 @@
+"""The real commands, tiny: what moves, what does not, and what is written."""
+
+import pytest
+import torch
+
+from tests.helpers import SCRIPTS, metrics, summary, tiny_config, train, weights
+
+CONDITIONAL = ["conditional=cdan_e"]
+LAYERS = ["feature_layers=[layer3, layer4, pooled]", "layer_weights=[0.5, 0.5, 1]"]
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [
+        ("train_source", []),
+        ("train_source", ["model.bottleneck=16"]),
+        ("train_source", ["model.batch_norm=false", "optim.name=adam"]),
+        ("train_dann", []),
+        ("train_dann", CONDITIONAL),
+        ("train_dann", LAYERS),
+        ("train_dann", ["model.bn=separate", "disc_lr=0.1"]),
+    ],
+)
+def test_every_trainable_parameter_moves(tmp_path, script, arguments):
+    config = tiny_config(tmp_path)
+    assert train(script, config, "save_every=1", "steps=2", f"out_dir={tmp_path}/short", *arguments) == 0
+    assert (
+        train(
+            script,
+            config,
+            "steps=2",
+            "optim.lr=1e-30",
+            "optim.weight_decay=0",
+            f"out_dir={tmp_path}/still",
+            *[a for a in arguments if "disc_lr" not in a],
+        )
+        == 0
+    )
+    moved, start = (weights(tmp_path / run, "checkpoints/step_00000002.pt") for run in ("short", "still"))
+    for module in ("model", "discriminators"):
+        for name, value in moved.get(module, {}).items():
+            bias_before_norm = (
+                module == "discriminators" and name.endswith((".0.bias", ".3.bias"))
+            ) or name == "bottleneck.0.bias"
+            if value.is_floating_point() and "running" not in name and not bias_before_norm:
+                assert (value != start[module][name]).any(), f"{module}.{name} did not move"
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("amp", ["float16", "bfloat16"])
+def test_mixed_precision_trains(tmp_path, script, amp):
+    assert train(script, tiny_config(tmp_path), f"amp={amp}", "steps=30", "log_every=5") == 0
+    losses = [line["cls_loss"] for line in metrics(tmp_path / "run") if "cls_loss" in line]
+    assert losses[-1] < losses[0]
+    scaler = weights(tmp_path / "run", "checkpoints/step_00000030.pt")["scaler"]
+    assert bool(scaler) == (amp == "float16")
+    assert train(script, tiny_config(tmp_path), "steps=30", "log_every=5", f"out_dir={tmp_path}/full") == 0
+    assert metrics(tmp_path / "run")[0] != metrics(tmp_path / "full")[0]  # control: the precision did change
+
+
+def _domain_accuracy(folder) -> list[float]:
+    return [line["domain_accuracy"] for line in metrics(folder) if "domain_accuracy" in line]
+
+
+def test_the_discriminator_can_learn_and_can_be_fooled(tmp_path):
+    config = tiny_config(tmp_path)
+    common = [
+        "steps=120",
+        "log_every=20",
+        "data.batch=16",
+        "eval_every=1000",
+        "disc_hidden=64",
+        "reversal_schedule=constant",
+    ]
+    assert train("train_dann", config, *common, "reversal_max=0", f"out_dir={tmp_path}/free") == 0
+    assert _domain_accuracy(tmp_path / "free")[-1] > 90
+    assert train("train_dann", config, *common, "reversal_max=1", f"out_dir={tmp_path}/reversed") == 0
+    assert min(_domain_accuracy(tmp_path / "reversed")) < _domain_accuracy(tmp_path / "free")[-1] - 15
+
+
+def test_without_reversal_the_encoder_is_source_only(tmp_path):
+    """Frozen batch norm, lambda 0: the discriminator learns, the network gets source-only's gradients."""
+    config = tiny_config(tmp_path)
+    runs = {
+        "source": ("train_source", []),
+        "zero": ("train_dann", ["reversal_max=0"]),
+        "one": ("train_dann", ["reversal_schedule=constant"]),
+    }
+    models = {}
+    for name, (script, arguments) in runs.items():
+        assert train(script, config, "model.bn=frozen", f"out_dir={tmp_path}/{name}", *arguments) == 0
+        models[name] = weights(tmp_path / name, "checkpoints/step_00000010.pt")["model"]
+    gap = {
+        name: max(
+            float((models[name][k] - v).abs().max()) for k, v in models["source"].items() if v.is_floating_point()
+        )
+        for name in models
+    }
+    assert gap["zero"] < 1e-5
+    assert gap["one"] > 1e-3  # control
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_what_a_run_leaves(tmp_path, script):
+    assert train(script, tiny_config(tmp_path, eval_every=1000, save_every=1000)) == 0
+    folder = tmp_path / "run"
+    assert {p.name for p in folder.iterdir()} == {
+        "config.yaml",
+        "metrics.jsonl",
+        "status.json",
+        "summary.json",
+        "model.pt",
+        "model.pt.sha256",
+        "checkpoints",
+    }
+    assert {p.name for p in (folder / "checkpoints").iterdir()} == {"step_00000010.pt", "step_00000010.pt.sha256"}
+    result = summary(folder)
+    assert result["method"] == script.removeprefix("train_")
+    assert (result["steps"], result["seed"]) == (10, 0)
+    assert set(result["target"]) == {"last", "selected", "oracle"}
+    for entry in result["target"].values():
+        assert entry["step"] == 10
+        assert 0 <= entry["accuracy"] <= 100
+        assert 0 <= entry["mean_class_accuracy"] <= 100
+    assert result["selection"]["criterion"] == "infomax"
+    assert [line["step"] for line in metrics(folder) if "lr" in line] == [4, 8, 10]
+    assert all(isinstance(value, torch.Tensor) for value in weights(folder).values())
+
+
+def test_logged_metrics_of_dann(tmp_path):
+    assert train("train_dann", tiny_config(tmp_path), "disc_lr=0.5", "log_every=1") == 0
+    lines = [line for line in metrics(tmp_path / "run") if "lr" in line]
+    assert list(lines[0]) == ["step", "cls_loss", "adv_loss", "domain_accuracy", "reversal_coeff", "lr", "disc_lr"]
+    assert lines[0]["reversal_coeff"] == 0
+    assert lines[5]["reversal_coeff"] == pytest.approx(2 / (1 + 2.718281828459045**-5) - 1)
+    assert lines[0]["lr"] == pytest.approx(0.02)
+    assert lines[5]["lr"] == pytest.approx(0.02 / 6**0.75)
+    assert lines[5]["disc_lr"] == pytest.approx(0.5 / 6**0.75)
+
+
+@pytest.mark.parametrize("arguments", [[], ["model.bn=separate"], ["conditional=cdan_e"]])
+def test_a_batch_of_one(tmp_path, arguments):
+    """Two rows through the discriminator, one a domain; the network without batch norm, which one value a channel has no use for."""
+    assert train("train_dann", tiny_config(tmp_path), "data.batch=1", "model.batch_norm=false", *arguments) == 0
+    assert (
+        train("train_source", tiny_config(tmp_path), "data.batch=1", "model.bn=frozen", f"out_dir={tmp_path}/source")
+        == 0
+    )
+
+
+def test_init_from_continues_with_the_weights(tmp_path):
+    config = tiny_config(tmp_path)
+    assert train("train_source", config) == 0
+    assert (
+        train(
+            "train_dann",
+            config,
+            f"init_from={tmp_path}/run",
+            "optim.lr=1e-30",
+            "optim.weight_decay=0",
+            "model.bn=frozen",
+            f"out_dir={tmp_path}/next",
+        )
+        == 0
+    )
+    before, after = weights(tmp_path / "run"), weights(tmp_path / "next")
+    assert all(torch.equal(before[name], after[name]) for name in before)
