@@ -388,7 +388,5 @@ def parse_args(cls, description: str, argv: typing.Sequence[str] | None = None):
     args = parser.parse_intermixed_args(argv)
     config = load_config(cls, args.config, args.overrides)
     if config.select in config.trained_criteria():
-        print(
-            f"warning: select: {config.select} is part of the training loss and no judge of this run; see docs/selection.md"
-        )
+        print(f"warning: select: {config.select} is part of the training loss, and no judge of it; docs/selection.md")
     return config, args

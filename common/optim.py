@@ -16,7 +16,7 @@ def build_optimizer(config: OptimConfig, groups: list[dict]) -> torch.optim.Opti
 
 
 def set_rates(optimizer: torch.optim.Optimizer, config: OptimConfig, step: int, steps: int) -> float:
-    """Set every group's rate for `step` (from 0): the schedule times the group's `lr_scale`. Returns the rate at scale 1."""
+    """Set every group's rate for `step` (from 0): the schedule times its `lr_scale`. Returns the rate at scale 1."""
     rate = learning_rate(config, step, steps)
     for group in optimizer.param_groups:
         group["lr"] = rate * group["lr_scale"]

@@ -62,9 +62,8 @@ class Run:
         changed = [k for k in before.keys() | now.keys() if k not in FREE_AT_RESUME and before.get(k) != now.get(k)]
         if changed:
             shown = ", ".join(f"{k} {before.get(k)!r} -> {now.get(k)!r}" for k in sorted(changed))
-            raise UserError(
-                f"--resume: {self.folder} was trained under another config ({shown}); undo the change or choose another out_dir"
-            )
+            remedy = "undo the change or choose another out_dir"
+            raise UserError(f"--resume: {self.folder} was trained under another config ({shown}); {remedy}")
 
     def begin(self, **state) -> int:
         """Start or continue the run; returns the number of steps done. `state`: what `save` writes, by name."""
@@ -138,7 +137,7 @@ class Run:
         )
 
     def evaluated(self, step: int, metrics: dict, model: torch.nn.Module) -> None:
-        """Record an evaluation (see `common.evaluation.evaluate`); keep the weights if the criterion is the best so far."""
+        """Record an evaluation ; keep the weights if they are the best so far by `select`."""
         self.history.append({"step": step, **metrics})
         flat = flatten(metrics)
         self.log.record({"step": step, **flat})

@@ -94,7 +94,7 @@ def flip(images, size, generator, probability: float = 0.5):
 def jitter(
     images, size, generator, brightness: float = 0.0, contrast: float = 0.0, saturation: float = 0.0, hue: float = 0.0
 ):
-    """Colour jitter in this order: brightness, contrast and saturation by a factor in 1 +- the value, hue by +- the value."""
+    """Colour jitter in this order: brightness, contrast, saturation by a factor in 1 +- the value, hue by +- it."""
     operations = [
         (F.adjust_brightness, 1, brightness),
         (F.adjust_contrast, 1, contrast),

@@ -33,9 +33,7 @@ def _open(name: str, folder: Path, present: bool, build):
 
 def _refuse_download(name: str, folder: Path, present: bool, read_only: bool) -> None:
     if read_only and not present:
-        raise UserError(
-            f"{name}: {folder} is not there, and a dry run downloads nothing; put the files there or run without --dry-run"
-        )
+        raise UserError(f"{name}: {folder} is not there; put the files there, or run without --dry-run to download")
 
 
 def mnist(root: Path, train: bool, read_only: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -73,9 +73,8 @@ def load_weights(backbone: nn.Module, name: str, weights: str, root: str, may_mi
     else:
         enum = torchvision.models.get_model_weights(name)
         if weights not in enum.__members__:
-            raise UserError(
-                f"model.weights: no file {path}, and {name} has no weights {weights!r}; there are {', '.join(enum.__members__)}"
-            )
+            names = ", ".join(enum.__members__)
+            raise UserError(f"model.weights: no file {path}, and {name} has no weights {weights!r}; there are {names}")
         try:
             state = enum[weights].get_state_dict(progress=True, check_hash=True)
         except OSError as error:
@@ -89,7 +88,7 @@ def load_weights(backbone: nn.Module, name: str, weights: str, root: str, may_mi
     missing = [k for k in own if k not in fits and not k.startswith(tuple(may_miss))]
     if missing:
         raise UserError(
-            f"model.weights: {weights} lacks {len(missing)} of the {len(own)} tensors of {name}, the first {missing[0]}; "
+            f"model.weights: {weights} lacks {len(missing)} of {name}'s {len(own)} tensors, the first {missing[0]}; "
             "are they weights of another backbone? What may be missing is named in model.weights_missing"
         )
     backbone.load_state_dict(fits, strict=False)

@@ -90,7 +90,8 @@ METHOD = [  # a copy of train_dann.py that matches the domains' mean features in
     ('method: ClassVar[str] = "dann"', 'method: ClassVar[str] = "mean_distance"'),
     (
         "loss = cls_loss + config.adv_weight * adv_loss",
-        'adv_loss = mean_distance(out_s.features["pooled"], out_t.features["pooled"])\n            loss = cls_loss + config.adv_weight * adv_loss',
+        'adv_loss = mean_distance(out_s.features["pooled"], out_t.features["pooled"])\n'
+        "            loss = cls_loss + config.adv_weight * adv_loss",
     ),
     (
         "run.log.add(cls_loss=cls_loss, adv_loss=adv_loss, domain_accuracy=accuracy)",
@@ -111,7 +112,8 @@ def test_a_new_method_is_one_copied_script_and_one_loss(tmp_path):
     )
     (tmp_path / "train_mine.py").write_text(text[:start] + text[end:])
     (tmp_path / "losses_new.py").write_text(
-        "def mean_distance(features_s, features_t):\n    return (features_s.mean(0) - features_t.mean(0)).square().sum()\n"
+        "def mean_distance(features_s, features_t):\n"
+        "    return (features_s.mean(0) - features_t.mean(0)).square().sum()\n"
     )
     command = [sys.executable, tmp_path / "train_mine.py", "--config", tiny_config(tmp_path)]
     done = subprocess.run(

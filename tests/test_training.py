@@ -140,7 +140,7 @@ def test_logged_metrics_of_dann(tmp_path):
 
 @pytest.mark.parametrize("arguments", [[], ["model.bn=separate"], ["conditional=cdan_e"]])
 def test_a_batch_of_one(tmp_path, arguments):
-    """Two rows through the discriminator, one a domain; the network without batch norm, which one value a channel has no use for."""
+    """One row a domain through the discriminator; without batch norm, which cannot use one value a channel."""
     assert train("train_dann", tiny_config(tmp_path), "data.batch=1", "model.batch_norm=false", *arguments) == 0
     assert (
         train("train_source", tiny_config(tmp_path), "data.batch=1", "model.bn=frozen", f"out_dir={tmp_path}/source")
