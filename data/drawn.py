@@ -44,7 +44,7 @@ def draw(split: str, shifted: bool) -> tuple[torch.Tensor, torch.Tensor]:
 
     labels = torch.randint(10, (n,), generator=random)
     stroke = torch.randint(len(STROKES), (n,), generator=random)
-    spread = 1.5 if shifted else 1.0
+    spread = 1.2 if shifted else 1.0
     angle, zoom = uniform(-0.2, 0.2) * spread, 1 + uniform(-0.15, 0.15) * spread
     slant, shift = uniform(-0.2, 0.2) * spread, uniform(-0.12, 0.12, 2) * spread
     cos, sin = angle.cos() * zoom, angle.sin() * zoom
@@ -54,11 +54,10 @@ def draw(split: str, shifted: bool) -> tuple[torch.Tensor, torch.Tensor]:
     if not shifted:
         image = digit.expand(-1, 3, -1, -1) + 0.02 * torch.randn(n, 3, SIDE, SIDE, generator=random)
     else:
-        ground = 0.35 + 0.5 * (_texture(n, random) - 0.5) + 0.15 * uniform(-1, 1, 3, 1, 1)
-        colour = uniform(0.3, 0.6, 3, 1, 1)
-        image = ground + digit * colour
+        ground = 0.3 + 0.9 * (_texture(n, random) - 0.5) + 0.1 * uniform(-1, 1, 3, 1, 1)
+        image = ground + digit * uniform(0.2, 0.5, 3, 1, 1)
         inverted = uniform(0, 1, 1, 1, 1) < 0.5
-        image = torch.where(inverted, 1 - image, image) + 0.06 * torch.randn(n, 3, SIDE, SIDE, generator=random)
+        image = torch.where(inverted, 1 - image, image) + 0.08 * torch.randn(n, 3, SIDE, SIDE, generator=random)
     return (255 * image).round().clamp(0, 255).to(torch.uint8), labels
 
 

@@ -115,6 +115,16 @@ def test_a_batch_is_a_function_of_seed_domain_and_step():
     assert not torch.equal(first[0], images.images[first[1]])  # control: the augmentation takes place
 
 
+def test_augmentation_is_drawn_anew_for_every_seed_domain_and_step():
+    one = noise_set(size=1, labelled=False)  # all batches are this image, but for their augmentation
+
+    def batch(seed: int, domain: str, step: int) -> bytes:
+        config = data_config(batch=2, size=12, augment={"affine": {"degrees": 30}})
+        return TrainBatches(one, config, seed, domain)[step].numpy().tobytes()
+
+    assert len({batch(*key) for key in ((0, "source", 0), (1, "source", 0), (0, "target", 0), (0, "source", 1))}) == 4
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_batches_do_not_depend_on_workers_or_on_where_a_run_resumes(workers):
     images, config = noise_set(), data_config(batch=6, size=12, augment=AUGMENT, workers=workers)
@@ -380,6 +390,7 @@ def test_memory_file_and_not_kept_give_the_same_pixels(pictures, tmp_path, decod
 
 def test_a_file_of_decoded_images_is_found_by_later_runs(pictures, tmp_path, decoded):
     paths = sorted(pictures("flat", 5).iterdir())
+    Image.new("RGB", (20, 20), (5, 5, 5)).save(paths[3], "bmp")
 
     def read(side: int = 16):
         return DecodedImages(paths, side, tmp_path / "cache", 0, False)[torch.arange(5)]
@@ -391,7 +402,7 @@ def test_a_file_of_decoded_images_is_found_by_later_runs(pictures, tmp_path, dec
     read(8)
     assert len(decoded) == 10  # another size is another file
 
-    Image.new("RGB", (20, 20), (9, 9, 9)).save(paths[3])
+    Image.new("RGB", (20, 20), (9, 9, 9)).save(paths[3], "bmp")  # of the same size in bytes
     os.utime(paths[3], ns=(1, 1))
     again = read()
     assert (again[3] == 9).all()  # a changed image is decoded again

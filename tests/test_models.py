@@ -124,6 +124,18 @@ def test_channels_of_the_deeper_resnets(name, widths):
     }
 
 
+@pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
+def test_a_layer_is_the_last_of_its_stride(name):
+    backbone, _ = build_backbone(name)
+    x, last = torch.randn(1, 3, 64, 64), {}
+    features = backbone.eval()(x)
+    for module in backbone.children():
+        x = module(x)
+        last[64 // x.shape[-1]] = x
+    for layer, stride in zip(LAYERS, (4, 8, 16, 32), strict=True):
+        torch.testing.assert_close(features[layer], last[stride])
+
+
 def test_lenet_ends_at_one_pixel():
     out = build().eval()(images(2, 28))
     assert [tuple(out.features[name].shape[2:]) for name in LAYERS] == [(7, 7), (4, 4), (2, 2), (1, 1)]
