@@ -93,8 +93,8 @@ class Job:
         return self.folder.with_name(self.folder.name + ".log")
 
     def command(self) -> list[str]:
-        settings = [f"seed={self.seed}", f"out_dir={self.folder}"] + ["--resume"] * self.folder.exists()
-        return [sys.executable, self.entry.script, "--config", self.entry.config, *settings]
+        settings = [f"seed={self.seed}", f"out_dir={self.folder}"]
+        return [sys.executable, self.entry.script, "--config", self.entry.config, *settings, "--resume"]
 
     def summary(self) -> dict | None:
         """summary.json of a run that is finished and was trained under its config as it stands now; else None."""

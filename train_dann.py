@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from common.config import RunConfig, parse_args, require
+from common.config import RunConfig, parse_args
 from common.evaluation import evaluate
 from common.optim import build_optimizer, set_rates
 from common.run import Run
@@ -31,8 +31,8 @@ from common.runtime import exit_with, get_device, seed_everything
 from common.schedules import progress, reversal_coefficient
 from data import open_domains, train_loader
 from losses.cdan import MultilinearMap, entropy_weights
-from losses.domain import domain_accuracy, domain_loss
-from models import DomainDiscriminator, build_classifier, forward_domains, gradient_reversal, init_from
+from losses.domain import discriminator_accuracy, domain_loss
+from models import DomainDiscriminator, build_model, forward_domains, gradient_reversal, init_from
 from models.classifier import check_layers
 
 
@@ -40,9 +40,7 @@ from models.classifier import check_layers
 class Config(RunConfig):
     method: ClassVar[str] = "dann"
     adv_weight: float = 1.0  # weight of adv_loss, for features and discriminators alike
-    feature_layers: list[str] = field(
-        default_factory=lambda: ["pooled"]
-    )  # layer1..layer4, pooled; a discriminator each
+    feature_layers: list[str] = field(default_factory=lambda: ["pooled"])  # layer1..layer4, pooled; one D each
     layer_weights: list[float] = field(default_factory=lambda: [1.0])  # of the reversed gradient only, one a layer
     conditional: Literal["none", "cdan", "cdan_e"] = "none"  # condition D on the class probabilities; + entropy weights
     reversal_schedule: Literal["dann", "constant", "linear"] = "dann"  # of the paper's lambda
@@ -53,9 +51,10 @@ class Config(RunConfig):
     disc_norm: Literal["batch", "dropout", "none"] = "batch"  # after each hidden layer
     disc_lr: float | None = None  # the discriminators' own rate; null: optim.lr
 
-    def __post_init__(self):
-        super().__post_init__()
-        require(
+    def rules(self):
+        return [
+            *super().rules(),
+            (self.reversal_gamma > 0, "reversal_gamma must be positive"),
             (len(self.feature_layers) > 0, "feature_layers must name a layer"),
             (
                 len(self.layer_weights) == len(self.feature_layers),
@@ -72,7 +71,7 @@ class Config(RunConfig):
             ),
             (self.disc_hidden > 0, "disc_hidden must be positive"),
             (self.disc_lr is None or self.disc_lr > 0, "disc_lr must be positive or null"),
-        )
+        ]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -87,19 +86,18 @@ def main(argv: list[str] | None = None) -> int:
     print(domains.describe())
 
     # --- model
-    model = build_classifier(config.model, domains.num_classes, config.data.root)
+    model = build_model(config, domains.num_classes)
     if config.init_from:
         init_from(model, config.init_from)
     model.to(device).train()
     check_layers(model, config.feature_layers)
-    multilinear = MultilinearMap(model.channels["pooled"], domains.num_classes).to(device)
-    widths = [
-        model.channels[name] if config.conditional == "none" else multilinear.out_features
-        for name in config.feature_layers
-    ]
-    discriminators = nn.ModuleList(
-        DomainDiscriminator(width, config.disc_hidden, config.disc_norm) for width in widths
-    ).to(device)
+    conditional = config.conditional != "none"
+    multilinear = MultilinearMap(model.channels["pooled"], domains.num_classes) if conditional else nn.Identity()
+    multilinear.to(device)
+    widths = [multilinear.out_features if conditional else model.channels[name] for name in config.feature_layers]
+    discriminators = nn.ModuleList(DomainDiscriminator(width, config.disc_hidden, config.disc_norm) for width in widths)
+    discriminators.to(device)
+    layers = list(zip(config.feature_layers, config.layer_weights, discriminators, strict=True))
     disc_lr_scale = 1.0 if config.disc_lr is None else config.disc_lr / config.optim.lr
     disc_group = {"params": list(discriminators.parameters()), "lr_scale": disc_lr_scale}
     optimizer = build_optimizer(config.optim, [*model.param_groups(config.optim.backbone_lr_scale), disc_group])
@@ -115,12 +113,8 @@ def main(argv: list[str] | None = None) -> int:
     # --- train
     for step in range(start + 1, config.steps + 1):
         lr = set_rates(optimizer, config.optim, step - 1, config.steps)
-        reversal_coeff = reversal_coefficient(
-            config.reversal_schedule,
-            progress(step - 1, config.steps, config.reversal_progress),
-            config.reversal_max,
-            config.reversal_gamma,
-        )
+        p = progress(step - 1, config.steps, config.reversal_progress)
+        reversal_coeff = reversal_coefficient(config.reversal_schedule, p, config.reversal_max, config.reversal_gamma)
         x_s, y_s = next(source)
         x_s, y_s = x_s.to(device, non_blocking=True), y_s.to(device, non_blocking=True)
         x_t = next(target).to(device, non_blocking=True)
@@ -129,20 +123,20 @@ def main(argv: list[str] | None = None) -> int:
             out_s, out_t = forward_domains(model, x_s, x_t, config.model)
             cls_loss = F.cross_entropy(out_s.logits, y_s)
 
-            adv_loss, accuracy, weight_s, weight_t = 0.0, 0.0, None, None
-            for name, layer_weight, discriminator in zip(
-                config.feature_layers, config.layer_weights, discriminators, strict=True
-            ):
+            adv_loss, domain_accuracy, weight_s, weight_t = 0.0, 0.0, None, None
+            for name, layer_weight, discriminator in layers:
                 features = torch.cat([out_s.features[name], out_t.features[name]])
                 features = gradient_reversal(features, layer_weight * reversal_coeff)
-                if config.conditional != "none":
+                if conditional:
                     probabilities = torch.cat([out_s.logits, out_t.logits]).detach().float().softmax(1)
                     features = multilinear(features, probabilities)
                 if config.conditional == "cdan_e":
                     weight_s, weight_t = entropy_weights(out_s.logits), entropy_weights(out_t.logits)
                 domain_logits_s, domain_logits_t = discriminator(features).split([len(x_s), len(x_t)])
                 adv_loss = adv_loss + domain_loss(domain_logits_s, domain_logits_t, weight_s, weight_t)
-                accuracy = accuracy + domain_accuracy(domain_logits_s, domain_logits_t) / len(discriminators)
+                domain_accuracy = domain_accuracy + discriminator_accuracy(domain_logits_s, domain_logits_t) / len(
+                    layers
+                )
             loss = cls_loss + config.adv_weight * adv_loss
 
         optimizer.zero_grad(set_to_none=True)
@@ -150,19 +144,19 @@ def main(argv: list[str] | None = None) -> int:
         scaler.step(optimizer)
         scaler.update()
 
-        run.log.add(cls_loss=cls_loss, adv_loss=adv_loss, domain_accuracy=accuracy)
+        run.log.add(cls_loss=cls_loss, adv_loss=adv_loss, domain_accuracy=domain_accuracy)
         if run.due(step, config.log_every):
             run.log.write(step, reversal_coeff=reversal_coeff, lr=lr, disc_lr=lr * disc_lr_scale)
         if run.due(step, config.eval_every):
             with autocast:
                 metrics = evaluate(model, **eval_loaders, num_classes=domains.num_classes, device=device)
             run.evaluated(step, metrics, model)
-        if run.due(step, config.save_every) or run.stopping:
+        if run.due(step, config.save_every):
             run.save(step)
         if run.stopping:
             return run.stopped(step)
 
-    run.finish(domains.target_test_note)
+    run.finish(target_test=domains.target_test_note, classes=domains.classes)
     return 0
 
 

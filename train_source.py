@@ -24,7 +24,7 @@ from common.optim import build_optimizer, set_rates
 from common.run import Run
 from common.runtime import exit_with, get_device, seed_everything
 from data import open_domains, train_loader
-from models import build_classifier, init_from
+from models import build_model, init_from
 
 
 @dataclass
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     print(domains.describe())
 
     # --- model
-    model = build_classifier(config.model, domains.num_classes, config.data.root)
+    model = build_model(config, domains.num_classes)
     if config.init_from:
         init_from(model, config.init_from)
     model.to(device).train()
@@ -78,12 +78,12 @@ def main(argv: list[str] | None = None) -> int:
             with autocast:
                 metrics = evaluate(model, **eval_loaders, num_classes=domains.num_classes, device=device)
             run.evaluated(step, metrics, model)
-        if run.due(step, config.save_every) or run.stopping:
+        if run.due(step, config.save_every):
             run.save(step)
         if run.stopping:
             return run.stopped(step)
 
-    run.finish(domains.target_test_note)
+    run.finish(target_test=domains.target_test_note, classes=domains.classes)
     return 0
 
 

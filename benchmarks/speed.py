@@ -83,10 +83,10 @@ class Turns:
         self.done, self.images, self.bare, self.times = 0, [], None, []
 
     def run(self, argv: list[str]) -> None:
-        build_classifier, open_domains, add = self.script.build_classifier, self.script.open_domains, Log.add
+        build_model, open_domains, add = self.script.build_model, self.script.open_domains, Log.add
 
         def build_and_watch(*args) -> Classifier:
-            self.model = build_classifier(*args)
+            self.model = build_model(*args)
             self.hook = self.model.register_forward_pre_hook(self._see)
             return self.model
 
@@ -104,7 +104,7 @@ class Turns:
                 self._hand_over()
             self.images = []
 
-        hooks = mock.patch.multiple(self.script, build_classifier=build_and_watch, open_domains=open_and_decode)
+        hooks = mock.patch.multiple(self.script, build_model=build_and_watch, open_domains=open_and_decode)
         with hooks, mock.patch.object(Log, "add", add_and_hand_over), contextlib.suppress(Finished):
             self.start = clock()
             self.script.main(argv)

@@ -12,9 +12,9 @@ from common.runtime import UserError
 
 def write_atomically(path: Path, write) -> None:
     """Call `write(file)` on a temporary file beside `path`, flush it to disk, then put it in place of `path`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
@@ -28,7 +28,8 @@ def write_atomically(path: Path, write) -> None:
             f"{path}: cannot be written ({error.strerror or error}); free some space or choose another out_dir", 5
         ) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary.exists():
+            temporary.unlink()
 
 
 def write_text(path: Path, text: str) -> None:
@@ -49,6 +50,7 @@ def _digest(path: Path) -> str:
 
 def save_tensors(path: Path, state: dict) -> None:
     """Write `state` (tensors, numbers, strings, lists and dicts of them) to `path`, its hash to `path.sha256`."""
+    _hash_file(path).unlink(missing_ok=True)  # never the old hash beside the new file
     write_atomically(path, lambda file: torch.save(state, file))
     write_text(_hash_file(path), f"{_digest(path)}  {path.name}\n")
 
@@ -64,7 +66,17 @@ def load_tensors(path: Path) -> dict:
         if beside.is_file() and beside.read_text().split()[:1] != [_digest(path)]:
             raise UserError(f"{path}: does not match {beside.name}, the file is damaged; use another checkpoint", 4)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, EOFError, RuntimeError, UnicodeDecodeError, ValueError, KeyError, pickle.UnpicklingError) as error:
+    except (
+        OSError,
+        EOFError,
+        RuntimeError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+        pickle.UnpicklingError,
+        AssertionError,
+    ) as error:
         raise UserError(f"{path}: is no readable checkpoint of plain tensors ({type(error).__name__})", 4) from None
     if not isinstance(state, dict):
         raise UserError(f"{path}: holds a {type(state).__name__}, not a state dict", 4)

@@ -7,9 +7,9 @@ import argparse
 import dataclasses
 import difflib
 import inspect
-import math
 import os
 import re
+import sys
 import types
 import typing
 from dataclasses import MISSING, dataclass, field
@@ -89,7 +89,7 @@ class DataConfig:
 
 @dataclass
 class ModelConfig:
-    backbone: Literal["lenet", "resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2"] = "lenet"
+    backbone: Literal["lenet", "resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2"] = "lenet"  # see models/
     weights: str | None = None  # null | a name of torchvision's weights enum | a file below data.root
     weights_missing: list[str] = field(default_factory=list)  # tensors (or prefixes) the weights may lack
     batch_norm: bool = True  # lenet only: with or without batch norm
@@ -148,13 +148,16 @@ class RunConfig:
     init_from: str | None = None  # a run folder or model.pt to start from, against the working directory
 
     def __post_init__(self):
-        require(
+        require(*self.rules())
+
+    def rules(self) -> list[tuple[bool, str]]:
+        """(holds, sentence) of the run's own keys; a method adds its own."""
+        positive = ("steps", "eval_every", "save_every", "log_every")
+        return [
             (self.seed >= 0, "seed must not be negative"),
-            *(
-                (getattr(self, key) > 0, f"{key} must be positive")
-                for key in ("steps", "eval_every", "save_every", "log_every")
-            ),
-        )
+            (self.seed < 2**63, "seed must be below 2**63"),
+            *((getattr(self, key) > 0, f"{key} must be positive") for key in positive),
+        ]
 
     def trained_criteria(self) -> set[str]:
         """Selection criteria that are part of this method's training loss, and so no judge of it."""
@@ -171,6 +174,8 @@ class _Loader(yaml.SafeLoader):
     yaml_implicit_resolvers: ClassVar[dict] = {}
 
     def construct_mapping(self, node, deep=False):
+        if not isinstance(node, yaml.MappingNode):
+            return super().construct_mapping(node, deep)  # refuses it
         seen = set()
         for key_node, _ in node.value:
             key = self.construct_object(key_node, deep=deep)
@@ -182,13 +187,18 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+class _Dumper(yaml.SafeDumper):
+    """Quotes a text that this module's YAML or the usual one would read as something else."""
+
+
 for _tag, _pattern, _first in (
     ("bool", r"^(?:true|True|TRUE|false|False|FALSE)$", "tTfF"),
     ("null", r"^(?:~|null|Null|NULL|)$", ["~", "n", "N", ""]),
     ("int", r"^[-+]?[0-9]+$", "-+0123456789"),
     ("float", r"^[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?$", "-+.0123456789"),
 ):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), list(_first))
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(_pattern), list(_first))
 
 
 def _construct_int(loader, node):
@@ -207,8 +217,8 @@ def parse_yaml(text: str, where: str):
         line = f":{mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise UserError(f"{where}{line}: {problem}") from None
-    except (RecursionError, ValueError) as error:
-        raise UserError(f"{where}: {error}") from None
+    except (RecursionError, ValueError, LookupError, AttributeError) as error:  # a value that its !!tag does not fit
+        raise UserError(f"{where}: malformed value ({error})") from None
 
 
 def _type_name(hint) -> str:
@@ -239,7 +249,7 @@ def _convert(hint, value):
         items = [_convert(args[0], v) for v in value] if isinstance(value, list) else [_WRONG]
         return _WRONG if any(v is _WRONG for v in items) else items
     if hint is float:
-        number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        number = isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
         return float(value) if number else _WRONG
     if hint is types.NoneType:
         return None if value is None else _WRONG
@@ -277,7 +287,7 @@ def build(cls, tree, keys: list[str], mistakes: list[str], prefix: str = ""):
     if not isinstance(tree, dict):
         mistakes.append(f"{prefix.rstrip('.') or 'the config'} must be a mapping, not {tree!r}")
         return None
-    before, hints, values = len(mistakes), typing.get_type_hints(cls), {}
+    whole, hints, values = True, typing.get_type_hints(cls), {}
     for key in tree:
         if key not in cls.__dataclass_fields__:
             mistakes.append(f"unknown key {prefix}{key}; did you mean {_nearest(prefix + key, keys)}?")
@@ -286,6 +296,7 @@ def build(cls, tree, keys: list[str], mistakes: list[str], prefix: str = ""):
         section, required = _section(hint), spec.default is MISSING and spec.default_factory is MISSING
         if spec.name not in tree and not (section and required):
             if required:
+                whole = False
                 mistakes.append(f"{name} is missing ({_type_name(hint)})")
             continue
         value = tree.get(spec.name, {})
@@ -294,8 +305,9 @@ def build(cls, tree, keys: list[str], mistakes: list[str], prefix: str = ""):
             continue
         values[spec.name] = _convert(hint, value)
         if values[spec.name] is _WRONG:
+            whole = False
             mistakes.append(f"{name} must be {_type_name(hint)}, not {value!r}")
-    if len(mistakes) > before:
+    if not whole:  # the rules see the right values only; a section that failed is None to them
         return None
     try:
         return cls(**values)
@@ -341,7 +353,7 @@ def flatten(tree: dict, prefix: str = "") -> dict:
 
 def dump(config) -> str:
     """The resolved config as yaml; reading it back gives the same config."""
-    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False, default_flow_style=None, width=110)
+    return yaml.dump(dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=110)
 
 
 def describe(cls, prefix: str = "") -> str:

@@ -15,7 +15,7 @@ def confusion_matrix(logits: torch.Tensor, labels: torch.Tensor, num_classes: in
     logits: (N, K, ...), labels: (N, ...) with `IGNORE_INDEX` left out.
     """
     predictions, labels = logits.argmax(1).flatten(), labels.flatten()
-    kept = labels != IGNORE_INDEX
+    kept = (labels != IGNORE_INDEX) | (num_classes > IGNORE_INDEX)
     index = labels[kept] * num_classes + predictions[kept]
     return torch.bincount(index, minlength=num_classes**2).view(num_classes, num_classes)
 
@@ -89,14 +89,18 @@ def evaluate(
     return result
 
 
+def _rank(value: float | None) -> float:
+    return -math.inf if value is None or math.isnan(value) else value
+
+
 def choose(history: list[dict], select: str) -> dict:
     """Last, selected and oracle entries of a run.
 
     history: one {"step", "criteria", "target"} an evaluation. `selected` is the first step with the highest
     `select` criterion. `oracle` is chosen on the target's test labels: a bound, no result.
     """
-    selected = max(history, key=lambda e: e["criteria"][select])
-    oracle = max(history, key=lambda e: -1.0 if e["target"]["accuracy"] is None else e["target"]["accuracy"])
+    selected = max(history, key=lambda e: _rank(e["criteria"][select]))
+    oracle = max(history, key=lambda e: _rank(e["target"]["accuracy"]))
     chosen = {"last": history[-1], "selected": selected, "oracle": oracle}
     entries = {name: {"step": e["step"], **e["target"]} for name, e in chosen.items()}
     if history[-1]["target"]["accuracy"] is None:

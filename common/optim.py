@@ -12,7 +12,11 @@ def build_optimizer(config: OptimConfig, groups: list[dict]) -> torch.optim.Opti
     common = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": config.fused}
     if config.name == "adam":
         return torch.optim.Adam(groups, **common)
-    return torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.momentum > 0, **common)
+    optimizer = torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.momentum > 0, **common)
+    if config.momentum > 0:  # torch's fused kernel would leave it uninitialised where the scaler skips the first step
+        for parameter in (p for group in groups for p in group["params"]):
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def set_rates(optimizer: torch.optim.Optimizer, config: OptimConfig, step: int, steps: int) -> float:

@@ -5,6 +5,7 @@ config.yaml  metrics.jsonl  status.json  summary.json  model.pt  checkpoints/ste
 
 import dataclasses
 import json
+import math
 import re
 import signal
 import sys
@@ -14,7 +15,7 @@ from pathlib import Path
 import torch
 
 from common import checkpoint
-from common.config import FREE_AT_RESUME, dump, flatten, parse_yaml
+from common.config import FREE_AT_RESUME, dump, flatten, load_config
 from common.evaluation import choose
 from common.log import Log
 from common.runtime import UserError, get_device
@@ -33,14 +34,14 @@ class Run:
     def __init__(self, config, args):
         self.config, self.folder, self.dry_run = config, Path(config.out_dir), args.dry_run
         self.resume = args.resume and not args.dry_run
-        self.history, self.seconds, self.stopping = [], 0.0, None
+        self.history, self.seconds, self.stopping, self.saved = [], 0.0, None, None
         if self.dry_run:
             config.steps = 1
             self.log = Log(None, 1)
             return
         self.log = Log(self.folder / "metrics.jsonl", config.steps)
-        if self.folder.exists() and not self.folder.is_dir():
-            raise UserError(f"out_dir: {self.folder} is a file; choose another out_dir")
+        if file := next((p for p in (self.folder, *self.folder.parents) if p.is_file()), None):
+            raise UserError(f"out_dir: {file} is a file; choose another out_dir")
         used = self.folder.is_dir() and any(self.folder.iterdir())
         if used and not self.resume:
             raise UserError(
@@ -57,10 +58,10 @@ class Run:
         file = self.folder / "config.yaml"
         if not file.is_file():
             raise UserError(f"out_dir: {self.folder} has no config.yaml, it is no run folder; choose another out_dir")
-        before = flatten(parse_yaml(file.read_text(), str(file)))
+        before = flatten(dataclasses.asdict(load_config(type(self.config), str(file))))
         now = flatten(dataclasses.asdict(self.config))
         changed = [k for k in before.keys() | now.keys() if k not in FREE_AT_RESUME and before.get(k) != now.get(k)]
-        if changed:
+        if changed and self._checkpoints():  # before the first one nothing is trained yet
             shown = ", ".join(f"{k} {before.get(k)!r} -> {now.get(k)!r}" for k in sorted(changed))
             remedy = "undo the change or choose another out_dir"
             raise UserError(f"--resume: {self.folder} was trained under another config ({shown}); {remedy}")
@@ -72,7 +73,8 @@ class Run:
         if self.resume:
             step = self._load_newest()
         if not self.dry_run:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            for left in self.folder.rglob(".*.tmp"):  # by a run that was killed while writing
+                left.unlink()
             checkpoint.write_text(self.folder / "config.yaml", dump(self.config))
             self._write_status("running", step)
             for number in (signal.SIGTERM, signal.SIGINT):
@@ -100,8 +102,14 @@ class Run:
         if self.dry_run:
             return
         self.log.check_finite(step)
+        for name, value in self.state["model"].state_dict().items():
+            if not value.isfinite().all():
+                raise UserError(
+                    f"step {step}: the model's {name} is not finite; lower optim.lr, or use amp: float32", 3
+                )
         folder = self.folder / "checkpoints"
         checkpoint.save(folder / f"step_{step:08d}.pt", step=step, **self.state, **self._values())
+        self.saved = step
         for old in self._checkpoints()[KEEP:]:
             old.unlink()
             old.with_name(old.name + ".sha256").unlink(missing_ok=True)
@@ -117,13 +125,11 @@ class Run:
         if not files:
             print(f"{self.folder}: no checkpoint yet, starting at step 0")
             return 0
-        reasons = []
         for file in files:
             try:
                 values = dict.fromkeys(("step", "history", "seconds", "rng", "cuda_rng"))
                 saved = checkpoint.load(file, **self.state, **values)
             except UserError as error:
-                reasons.append(str(error))
                 print(f"warning: {error}")
                 continue
             self.history, self.seconds = saved["history"], saved["seconds"]
@@ -138,15 +144,17 @@ class Run:
 
     def evaluated(self, step: int, metrics: dict, model: torch.nn.Module) -> None:
         """Record an evaluation ; keep the weights if they are the best so far by `select`."""
+        for name, value in metrics["criteria"].items():
+            if not math.isfinite(value):
+                raise UserError(f"step {step}: criteria.{name} is {value}; lower optim.lr, or use amp: float32", 3)
         self.history.append({"step": step, **metrics})
         flat = flatten(metrics)
         self.log.record({"step": step, **flat})
         self.log.print(
             f"step {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in flat.items() if value is not None)
         )
-        self.chosen = choose(self.history, self.config.select)
-        if self.chosen["selected"]["step"] == step and not self.dry_run:
-            checkpoint.save_tensors(self.folder / "model.pt", model.state_dict())
+        if choose(self.history, self.config.select)["selected"]["step"] == step and not self.dry_run:
+            checkpoint.save_tensors(self.folder / "model.pt", {k: v.cpu() for k, v in model.state_dict().items()})
 
     def _write_status(self, state: str, step: int) -> None:
         checkpoint.write_text(
@@ -154,38 +162,38 @@ class Run:
         )
 
     def stopped(self, step: int) -> int:
-        """The exit code of a run that a signal stopped after `step` was saved."""
+        """Save and leave, as a signal asked; returns the exit code."""
+        if self.saved != step:
+            self.save(step)
         self.log.close()
         if not self.dry_run:
             self._write_status("stopped", step)
         print(f"stopped by {signal.Signals(self.stopping).name} after step {step}; --resume goes on from here")
         return 128 + self.stopping
 
-    def finish(self, target_test: str) -> None:
-        """Write summary.json. `target_test` says what the target figures were measured on."""
+    def finish(self, **facts) -> None:
+        """Write summary.json, with `facts` about the data; `target_test` says what the target is measured on."""
         self.log.close()
-        config = self.config
+        config, target = self.config, choose(self.history, self.config.select)
+        value = next(e["criteria"][config.select] for e in self.history if e["step"] == target["selected"]["step"])
+        part = config.select in config.trained_criteria()
         summary = {
             "method": type(config).method,
             "seed": config.seed,
             "steps": config.steps,
             "device": get_device(config.device).type,
             "seconds": round(self._values()["seconds"], 1),
-            "target": self.chosen,
-            "target_test": target_test,
+            "target": target,
+            **facts,
             "source_val": self.history[-1]["source_val"],
-            "selection": {
-                "criterion": config.select,
-                "part_of_training_loss": config.select in config.trained_criteria(),
-                "value": max(e["criteria"][config.select] for e in self.history),
-            },
+            "selection": {"criterion": config.select, "value": value, "part_of_training_loss": part},
         }
         if self.dry_run:
             print("dry run: one step of training and of evaluation passed, nothing was written")
             return
         checkpoint.write_text(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         self._write_status("finished", config.steps)
-        for name, entry in self.chosen.items():
+        for name, entry in target.items():
             figures = "  ".join(f"{k} {v:.2f}" for k, v in entry.items() if k != "step" and v is not None)
             print(f"target {name:8} step {entry['step']}  {figures or 'no target labels'}")
-        print(f"{self.folder / 'summary.json'} ({target_test})")
+        print(f"{self.folder / 'summary.json'} (target: {facts['target_test']})")

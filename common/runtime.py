@@ -17,9 +17,6 @@ class UserError(Exception):
         super().__init__(message)
         self.code = code
 
-    def __reduce__(self):  # crosses the process border from a loader worker
-        return type(self), (self.args[0], self.code)
-
 
 def last_line(error: BaseException) -> str:
     """The message itself; a loader worker wraps it in its own traceback."""
@@ -37,6 +34,7 @@ def exit_with(main) -> None:
         if "--debug" in sys.argv:
             traceback.print_exc()
         print(f"error: {last_line(error)}", file=sys.stderr)
+        traceback.clear_frames(error.__traceback__)  # drops main's loaders, whose workers a cycle would keep alive
         code = error.code
     sys.exit(code)
 
@@ -60,4 +58,5 @@ def seed_everything(seed: int) -> None:
     if torch.cuda.is_available():
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # a debugging aid that costs a kernel each
         torch.backends.cudnn.benchmark = False

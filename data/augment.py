@@ -104,7 +104,8 @@ def jitter(
     out = list(images)
     for adjust, centre, spread in operations:
         if spread:
-            factors = _uniform(len(out), max(centre - spread, -0.5), centre + spread, generator).tolist()
+            low = max(centre - spread, 0.0) if centre else -spread
+            factors = _uniform(len(out), low, centre + spread, generator).tolist()
             out = [adjust(image, factor) for image, factor in zip(out, factors, strict=True)]
     return torch.stack(out)
 
@@ -120,7 +121,7 @@ def _matches(value, default) -> bool:
             and all(_matches(v, 0.0) for v in value)
             and value[0] <= value[1]
         )
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def check_augment(spec: dict) -> list[str]:
@@ -152,6 +153,10 @@ def check_augment(spec: dict) -> list[str]:
             elif not _matches(value, known[key]):
                 kind = "[low, high]" if isinstance(known[key], tuple) else "a number"
                 mistakes.append(f"augment.{name}.{key} must be {kind}, not {value!r}")
+            elif isinstance(known[key], tuple) and key != "gain" and key != "channel_gain" and value[0] <= 0:
+                mistakes.append(f"augment.{name}.{key} must be above 0, not {value!r}")
+            elif key == "hue" and not 0 <= value <= 0.5:
+                mistakes.append(f"augment.{name}.hue must lie in [0, 0.5], not {value!r}")
     return mistakes
 
 

@@ -11,17 +11,22 @@ from common.runtime import UserError
 from data.order import generator
 
 
-def decode(path: Path, side: int) -> torch.Tensor:
-    """An image file as uint8 (3, side, side), resized with antialiasing. Raises `UserError` with its path."""
+def read_rgb(path: Path, side: int | None = None) -> Image.Image:
+    """An image file, resized to a square with antialiasing if `side` is given. Raises `UserError` with its path."""
     try:
         with Image.open(path) as image:
+            if side is None:
+                return image.convert("RGB")
             image.draft("RGB", (side, side))  # lets the JPEG decoder skip what a smaller image does not need
-            resized = image.convert("RGB").resize((side, side), Image.Resampling.BILINEAR)
+            return image.convert("RGB").resize((side, side), Image.Resampling.BILINEAR)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        raise UserError(
-            f"{path}: cannot be read as an image ({str(error).splitlines()[0]}); mend or remove it"
-        ) from None
-    return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path}: cannot be read as an image ({reason}); mend or remove it") from None
+
+
+def decode(path: Path, side: int) -> torch.Tensor:
+    """An image file as uint8 (3, side, side). Raises `UserError` with its path."""
+    return torch.from_numpy(np.array(read_rgb(path, side))).permute(2, 0, 1)
 
 
 def _create(path: Path, shape: tuple[int, ...]) -> None:
@@ -31,6 +36,9 @@ def _create(path: Path, shape: tuple[int, ...]) -> None:
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         np.lib.format.open_memmap(temporary, "w+", np.uint8, shape).flush()
+        if hasattr(os, "posix_fallocate"):  # a full disk is an error here, not a bus error at some later image
+            with open(temporary, "r+b") as file:
+                os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
         os.link(temporary, path)
     except FileExistsError:
         pass

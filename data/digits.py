@@ -5,9 +5,10 @@ from pathlib import Path
 import numpy as np
 import torch
 import torchvision
-from PIL import Image
 
+from common.checkpoint import write_atomically
 from common.runtime import UserError
+from data.decoded import read_rgb
 from data.image_set import ImageSet, image_set
 from data.order import generator
 
@@ -103,17 +104,12 @@ def mnistm(root: Path, path: str, train: bool, cache: Path, read_only: bool) -> 
                 return images, labels
         except (ValueError, OSError, EOFError):
             pass  # cut short: made again below
-    try:
-        photographs = [np.asarray(Image.open(p).convert("RGB")) for p in files]
-    except OSError as error:
-        raise UserError(f"mnistm: a photograph in {root / path} cannot be read ({error})") from None
+    photographs = [np.asarray(read_rgb(p)) for p in files]
     small = [p for p, image in zip(files, photographs, strict=True) if min(image.shape[:2]) < CROP]
     if small:
         raise UserError(f"mnistm: {small[0]} is smaller than {CROP} px; remove it")
     images = blend(digits, photographs, made)
     if not read_only:
-        from common.checkpoint import write_atomically
-
         write_atomically(kept, lambda file: np.save(file, images.numpy()))
     return images, labels
 

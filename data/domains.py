@@ -127,6 +127,8 @@ def open_domains(config: DataConfig, seed: int, dry_run: bool = False) -> Domain
             target_test, note = target, "the target's training images: transductive"
             if target.labels is None:
                 target_test, note = None, "none: no target labels"
+            elif config.source == config.target:  # the upper bound: not measured on what it trains on
+                target_test, note = source_val, "a held-out tenth of the target"
     target_test = None if target_test is None else target_test.relabelled(classes)
     target = target.unlabelled()
     chosen = torch.randperm(len(target), generator=generator(seed, "criteria"))[: config.select_images].sort().values

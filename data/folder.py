@@ -12,17 +12,17 @@ def _is_image(path: Path) -> bool:
     return path.suffix.lower() in Image.EXTENSION and not path.name.startswith(".")
 
 
-def _inside(path: Path, root: Path, where: str) -> Path:
-    """`path` below `root`, judged by its name: links are followed, `..` is not."""
-    full = (root / path) if not path.is_absolute() else path
-    if ".." in path.parts or not full.is_relative_to(root):
+def _inside(path: Path, base: Path, root: Path, where: str) -> Path:
+    """`path` against `base`, which must lie below `root` by its name: links are followed, `..` is not."""
+    full = base / path  # the path itself, if absolute
+    if ".." in path.parts or not full.absolute().is_relative_to(root.absolute()):
         raise UserError(f"{where}: {path} lies outside {root}; move the data or set data.root")
     return full
 
 
 def scan_folder(path: str, root: Path) -> tuple[list[Path], list[int] | None, list[str] | None]:
     """(files, labels, class names) of root/path: a folder per class, or images alone (then without labels)."""
-    folder = _inside(Path(path), root, "folder")
+    folder = _inside(Path(path), root, root, "folder")
     if not folder.is_dir():
         raise UserError(f"folder: there is no folder {folder}; set path, data.root or the variable DA_DATA")
     children = sorted(p for p in folder.iterdir() if not p.name.startswith("."))
@@ -53,7 +53,7 @@ def scan_folder(path: str, root: Path) -> tuple[list[Path], list[int] | None, li
 
 
 def _class_names(path: str, root: Path) -> list[str]:
-    file = _inside(Path(path), root, "classes")
+    file = _inside(Path(path), root, root, "classes")
     try:
         names = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError):
@@ -69,7 +69,7 @@ def read_list(path: str, classes: str | None, root: Path) -> tuple[list[Path], l
     Paths are relative to the list file's folder. A label is a class's number from 0; with a `classes` file also its
     name. Without one the classes are named by their numbers. Raises `UserError` with file:line.
     """
-    file = _inside(Path(path), root, "list")
+    file = _inside(Path(path), root, root, "list")
     try:
         lines = file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError):
@@ -82,9 +82,7 @@ def read_list(path: str, classes: str | None, root: Path) -> tuple[list[Path], l
         where, (image, *label) = f"{file}:{number}", line.strip().rsplit(maxsplit=1)
         if label and _is_image(Path(line.strip())) and not _is_image(Path(image)):
             image, label = line.strip(), []  # an unlabelled path with a space
-        image = _inside(
-            file.parent.relative_to(root) / image if not Path(image).is_absolute() else Path(image), root, where
-        )
+        image = _inside(Path(image), file.parent, root, where)
         if not image.is_file():
             raise UserError(f"{where}: there is no file {image}")
         files.append(image)
@@ -95,13 +93,14 @@ def read_list(path: str, classes: str | None, root: Path) -> tuple[list[Path], l
         raise UserError(f"list: {file} names no image")
     if not labels:
         return files, None, None
-    names = names or [str(n) for n in range(max(labels) + 1)]
-    absent = sorted(set(range(len(names))) - set(labels))
-    if absent:
+    present = set(labels)
+    absent = next((n for n in range(len(names or present)) if n not in present), None)
+    if absent is not None:
         raise UserError(
-            f"list: {file} has no image of class {names[absent[0]]}"
+            f"list: {file} has no image of class {names[absent] if names else absent}"
             + ("" if classes else "; labels count from 0 without gaps")
         )
+    names = names or [str(n) for n in range(len(present))]
     if len(names) == 1:
         raise UserError(f"list: {file} has the one class {names[0]}; at least two are needed")
     return files, labels, names

@@ -21,6 +21,7 @@ def _worker_init(worker: int) -> None:
 
 @atexit.register  # after, and so run before, multiprocessing's own, which sends the SIGTERM they ignore and waits
 def _end_workers() -> None:
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report them as killed
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()

@@ -28,6 +28,6 @@ def domain_loss(
 
 
 @torch.no_grad()
-def domain_accuracy(logits_s: torch.Tensor, logits_t: torch.Tensor) -> torch.Tensor:
+def discriminator_accuracy(logits_s: torch.Tensor, logits_t: torch.Tensor) -> torch.Tensor:
     """Share in percent of logits on the right side of zero, mean over domains: 50 confused, 100 separated."""
     return 50 * ((logits_s > 0).float().mean() + (logits_t <= 0).float().mean())

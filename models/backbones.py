@@ -82,7 +82,8 @@ def load_weights(backbone: nn.Module, name: str, weights: str, root: str, may_mi
                 f"model.weights: {weights} of {name} cannot be downloaded ({error}); name a file instead"
             ) from None
     state = {key.removeprefix("features."): value for key, value in state.items()}
-    own = backbone.state_dict()
+    # torchvision's older files have no batch counters, which only momentum: null reads
+    own = {k: v for k, v in backbone.state_dict().items() if not k.endswith("num_batches_tracked")}
     fits = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
     print(f"weights {weights}: loaded {len(fits)} of {len(own)} tensors")
     missing = [k for k in own if k not in fits and not k.startswith(tuple(may_miss))]
@@ -90,5 +91,11 @@ def load_weights(backbone: nn.Module, name: str, weights: str, root: str, may_mi
         raise UserError(
             f"model.weights: {weights} lacks {len(missing)} of {name}'s {len(own)} tensors, the first {missing[0]}; "
             "are they weights of another backbone? What may be missing is named in model.weights_missing"
+        )
+    foreign = set(state) - set(backbone.state_dict())
+    if extra := [k for k in state if k in foreign and not k.startswith(("fc.", "classifier."))]:
+        raise UserError(
+            f"model.weights: {weights} holds {len(extra)} tensors that {name} has not, the first {extra[0]}; "
+            "are they weights of another backbone?"
         )
     backbone.load_state_dict(fits, strict=False)

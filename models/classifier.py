@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from common.checkpoint import load_tensors
-from common.config import ModelConfig
+from common.config import ModelConfig, RunConfig
 from common.runtime import UserError
 from models.backbones import LAYERS, build_backbone, load_weights
 
@@ -49,9 +49,11 @@ class Classifier(nn.Module):
         self.to(memory_format=self.memory_format)
         for module in self._batch_norms():
             module.requires_grad_(config.bn_affine == "train")
+        self.train()  # frozen statistics are frozen from the start
 
     def _batch_norms(self):
-        return (m for m in self.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+        """Those of the backbone: a new bottleneck's has no statistics worth keeping."""
+        return (m for m in self.backbone.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
 
     def train(self, mode: bool = True) -> "Classifier":
         super().train(mode)
@@ -80,9 +82,11 @@ class Classifier(nn.Module):
         momenta = [(m, m.momentum) for m in self._batch_norms()] if kept else []
         for module, _ in momenta:
             module.momentum = 0.0
-        yield
-        for module, momentum in momenta:
-            module.momentum = momentum
+        try:
+            yield
+        finally:
+            for module, momentum in momenta:
+                module.momentum = momentum
 
     def param_groups(self, lr_scale: float) -> list[dict]:
         """The backbone's trainable parameters at `lr_scale`, the new layers' at 1."""
@@ -99,6 +103,11 @@ def build_classifier(config: ModelConfig, num_classes: int, root: str) -> Classi
     if config.weights:
         load_weights(backbone, config.backbone, config.weights, root, config.weights_missing)
     return Classifier(backbone, channels, num_classes, config)
+
+
+def build_model(config: RunConfig, num_classes: int) -> Classifier:
+    """The network of `config.model` for `config.data.task`."""
+    return build_classifier(config.model, num_classes, config.data.root)
 
 
 def init_from(model: nn.Module, path: str) -> None:

@@ -25,7 +25,7 @@ def one_thread():
 
 @pytest.fixture(scope="session", autouse=True)
 def drawn_once():
-    """The built-in digits are the same on every call: a session draws them once. `draw.__wrapped__` draws anew."""
+    """A session draws the built-in digits once, and few of them. `draw.__wrapped__` draws anew."""
     draw, kept = drawn.draw, {}
 
     @functools.wraps(draw)
@@ -37,6 +37,7 @@ def drawn_once():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(drawn, "draw", once)
+        patch.setattr(drawn, "COUNT", {"train": 200, "test": 60})
         yield
 
 
@@ -45,11 +46,6 @@ def workplace(tmp_path, monkeypatch):
     """Relative paths of a test end in its own folder; the machine's data sets are seen by tests marked `data` only."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DA_DATA", raising=False)
-
-
-@pytest.fixture
-def few_digits(monkeypatch):
-    monkeypatch.setattr(drawn, "COUNT", {"train": 200, "test": 60})
 
 
 @pytest.fixture

@@ -210,8 +210,7 @@ def test_a_batch_of_one_that_batch_norm_has_no_use_for(config, outcome):
 def test_weights_of_another_backbone(config, refused, tmp_path):
     torch.save(torchvision.models.resnet18(weights=None).state_dict(), tmp_path / "images" / "resnet18.pth")
     message = refused("train_dann", config, "model={backbone: mobilenet_v2, weights: resnet18.pth}")
-    assert "resnet18.pth lacks 312 of the 312 tensors of mobilenet_v2" in message
-    assert "weights of another backbone?" in message
+    assert re.search(r"resnet18\.pth lacks 312 of .*mobilenet_v2.* weights of another backbone\?", message)
 
 
 def test_init_from_another_network(config, refused, tmp_path):

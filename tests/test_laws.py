@@ -86,7 +86,7 @@ def test_the_scripts_differ_by_the_method_only():
 
 
 METHOD = [  # a copy of train_dann.py that matches the domains' mean features instead
-    ("from losses.domain import domain_accuracy, domain_loss", "from losses_new import mean_distance"),
+    ("from losses.domain import discriminator_accuracy, domain_loss", "from losses_new import mean_distance"),
     ('method: ClassVar[str] = "dann"', 'method: ClassVar[str] = "mean_distance"'),
     (
         "loss = cls_loss + config.adv_weight * adv_loss",
@@ -94,7 +94,7 @@ METHOD = [  # a copy of train_dann.py that matches the domains' mean features in
         "            loss = cls_loss + config.adv_weight * adv_loss",
     ),
     (
-        "run.log.add(cls_loss=cls_loss, adv_loss=adv_loss, domain_accuracy=accuracy)",
+        "run.log.add(cls_loss=cls_loss, adv_loss=adv_loss, domain_accuracy=domain_accuracy)",
         "run.log.add(cls_loss=cls_loss, adv_loss=adv_loss)",
     ),
 ]
@@ -107,7 +107,7 @@ def test_a_new_method_is_one_copied_script_and_one_loss(tmp_path):
         assert old in text
         text = text.replace(old, new)
     start, end = (
-        text.index("            adv_loss, accuracy, weight_s"),
+        text.index("            adv_loss, domain_accuracy, weight_s"),
         text.index("            adv_loss = mean_distance"),
     )
     (tmp_path / "train_mine.py").write_text(text[:start] + text[end:])

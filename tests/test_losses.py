@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from losses.cdan import MultilinearMap, entropy_weights
-from losses.domain import domain_accuracy, domain_loss
+from losses.domain import discriminator_accuracy, domain_loss
 
 
 def _softplus(x: float) -> float:
@@ -75,13 +75,15 @@ def test_domain_loss_is_finite_in_half_precision(size):
     assert logits.grad.isfinite().all()
 
 
-def test_domain_accuracy():
+def test_discriminator_accuracy():
     right, wrong = torch.tensor([2.0, 0.5]), torch.tensor([-1.0, -3.0, -0.1])
-    assert domain_accuracy(right, wrong).item() == 100
-    assert domain_accuracy(wrong, right).item() == 0
-    assert domain_accuracy(right, right).item() == 50  # always the same answer: confused, whatever the domains' sizes
-    assert domain_accuracy(wrong, wrong).item() == 50
-    assert domain_accuracy(torch.tensor([1.0, 1.0, 1.0, -1.0]), torch.tensor([-1.0])).item() == 87.5
+    assert discriminator_accuracy(right, wrong).item() == 100
+    assert discriminator_accuracy(wrong, right).item() == 0
+    assert (
+        discriminator_accuracy(right, right).item() == 50
+    )  # always the same answer: confused, whatever the domains' sizes
+    assert discriminator_accuracy(wrong, wrong).item() == 50
+    assert discriminator_accuracy(torch.tensor([1.0, 1.0, 1.0, -1.0]), torch.tensor([-1.0])).item() == 87.5
 
 
 def test_multilinear_map_is_the_outer_product():

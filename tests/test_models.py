@@ -133,7 +133,7 @@ def test_a_layer_is_the_last_of_its_stride(name):
         x = module(x)
         last[64 // x.shape[-1]] = x
     for layer, stride in zip(LAYERS, (4, 8, 16, 32), strict=True):
-        torch.testing.assert_close(features[layer], last[stride])
+        assert torch.equal(features[layer], last[stride])
 
 
 def test_lenet_ends_at_one_pixel():
@@ -209,9 +209,7 @@ def test_weights_from_a_file(resnet18_file, capsys):
 
 def test_a_missing_tensor_is_an_error_unless_it_is_named(resnet18_file, tmp_path, capsys):
     keys = _rewritten(resnet18_file, tmp_path, lambda state: state.pop("layer1.0.conv1.weight"))
-    with pytest.raises(
-        UserError, match=r"changed\.pth lacks 1 of the 120 tensors of resnet18, the first layer1\.0\.conv1"
-    ):
+    with pytest.raises(UserError, match=r"changed\.pth lacks 1 of .*120.* the first layer1\.0\.conv1"):
         build(**keys)
     with pytest.raises(UserError, match="lacks 1"):
         build(**keys, weights_missing=["layer2"])
@@ -228,7 +226,7 @@ def test_a_tensor_of_another_shape_is_missing(resnet18_file, tmp_path):
 
 def test_weights_of_another_backbone(resnet18_file, tmp_path):
     for name in ("mobilenet_v2", "resnet50", "lenet"):
-        with pytest.raises(UserError, match=f"tensors of {name}, the first .* weights of another backbone") as caught:
+        with pytest.raises(UserError, match=f"lacks .*{name}.* the first .* weights of another backbone") as caught:
             build(backbone=name, weights="weights.pth", root=str(resnet18_file.parent))
         assert len(str(caught.value).splitlines()) == 1
     # a deeper sibling has every tensor, and more

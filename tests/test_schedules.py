@@ -85,3 +85,21 @@ def test_sgd_is_nesterov_momentum_with_weight_decay():
         velocity = 0.9 * velocity + gradient
         value -= 0.1 * (gradient + 0.9 * velocity)
         assert group["params"][0].item() == pytest.approx(value, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam"])
+def test_a_first_step_that_the_scaler_skips_leaves_no_trace(monkeypatch, name):
+    """torch's fused SGD takes its momentum from uninitialised memory then."""
+    monkeypatch.setattr(torch, "empty_like", lambda x, **_: torch.full_like(x, math.nan))
+    config, values = OptimConfig(name=name, lr=0.1), []
+    for gradients in ([math.inf, 0.5, 0.5], [0.5, 0.5]):
+        group = _group(1.0, 3)
+        parameter, optimizer, scaler = group["params"][0], build_optimizer(config, [group]), torch.amp.GradScaler("cpu")
+        for gradient in gradients:
+            optimizer.zero_grad()
+            scaler.scale((parameter * gradient).sum()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+        values += [parameter.detach()]
+    torch.testing.assert_close(values[0], values[1])
+    assert (values[1] < 1).all()  # control: the others were taken

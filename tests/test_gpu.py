@@ -1,0 +1,53 @@
+"""On a CUDA device: every precision trains, no host sync between log steps, resume exact. Skipped aloud without one."""
+
+import pytest
+import torch
+
+from common import log
+from tests.helpers import SCRIPTS, differing, metrics, stop_after, tiny_config, train, weights
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
+]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("amp", ["float32", "float16", "bfloat16"])
+def test_every_precision_trains(tmp_path, script, amp):
+    config = tiny_config(tmp_path)
+    assert train(script, config, "device=cuda", f"amp={amp}", "steps=30", "log_every=5") == 0
+    losses = [line["cls_loss"] for line in metrics(tmp_path / "run") if "cls_loss" in line]
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("amp", ["float32", "float16"])
+def test_no_host_sync_between_log_steps(tmp_path, monkeypatch, script, amp):
+    """From the second step to the last one before the log, anything that waits for the device raises."""
+    add, seen = log.Log.add, []
+
+    def watch(self, **values):
+        add(self, **values)
+        seen.append(1)
+        torch.cuda.set_sync_debug_mode("error" if 1 <= len(seen) < 19 else "default")
+
+    monkeypatch.setattr(log.Log, "add", watch)
+    config = tiny_config(tmp_path, eval_every=20, save_every=20, log_every=20)
+    try:
+        assert train(script, config, "device=cuda", f"amp={amp}", "steps=20") == 0
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert len(seen) == 20
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_resume_is_exact(tmp_path, monkeypatch, script):
+    config = tiny_config(tmp_path)
+    arguments = ["device=cuda"] + (["disc_norm=dropout"] if script == "train_dann" else [])
+    assert train(script, config, *arguments, f"out_dir={tmp_path}/whole") == 0
+    with monkeypatch.context() as patch:
+        stop_after(patch, 6)
+        assert train(script, config, *arguments) == 143
+    assert train(script, config, *arguments, "--resume") == 0
+    assert differing(weights(tmp_path / "whole"), weights(tmp_path / "run")) == 0
