@@ -50,8 +50,12 @@ def _digest(path: Path) -> str:
 
 def save_tensors(path: Path, state: dict) -> None:
     """Write `state` (tensors, numbers, strings, lists and dicts of them) to `path`, its hash to `path.sha256`."""
-    _hash_file(path).unlink(missing_ok=True)  # never the old hash beside the new file
-    write_atomically(path, lambda file: torch.save(state, file))
+
+    def write(file) -> None:
+        torch.save(state, file)
+        _hash_file(path).unlink(missing_ok=True)  # never the old hash beside the new file
+
+    write_atomically(path, write)
     write_text(_hash_file(path), f"{_digest(path)}  {path.name}\n")
 
 

@@ -67,7 +67,7 @@ class DataConfig:
     select_images: int = 2000  # seeded sample of target training images the label-free criteria see
     workers: int = 0  # loader processes a domain; the result does not depend on it
     cache: str | None = None  # null: ./cache; where decoded images are kept, never under root
-    cache_gb: float = 2.0  # decoded images up to this stay in memory, larger sets in .npy files
+    cache_gb: float = 2.0  # a set up to this stays in memory (workers: 0), larger ones in .npy files
 
     def __post_init__(self):
         from data.augment import check_augment  # here, since data/ reads its config from this module

@@ -48,9 +48,14 @@ class Run:
                 f"out_dir: {self.folder} is used; add --resume to go on with it, or choose another with out_dir=..."
             )
         if used:
+            file, method = self.folder / "status.json", type(config).method
+            status = json.loads(file.read_text()) if file.is_file() else {}
+            if status.get("method", method) != method:
+                raise UserError(
+                    f"--resume: {self.folder} is a run of method {status['method']}, not {method}; choose another out_dir"
+                )
             self._check_config()
-            status = self.folder / "status.json"
-            if status.is_file() and json.loads(status.read_text())["state"] == "finished":
+            if status.get("state") == "finished":
                 print(f"{self.folder}: finished already, nothing to do")
                 sys.exit(0)
 
@@ -158,7 +163,9 @@ class Run:
 
     def _write_status(self, state: str, step: int) -> None:
         checkpoint.write_text(
-            self.folder / "status.json", json.dumps({"state": state, "step": step, "steps": self.config.steps}) + "\n"
+            self.folder / "status.json",
+            json.dumps({"method": type(self.config).method, "state": state, "step": step, "steps": self.config.steps})
+            + "\n",
         )
 
     def stopped(self, step: int) -> int:

@@ -79,7 +79,8 @@ class Classifier(nn.Module):
     @contextmanager
     def running_statistics(self, kept: bool):
         """Within, if `kept`, batch norm normalises by the batch but leaves its running statistics as they are."""
-        momenta = [(m, m.momentum) for m in self._batch_norms()] if kept else []
+        norms = [m for m in self.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        momenta = [(m, m.momentum) for m in norms] if kept else []
         for module, _ in momenta:
             module.momentum = 0.0
         try:

@@ -682,6 +682,16 @@ def test_labelled_target_images_are_reported_as_transductive(pictures):
     assert "transductive" in domains.target_test_note
 
 
+def test_the_upper_bound_is_not_measured_on_what_it_trains_on(pictures):
+    """The labelled target as the source too: its held-out tenth is the test set."""
+    pictures("sketch", {"cat": 20, "dog": 13})
+    same = {"name": "folder", "path": "sketch"}
+    domains = open_domains(data_config(same, same), 0)
+    assert torch.equal(domains.target_test.indices, domains.source_val.indices)
+    assert not set(domains.target_test.indices.tolist()) & set(domains.source.indices.tolist())
+    assert "transductive" not in domains.target_test_note
+
+
 def test_criteria_see_a_seeded_sample_of_target_training_images():
     chosen = [open_domains(data_config(select_images=50), seed).criteria.indices for seed in (0, 0, 1)]
     assert len(chosen[0].unique()) == 50

@@ -25,6 +25,11 @@ def norms(model: nn.Module) -> list[nn.Module]:
     return [m for m in model.modules() if isinstance(m, (nn.BatchNorm2d, nn.BatchNorm1d))]
 
 
+def tensors(backbone: nn.Module) -> list[str]:
+    """What weights files hold: all but the counters of batches, which older ones lack."""
+    return [name for name in backbone.state_dict() if not name.endswith("num_batches_tracked")]
+
+
 def statistics(model: nn.Module) -> dict[str, torch.Tensor]:
     return {k: v.clone() for k, v in model.state_dict().items() if "running" in k or "num_batches" in k}
 
@@ -163,8 +168,7 @@ def test_param_groups_hold_every_trained_parameter_once():
     model = build(bottleneck=8, bn_affine="frozen")
     old, new = model.param_groups(0.1)
     assert (old["lr_scale"], new["lr_scale"]) == (0.1, 1.0)
-    assert {id(p) for p in new["params"]} == {
-        id(p) for p in [*model.bottleneck[0].parameters(), *model.head.parameters()]}  # fmt: skip
+    assert {id(p) for p in new["params"]} == {id(p) for m in (model.bottleneck, model.head) for p in m.parameters()}
     grouped = [id(p) for group in (old, new) for p in group["params"]]
     assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
 
@@ -198,24 +202,24 @@ def _rewritten(file, folder, change):
 
 def test_weights_from_a_file(resnet18_file, capsys):
     model = build(backbone="resnet18", weights="weights.pth", root=str(resnet18_file.parent))
-    total = len(model.backbone.state_dict())
+    total = len(tensors(model.backbone))
     assert capsys.readouterr().out == f"weights weights.pth: loaded {total} of {total} tensors\n"
     state = torch.load(resnet18_file, weights_only=True)
     for name, value in model.backbone.state_dict().items():
         assert torch.equal(value, state[name].to(value.dtype)), name
         assert value.dtype in (torch.float32, torch.int64)
-    assert total == len(state) - 2  # all but the classifier
+    assert total == len([name for name in state if "num_batches" not in name]) - 2  # all but the classifier
 
 
 def test_a_missing_tensor_is_an_error_unless_it_is_named(resnet18_file, tmp_path, capsys):
     keys = _rewritten(resnet18_file, tmp_path, lambda state: state.pop("layer1.0.conv1.weight"))
-    with pytest.raises(UserError, match=r"changed\.pth lacks 1 of .*120.* the first layer1\.0\.conv1"):
+    with pytest.raises(UserError, match=r"changed\.pth lacks 1 of .*100.* the first layer1\.0\.conv1"):
         build(**keys)
     with pytest.raises(UserError, match="lacks 1"):
         build(**keys, weights_missing=["layer2"])
     capsys.readouterr()
     build(**keys, weights_missing=["layer1.0.conv1"])
-    assert "loaded 119 of 120 tensors" in capsys.readouterr().out
+    assert "loaded 99 of 100 tensors" in capsys.readouterr().out
 
 
 def test_a_tensor_of_another_shape_is_missing(resnet18_file, tmp_path):
@@ -280,22 +284,24 @@ def test_frozen_batch_norm_is_frozen_from_the_start():
 
 
 def test_frozen_batch_norm_stays_frozen():
-    frozen, moving = build(bn="frozen", bottleneck=8), build(bn="concat", bottleneck=8)
-    for model, moves in ((frozen, False), (moving, True)):
+    """In the backbone; a new bottleneck's has no statistics worth keeping."""
+    for bn, moves in (("frozen", False), ("concat", True)):
+        model = build(bn=bn, bottleneck=8)
         model.eval().train()
         before = statistics(model)
         model(images(4))
-        assert any((before[k] != v).any() for k, v in statistics(model).items()) == moves
+        moved = {k.split(".")[0] for k, v in statistics(model).items() if (before[k] != v).any()}
+        assert moved == ({"backbone", "bottleneck"} if moves else {"bottleneck"})
         assert model.training
-        assert {m.training for m in norms(model)} == {moves}
+        assert {m.training for m in norms(model.backbone)} == {moves}
 
 
 def test_frozen_scale_and_shift():
     frozen, trained = build(bn_affine="frozen", bottleneck=8), build(bottleneck=8)
-    assert len(norms(frozen)) == 6
-    assert not any(p.requires_grad for m in norms(frozen) for p in m.parameters())
-    assert frozen.head.weight.requires_grad
-    assert frozen.backbone.layer1[0][0].weight.requires_grad
+    assert len(norms(frozen.backbone)) == 5
+    assert not any(p.requires_grad for m in norms(frozen.backbone) for p in m.parameters())
+    rest = {id(p) for m in norms(frozen.backbone) for p in m.parameters()}
+    assert all(p.requires_grad for p in frozen.parameters() if id(p) not in rest)
     assert all(p.requires_grad for p in trained.parameters())
 
 
@@ -317,6 +323,16 @@ def test_statistics_of_both_domains_together_or_of_each():
     for mean, by_hand in zip(means, expected, strict=True):
         torch.testing.assert_close(mean, by_hand, atol=1e-5, rtol=1e-4)
     assert min((expected[i] - expected[j]).abs().max() for i in range(4) for j in range(i)) > 1e-2  # control
+
+
+def test_the_bottleneck_keeps_the_same_statistics_as_the_backbone():
+    x_s, x_t = images(6), images(4, seed=1) // 3
+    keys, seen = {"bn": "separate", "bn_running": "target"}, []
+    model = build(**keys, bottleneck=8)
+    model.bottleneck[0].register_forward_hook(lambda *args: seen.append(args[2].detach().mean(0)))
+    forward_domains(model, x_s, x_t, ModelConfig(**keys))
+    torch.testing.assert_close(model.bottleneck[1].running_mean, 0.1 * seen[1])
+    assert (seen[0] - seen[1]).abs().max() > 1e-3  # control
 
 
 def test_forward_domains_is_one_forward_or_two():
@@ -371,5 +387,5 @@ def test_a_batch_of_one(keys, works):
 @pytest.mark.data
 def test_real_weights(real_data, capsys):
     model = build(backbone="mobilenet_v2", weights="weights/mobilenet_v2_imagenet.pth", root=str(real_data("weights")))
-    total = len(model.backbone.state_dict())
+    total = len(tensors(model.backbone))
     assert f"loaded {total} of {total} tensors" in capsys.readouterr().out
