@@ -51,8 +51,9 @@ class Run:
             file, method = self.folder / "status.json", type(config).method
             status = json.loads(file.read_text()) if file.is_file() else {}
             if status.get("method", method) != method:
+                other = status["method"]
                 raise UserError(
-                    f"--resume: {self.folder} is a run of method {status['method']}, not {method}; choose another out_dir"
+                    f"--resume: {self.folder} is a run of method {other}, not {method}; choose another out_dir"
                 )
             self._check_config()
             if status.get("state") == "finished":
@@ -162,11 +163,8 @@ class Run:
             checkpoint.save_tensors(self.folder / "model.pt", {k: v.cpu() for k, v in model.state_dict().items()})
 
     def _write_status(self, state: str, step: int) -> None:
-        checkpoint.write_text(
-            self.folder / "status.json",
-            json.dumps({"method": type(self.config).method, "state": state, "step": step, "steps": self.config.steps})
-            + "\n",
-        )
+        status = {"method": type(self.config).method, "state": state, "step": step, "steps": self.config.steps}
+        checkpoint.write_text(self.folder / "status.json", json.dumps(status) + "\n")
 
     def stopped(self, step: int) -> int:
         """Save and leave, as a signal asked; returns the exit code."""
