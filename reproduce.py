@@ -11,11 +11,13 @@ Exit codes: 0 done; 1 a run failed; 2 suite or arguments; 5 disk; 130 / 143 stop
 """
 
 import argparse
+import functools
 import importlib.metadata
 import json
 import os
 import platform
 import re
+import runpy
 import shlex
 import signal
 import statistics
@@ -27,7 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from common.checkpoint import write_text
-from common.config import FREE_AT_RESUME, all_keys, build, flatten, load_config, parse_yaml, require
+from common.config import all_keys, build, changed_keys, load_config, parse_yaml, require
 from common.runtime import UserError, exit_with
 
 ORACLE = "oracle (chosen on target test labels: no result)"
@@ -77,6 +79,12 @@ class Suite:
         self.runs = entries
 
 
+@functools.cache
+def script_config(script: str) -> type:
+    """The class `Config` of a training script."""
+    return runpy.run_path(script)["Config"]
+
+
 @dataclass
 class Job:
     """One entry under one seed."""
@@ -101,12 +109,12 @@ class Job:
         try:
             state = json.loads((self.folder / "status.json").read_text())["state"]
             summary = json.loads((self.folder / "summary.json").read_text())
-            trained = flatten(parse_yaml((self.folder / "config.yaml").read_text(), "config.yaml"))
+            config_class = script_config(self.entry.script)
+            trained = load_config(config_class, str(self.folder / "config.yaml"))
+            wanted = load_config(config_class, self.entry.config, [f"seed={self.seed}"])
         except (OSError, ValueError, KeyError, UserError):
             return None
-        wanted = flatten({**self.entry.tree, "seed": self.seed})
-        same = all(trained.get(key) == value for key, value in wanted.items() if key not in FREE_AT_RESUME)
-        return summary if state == "finished" and same else None
+        return summary if state == "finished" and not changed_keys(trained, wanted) else None
 
 
 def run_all(jobs: list[Job], at_once: int) -> tuple[int, int | None]:

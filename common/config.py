@@ -351,6 +351,13 @@ def flatten(tree: dict, prefix: str = "") -> dict:
     return flat
 
 
+def changed_keys(before, now) -> dict[str, tuple]:
+    """{key: (before, now)} of two configs of a kind, without the keys of FREE_AT_RESUME."""
+    before, now = flatten(dataclasses.asdict(before)), flatten(dataclasses.asdict(now))
+    keys = sorted((before.keys() | now.keys()) - set(FREE_AT_RESUME))
+    return {k: (before.get(k), now.get(k)) for k in keys if before.get(k) != now.get(k)}
+
+
 def dump(config) -> str:
     """The resolved config as yaml; reading it back gives the same config."""
     return yaml.dump(dataclasses.asdict(config), Dumper=_Dumper, sort_keys=False, default_flow_style=None, width=110)

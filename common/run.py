@@ -3,7 +3,6 @@
 config.yaml  metrics.jsonl  status.json  summary.json  model.pt  checkpoints/step_00000080.pt
 """
 
-import dataclasses
 import json
 import math
 import re
@@ -15,7 +14,7 @@ from pathlib import Path
 import torch
 
 from common import checkpoint
-from common.config import FREE_AT_RESUME, dump, flatten, load_config
+from common.config import changed_keys, dump, flatten, load_config
 from common.evaluation import choose
 from common.log import Log
 from common.runtime import UserError, get_device
@@ -64,11 +63,9 @@ class Run:
         file = self.folder / "config.yaml"
         if not file.is_file():
             raise UserError(f"out_dir: {self.folder} has no config.yaml, it is no run folder; choose another out_dir")
-        before = flatten(dataclasses.asdict(load_config(type(self.config), str(file))))
-        now = flatten(dataclasses.asdict(self.config))
-        changed = [k for k in before.keys() | now.keys() if k not in FREE_AT_RESUME and before.get(k) != now.get(k)]
+        changed = changed_keys(load_config(type(self.config), str(file)), self.config)
         if changed and self._checkpoints():  # before the first one nothing is trained yet
-            shown = ", ".join(f"{k} {before.get(k)!r} -> {now.get(k)!r}" for k in sorted(changed))
+            shown = ", ".join(f"{key} {before!r} -> {now!r}" for key, (before, now) in changed.items())
             remedy = "undo the change or choose another out_dir"
             raise UserError(f"--resume: {self.folder} was trained under another config ({shown}); {remedy}")
 

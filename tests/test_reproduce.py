@@ -19,34 +19,47 @@ ROOT = Path(reproduce.__file__).parent
 FIGURES = {0: 70.0, 1: 80.0, 2: 87.0}  # mean 79, sum of squares 81 + 1 + 64 = 146, / 2 = 73: sd 8.544
 SCRIPT = """
 import json, os, pathlib, sys, time
-values = dict(a.split("=", 1) for a in sys.argv if "=" in a)
-seed, folder = int(values["seed"]), pathlib.Path(values["out_dir"])
-with open("calls.jsonl", "a") as calls:
-    call = {"argv": sys.argv, "omp": os.environ.get("OMP_NUM_THREADS"), "time": time.monotonic()}
-    calls.write(json.dumps(call) + "\\n")
-folder.mkdir(parents=True, exist_ok=True)
-print("training")
-if os.environ.get("FAIL_SEED") == str(seed):
-    print("warning: soon", file=sys.stderr)
-    print("error: no images of seed %d" % seed, file=sys.stderr)
-    sys.exit(1)
-meet = int(os.environ.get("MEET", 0))  # wait until so many runs are alive at once
-(folder / "alive").touch()
-end = time.monotonic() + 20
-while len(list(folder.parent.glob("*/alive"))) < meet:
-    if time.monotonic() > end:
-        sys.exit("alone")
-    time.sleep(0.02)
-accuracy = json.loads(os.environ["FIGURES"])[str(seed)]
-target = {name: {"step": 8, "accuracy": accuracy and accuracy + more, "mean_class_accuracy": 1.0}
-          for name, more in (("last", 0), ("selected", 1), ("oracle", 2))}
-config = pathlib.Path(sys.argv[sys.argv.index("--config") + 1]).read_text()
-(folder / "config.yaml").write_text(config + "seed: %d\\n" % seed)
-(folder / "summary.json").write_text(json.dumps({
-    "method": "fake", "seed": seed, "steps": 8, "seconds": 10.0 + seed,
-    "target": target, "target_test": "its test split",
-    "selection": {"criterion": "infomax", "part_of_training_loss": False, "value": 0.5}}))
-(folder / "status.json").write_text(json.dumps({"state": "finished", "step": 8, "steps": 8}))
+from dataclasses import dataclass, field
+@dataclass
+class Config:
+    out_dir: str
+    steps: int = 4
+    optim: dict = field(default_factory=dict)
+    seed: int = 0
+    data: dict = field(default_factory=dict)
+
+def main():
+    values = dict(a.split("=", 1) for a in sys.argv if "=" in a)
+    seed, folder = int(values["seed"]), pathlib.Path(values["out_dir"])
+    with open("calls.jsonl", "a") as calls:
+        call = {"argv": sys.argv, "omp": os.environ.get("OMP_NUM_THREADS"), "time": time.monotonic()}
+        calls.write(json.dumps(call) + "\\n")
+    folder.mkdir(parents=True, exist_ok=True)
+    print("training")
+    if os.environ.get("FAIL_SEED") == str(seed):
+        print("warning: soon", file=sys.stderr)
+        print("error: no images of seed %d" % seed, file=sys.stderr)
+        sys.exit(1)
+    meet = int(os.environ.get("MEET", 0))  # wait until so many runs are alive at once
+    (folder / "alive").touch()
+    end = time.monotonic() + 20
+    while len(list(folder.parent.glob("*/alive"))) < meet:
+        if time.monotonic() > end:
+            sys.exit("alone")
+        time.sleep(0.02)
+    accuracy = json.loads(os.environ["FIGURES"])[str(seed)]
+    target = {name: {"step": 8, "accuracy": accuracy and accuracy + more, "mean_class_accuracy": 1.0}
+              for name, more in (("last", 0), ("selected", 1), ("oracle", 2))}
+    config = pathlib.Path(sys.argv[sys.argv.index("--config") + 1]).read_text()
+    (folder / "config.yaml").write_text(config + "seed: %d\\n" % seed)
+    (folder / "summary.json").write_text(json.dumps({
+        "method": "fake", "seed": seed, "steps": 8, "seconds": 10.0 + seed,
+        "target": target, "target_test": "its test split",
+        "selection": {"criterion": "infomax", "part_of_training_loss": False, "value": 0.5}}))
+    (folder / "status.json").write_text(json.dumps({"state": "finished", "step": 8, "steps": 8}))
+
+if __name__ == "__main__":
+    main()
 """
 WAITS = """
 import pathlib, signal, sys, time
@@ -103,7 +116,7 @@ def cells(text: str, method: str) -> list[str]:
 def test_every_config_runs_under_every_seed(folder, capfd):
     assert reproduce.main(["suite.yaml", "--seeds", "0", "2"]) == 0
     expected = [
-        ["train.py", "--config", f"{name}.yaml", f"seed={seed}", f"out_dir=runs/{name}_seed{seed}"]
+        ["train.py", "--config", f"{name}.yaml", f"seed={seed}", f"out_dir=runs/{name}_seed{seed}", "--resume"]
         for seed in (0, 2)
         for name in ("one", "two")
     ]
@@ -130,6 +143,7 @@ def test_finished_runs_are_skipped(folder, capfd):
         ("status.json", '{"state": "finis'),
         ("summary.json", None),
         ("config.yaml", "out_dir: runs/one\nsteps: 8\noptim: {lr: 0.1}\nseed: 0\n"),  # the config was edited since
+        ("config.yaml", "out_dir: runs/one\nsteps: 8\noptim: {lr: 0.05, momentum: 0.5}\n"),  # a key was taken out
     ],
 )
 def test_broken_runs_are_resumed(folder, file, text):
@@ -242,16 +256,15 @@ def test_out_with_torn_markers_is_refused_before_any_run(folder, text):
 
 
 def test_list_runs_nothing(folder, capfd):
-    Path("runs/two_seed1").mkdir(parents=True)
     Path("suite.yaml").write_text(SUITE.replace("train.py", "my train.py"))
     Path("train.py").rename("my train.py")
     assert reproduce.main(["suite.yaml", "--seeds", "0", "1", "--list", "--out", "results.md"]) == 0
     lines = capfd.readouterr().out.splitlines()
-    assert lines[0] == f"{sys.executable} 'my train.py' --config one.yaml seed=0 out_dir=runs/one_seed0"
-    ends = [shlex.split(line)[-1] for line in lines]
-    assert ends[1:] == ["out_dir=runs/two_seed0", "out_dir=runs/one_seed1", "--resume"]
+    assert lines[0] == f"{sys.executable} 'my train.py' --config one.yaml seed=0 out_dir=runs/one_seed0 --resume"
+    folders = [shlex.split(line)[-2] for line in lines]
+    assert folders[1:] == ["out_dir=runs/two_seed0", "out_dir=runs/one_seed1", "out_dir=runs/two_seed1"]
     assert calls() == []
-    assert sorted(p.name for p in Path("runs").iterdir()) == ["two_seed1"]
+    assert not Path("runs").exists()
     assert not Path("results.md").exists()
 
 
@@ -266,7 +279,7 @@ def test_jobs_run_at_once_and_share_the_cores(folder, monkeypatch):
 
 
 def test_jobs_is_a_limit(folder, monkeypatch):
-    Path("train.py").write_text(SCRIPT.replace("meet = ", "time.sleep(0.3)\nmeet = "))
+    Path("train.py").write_text(SCRIPT.replace("meet = ", "time.sleep(0.3); meet = "))
     assert reproduce.main(["suite.yaml", "--seeds", "0", "--jobs", "1"]) == 0
     first, second = (call["time"] for call in calls())
     assert second - first > 0.3
