@@ -64,7 +64,10 @@ class Config(RunConfig):
                 self.conditional == "none" or self.feature_layers == ["pooled"],
                 "conditional needs feature_layers: [pooled]",
             ),
-            (self.adv_weight >= 0 and self.reversal_max >= 0, "adv_weight and reversal_max must not be negative"),
+            (
+                min(self.adv_weight, self.reversal_max, *self.layer_weights) >= 0,
+                "adv_weight, reversal_max and layer_weights must not be negative",
+            ),
             (
                 self.reversal_progress == "total" or self.reversal_progress > 0,
                 "reversal_progress must be total or positive",

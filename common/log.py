@@ -88,8 +88,11 @@ class Log:
     def record(self, line: dict) -> None:
         """Append one line to metrics.jsonl."""
         if self.path is not None:
-            with open(self.path, "a") as file:
-                file.write(json.dumps(line) + "\n")
+            try:
+                with open(self.path, "a") as file:
+                    file.write(json.dumps(line) + "\n")
+            except OSError as error:
+                raise UserError(f"{self.path}: cannot be written ({error.strerror}); free some space", 5) from None
 
     def print(self, text: str) -> None:
         (self.bar.write if self.bar is not None else lambda line: print(line, flush=True))(text)

@@ -47,10 +47,9 @@ class Run:
                 f"out_dir: {self.folder} is used; add --resume to go on with it, or choose another with out_dir=..."
             )
         if used:
-            file, method = self.folder / "status.json", type(config).method
-            status = json.loads(file.read_text()) if file.is_file() else {}
-            if status.get("method", method) != method:
-                other = status["method"]
+            status, method = self._read_status(), type(config).method
+            other = status.get("method", method)
+            if other != method:
                 raise UserError(
                     f"--resume: {self.folder} is a run of method {other}, not {method}; choose another out_dir"
                 )
@@ -146,7 +145,7 @@ class Run:
         )
 
     def evaluated(self, step: int, metrics: dict, model: torch.nn.Module) -> None:
-        """Record an evaluation ; keep the weights if they are the best so far by `select`."""
+        """Record an evaluation; keep the weights if they are the best so far by `select`."""
         for name, value in metrics["criteria"].items():
             if not math.isfinite(value):
                 raise UserError(f"step {step}: criteria.{name} is {value}; lower optim.lr, or use amp: float32", 3)
@@ -158,6 +157,13 @@ class Run:
         )
         if choose(self.history, self.config.select)["selected"]["step"] == step and not self.dry_run:
             checkpoint.save_tensors(self.folder / "model.pt", {k: v.cpu() for k, v in model.state_dict().items()})
+
+    def _read_status(self) -> dict:
+        file = self.folder / "status.json"
+        try:
+            return json.loads(file.read_text()) if file.is_file() else {}
+        except ValueError:
+            raise UserError(f"--resume: {file} is damaged; remove it to go on from the checkpoints") from None
 
     def _write_status(self, state: str, step: int) -> None:
         status = {"method": type(self.config).method, "state": state, "step": step, "steps": self.config.steps}

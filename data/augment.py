@@ -110,6 +110,7 @@ def jitter(
     return torch.stack(out)
 
 
+_LARGEST = {"hue": 0.5, "probability": 1, "invert": 1}
 OPERATIONS = {f.__name__: f for f in (affine, photometric, crop, flip, jitter)}
 
 
@@ -155,8 +156,9 @@ def check_augment(spec: dict) -> list[str]:
                 mistakes.append(f"augment.{name}.{key} must be {kind}, not {value!r}")
             elif isinstance(known[key], tuple) and key != "gain" and key != "channel_gain" and value[0] <= 0:
                 mistakes.append(f"augment.{name}.{key} must be above 0, not {value!r}")
-            elif key == "hue" and not 0 <= value <= 0.5:
-                mistakes.append(f"augment.{name}.hue must lie in [0, 0.5], not {value!r}")
+            elif not isinstance(known[key], tuple) and not 0 <= value <= _LARGEST.get(key, math.inf):
+                allowed = f"lie in [0, {_LARGEST[key]}]" if key in _LARGEST else "not be negative"
+                mistakes.append(f"augment.{name}.{key} must {allowed}, not {value!r}")
     return mistakes
 
 

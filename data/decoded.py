@@ -35,6 +35,7 @@ def _create(path: Path, shape: tuple[int, ...]) -> None:
         return
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         np.lib.format.open_memmap(temporary, "w+", np.uint8, shape).flush()
         if hasattr(os, "posix_fallocate"):  # a full disk is an error here, not a bus error at some later image
             with open(temporary, "r+b") as file:
@@ -45,7 +46,8 @@ def _create(path: Path, shape: tuple[int, ...]) -> None:
     except OSError as error:
         raise UserError(f"data.cache: {path} cannot be written ({error.strerror}); choose another folder", 5) from None
     finally:
-        temporary.unlink(missing_ok=True)
+        if temporary.exists():
+            temporary.unlink()
 
 
 class DecodedImages:
@@ -67,7 +69,6 @@ class DecodedImages:
             return
         stats = (f"{p}:{s.st_size}:{s.st_mtime_ns}" for p in paths for s in [p.stat()])
         self.file = folder / f"decoded_{side}_{generator(*stats).initial_seed():016x}.npy"
-        folder.mkdir(parents=True, exist_ok=True)
         _create(self.file, (len(paths), 3, side, side))
         _create(self._flags(), (len(paths),))
 
@@ -82,8 +83,11 @@ class DecodedImages:
 
     def _open(self) -> None:
         if self.store is None and self.file is not None:
-            self.store = torch.from_numpy(np.load(self.file, mmap_mode="r+"))
-            self.filled = torch.from_numpy(np.load(self._flags(), mmap_mode="r+"))
+            try:
+                self.store = torch.from_numpy(np.load(self.file, mmap_mode="r+"))
+                self.filled = torch.from_numpy(np.load(self._flags(), mmap_mode="r+"))
+            except (OSError, ValueError):
+                raise UserError(f"data.cache: {self.file} cannot be read; remove it and {self._flags().name}") from None
 
     def __len__(self) -> int:
         return len(self.paths)

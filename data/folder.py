@@ -55,7 +55,7 @@ def scan_folder(path: str, root: Path) -> tuple[list[Path], list[int] | None, li
 def _class_names(path: str, root: Path) -> list[str]:
     file = _inside(Path(path), root, root, "classes")
     try:
-        names = [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        names = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError):
         raise UserError(f"classes: {file} cannot be read; it should hold one class name a line") from None
     if len(set(names)) < max(len(names), 2):
@@ -71,7 +71,7 @@ def read_list(path: str, classes: str | None, root: Path) -> tuple[list[Path], l
     """
     file = _inside(Path(path), root, root, "list")
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError):
         raise UserError(f"list: {file} cannot be read; it should hold a line `path label` per image") from None
     names = _class_names(classes, root) if classes else None

@@ -172,6 +172,26 @@ def test_a_list_with_a_missing_file_or_an_unknown_label(config, refused, tmp_pat
         assert message in refused("train_dann", config, "data.source={name: list, path: photo/list.txt}")
 
 
+def test_a_list_with_a_byte_order_mark(config, outcome, tmp_path):
+    text = "cat/000.png 0\ndog/000.png 1\n" * 2
+    (tmp_path / "images" / "photo" / "list.txt").write_text(text, encoding="utf-8-sig")
+    names = ["data.source={name: list, path: photo/list.txt}", "data.target={name: list, path: photo/list.txt}"]
+    assert outcome("train_source", config, *names)[0] == 0
+
+
+def test_a_damaged_or_uncreatable_cache(config, outcome, tmp_path):
+    (tmp_path / "file").write_text("")
+    code, _, lines = outcome("train_source", config, "data.cache_gb=0", "data.cache=file/cache")
+    assert (code, len(lines)) == (5, 1)
+    assert "data.cache: file/cache" in lines[0]
+    assert outcome("train_source", config, "data.cache_gb=0", "out_dir=first")[0] == 0
+    for file in (tmp_path / "cache").glob("decoded_*.npy"):
+        file.write_bytes(file.read_bytes()[:100])
+    code, _, lines = outcome("train_source", config, "data.cache_gb=0")
+    assert (code, len(lines)) == (2, 1)
+    assert re.search(r"cache/decoded_\S+ cannot be read; remove it and decoded_\S+$", lines[0])
+
+
 @pytest.mark.parametrize("workers", [0, 2])
 def test_an_unreadable_image_is_named_and_can_be_mended(config, outcome, tmp_path, workers):
     image = tmp_path / "images" / "photo" / "dog" / "003.png"
@@ -269,6 +289,17 @@ def test_resuming_with_another_script(config, finished, outcome):
     assert lines[0].startswith("error: ")
     assert "finished" not in out
     assert listing(finished) == before
+
+
+def test_a_damaged_status_is_named(config, finished, outcome):
+    (finished / "status.json").write_text('{"state": "fini')
+    code, _, lines = outcome("train_source", config, "--resume")
+    assert (code, lines) == (
+        2,
+        ["error: --resume: run/status.json is damaged; remove it to go on from the checkpoints"],
+    )
+    (finished / "status.json").unlink()
+    assert outcome("train_source", config, "--resume")[0] == 0
 
 
 def test_an_out_dir_that_is_no_run_folder(config, outcome, tmp_path):

@@ -144,7 +144,7 @@ def test_broken_rules_are_reported_at_once():
     """Of every section, of the shared keys and of the method's own, beside mistakes of other kinds."""
     found = mistakes(MINIMAL, "data.batch=0", "optim.lr=-1", "optim.momentum=2", "seed=-1", "adv_weight=-1", "stps=3")
     assert sorted(found) == [
-        "adv_weight and reversal_max must not be negative",
+        "adv_weight, reversal_max and layer_weights must not be negative",
         "data.batch must be positive",
         "optim.lr must be positive",
         "optim.momentum must lie in [0, 1)",
@@ -187,7 +187,8 @@ def test_broken_rules_are_reported_at_once():
         ("optim.schedule_progress=0", "optim.schedule_progress must be total or positive"),
         ("feature_layers=[]", "feature_layers must name a layer"),
         ("layer_weights=[1, 1]", "layer_weights needs one weight for each of feature_layers"),
-        ("reversal_max=-1", "adv_weight and reversal_max must not be negative"),
+        ("reversal_max=-1", "adv_weight, reversal_max and layer_weights must not be negative"),
+        ("layer_weights=[-1]", "adv_weight, reversal_max and layer_weights must not be negative"),
         ("reversal_progress=0", "reversal_progress must be total or positive"),
         ("disc_hidden=0", "disc_hidden must be positive"),
         ("disc_lr=0", "disc_lr must be positive or null"),
@@ -206,6 +207,9 @@ def test_rules(override, expected):
         "data.augment.affine.degrees=1e999",
         "data.augment.crop.ratio=[0, 1]",
         "data.augment.jitter.hue=0.7",
+        "data.augment.flip.probability=1.5",
+        "data.augment.photometric.noise=-0.1",
+        "data.augment.affine.translate=-1",
     ],
 )
 def test_values_that_training_would_break_on(override):
