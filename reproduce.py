@@ -12,11 +12,8 @@ Exit codes: 0 done; 1 a run failed; 2 suite or arguments; 5 disk; 130 / 143 stop
 
 import argparse
 import functools
-import importlib.metadata
 import json
 import os
-import platform
-import re
 import runpy
 import shlex
 import signal
@@ -181,13 +178,6 @@ def criterion(summary: dict) -> str:
     return selection["criterion"] + " (part of the training loss: no judge)" * selection["part_of_training_loss"]
 
 
-def machine() -> str:
-    cpu_info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
-    cpu = re.search(r"^model name\s*: (.+)$", cpu_info, re.M)
-    name = cpu[1] if cpu else platform.machine()
-    return f"{os.cpu_count()} cores, {name}, torch {importlib.metadata.version('torch')}"
-
-
 def distinct(values: Iterable) -> str:
     return ", ".join(str(value) for value in sorted(set(values))) or "-"
 
@@ -212,7 +202,7 @@ def table(suite: Suite, seeds: list[int], argv: list[str]) -> str:
         f"Selected without target labels by {distinct(map(criterion, everything))}. Seconds are a run's mean.",
         *([suite.note.strip()] if suite.note else []),
         f"Written by `{shlex.join(['python', 'reproduce.py', *argv])}`: seeds {' '.join(map(str, seeds))}; "
-        f"steps {distinct(s['steps'] for s in everything)}; on {machine()}.",
+        f"steps {distinct(s['steps'] for s in everything)}; on {distinct(s['machine'] for s in everything)}.",
     ]
     return "\n\n".join(parts)
 

@@ -283,7 +283,10 @@ def _nearest(key: str, keys: list[str]) -> str:
 
 
 def build(cls, tree, keys: list[str], mistakes: list[str], prefix: str = ""):
-    """An instance of `cls` from a tree of plain values; appends to `mistakes` and returns None where it cannot."""
+    """An instance of `cls` from a tree of plain values, or None where rules are broken or a required key is missing.
+
+    Whatever is wrong is appended to `mistakes`.
+    """
     if not isinstance(tree, dict):
         mistakes.append(f"{prefix.rstrip('.') or 'the config'} must be a mapping, not {tree!r}")
         return None
@@ -305,9 +308,10 @@ def build(cls, tree, keys: list[str], mistakes: list[str], prefix: str = ""):
             continue
         values[spec.name] = _convert(hint, value)
         if values[spec.name] is _WRONG:
-            whole = False
             mistakes.append(f"{name} must be {_type_name(hint)}, not {value!r}")
-    if not whole:  # the rules see the right values only; a section that failed is None to them
+            del values[spec.name]  # the rules see its default
+            whole &= not required
+    if not whole:
         return None
     try:
         return cls(**values)

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from common.checkpoint import write_text
 from common.runtime import UserError
 
 
@@ -43,7 +44,7 @@ class Log:
                 except ValueError:
                     keep = False  # the line a kill cut short
                 lines += [line] if keep else []
-            self.path.write_text("".join(lines))
+            write_text(self.path, "".join(lines))
         self.start, self.started = step, time.monotonic()
         if sys.stderr.isatty():
             self.bar = tqdm(total=self.steps, initial=step, unit="step", dynamic_ncols=True, smoothing=0.05)

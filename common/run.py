@@ -17,7 +17,7 @@ from common import checkpoint
 from common.config import changed_keys, dump, flatten, load_config
 from common.evaluation import choose
 from common.log import Log
-from common.runtime import UserError, get_device
+from common.runtime import UserError, describe_machine, get_device
 
 KEEP = 2  # checkpoints: the newest, and the one before should the newest be damaged
 
@@ -34,6 +34,7 @@ class Run:
         self.config, self.folder, self.dry_run = config, Path(config.out_dir), args.dry_run
         self.resume = args.resume and not args.dry_run
         self.history, self.seconds, self.stopping, self.saved = [], 0.0, None, None
+        self.selected = None  # what model.pt holds; kept, since a resumed run must find it as it was at the checkpoint
         if self.dry_run:
             config.steps = 1
             self.log = Log(None, 1)
@@ -97,7 +98,8 @@ class Run:
         """What is saved besides `state`: plain values."""
         seconds = self.seconds + time.monotonic() - self.started
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-        return {"history": self.history, "seconds": seconds, "rng": torch.get_rng_state(), "cuda_rng": cuda}
+        values = {"history": self.history, "selected": self.selected, "seconds": seconds}
+        return {**values, "rng": torch.get_rng_state(), "cuda_rng": cuda}
 
     def save(self, step: int) -> None:
         """Write a checkpoint. Raises `UserError` (code 3) rather than save a run that is no longer finite."""
@@ -129,12 +131,14 @@ class Run:
             return 0
         for file in files:
             try:
-                values = dict.fromkeys(("step", "history", "seconds", "rng", "cuda_rng"))
+                values = dict.fromkeys(("step", "history", "selected", "seconds", "rng", "cuda_rng"))
                 saved = checkpoint.load(file, **self.state, **values)
             except UserError as error:
                 print(f"warning: {error}")
                 continue
-            self.history, self.seconds = saved["history"], saved["seconds"]
+            self.history, self.seconds, self.selected = saved["history"], saved["seconds"], saved["selected"]
+            if self.selected is not None:  # an evaluation after the checkpoint may have written another
+                checkpoint.save_tensors(self.folder / "model.pt", self.selected)
             torch.set_rng_state(saved["rng"])
             if saved["cuda_rng"] and torch.cuda.is_available():
                 torch.cuda.set_rng_state_all(saved["cuda_rng"])
@@ -156,7 +160,8 @@ class Run:
             f"step {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in flat.items() if value is not None)
         )
         if choose(self.history, self.config.select)["selected"]["step"] == step and not self.dry_run:
-            checkpoint.save_tensors(self.folder / "model.pt", {k: v.cpu() for k, v in model.state_dict().items()})
+            self.selected = {k: v.to("cpu", copy=True) for k, v in model.state_dict().items()}
+            checkpoint.save_tensors(self.folder / "model.pt", self.selected)
 
     def _read_status(self) -> dict:
         file = self.folder / "status.json"
@@ -190,6 +195,7 @@ class Run:
             "seed": config.seed,
             "steps": config.steps,
             "device": get_device(config.device).type,
+            "machine": describe_machine(get_device(config.device)),
             "seconds": round(self._values()["seconds"], 1),
             "target": target,
             **facts,

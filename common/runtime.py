@@ -1,8 +1,11 @@
 """Errors a user can mend, the device, and the seeds."""
 
 import os
+import platform
+import re
 import sys
 import traceback
+from pathlib import Path
 
 import torch
 
@@ -50,6 +53,17 @@ def get_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
+
+
+def describe_machine(device: torch.device) -> str:
+    """What the seconds of a run were measured on: the GPU, or cores and processor; and torch's version."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        cpu_info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
+        cpu = re.search(r"^model name\s*: (.+)$", cpu_info, re.M)
+        name = f"{os.cpu_count()} cores, {cpu[1] if cpu else platform.machine()}"
+    return f"{name}, torch {torch.__version__}"
 
 
 def seed_everything(seed: int) -> None:

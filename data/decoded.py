@@ -69,6 +69,8 @@ class DecodedImages:
             return
         stats = (f"{p}:{s.st_size}:{s.st_mtime_ns}" for p in paths for s in [p.stat()])
         self.file = folder / f"decoded_{side}_{generator(*stats).initial_seed():016x}.npy"
+        if not self.file.is_file():
+            self._flags().unlink(missing_ok=True)  # flags without their images: these were removed
         _create(self.file, (len(paths), 3, side, side))
         _create(self._flags(), (len(paths),))
 

@@ -1,5 +1,6 @@
 """Images in a folder per class, in one flat folder, or named by a list file."""
 
+import os
 from pathlib import Path
 
 from PIL import Image
@@ -15,7 +16,7 @@ def _is_image(path: Path) -> bool:
 def _inside(path: Path, base: Path, root: Path, where: str) -> Path:
     """`path` against `base`, which must lie below `root` by its name: links are followed, `..` is not."""
     full = base / path  # the path itself, if absolute
-    if ".." in path.parts or not full.absolute().is_relative_to(root.absolute()):
+    if ".." in path.parts or not Path(os.path.abspath(full)).is_relative_to(os.path.abspath(root)):
         raise UserError(f"{where}: {path} lies outside {root}; move the data or set data.root")
     return full
 

@@ -3,6 +3,8 @@
 import torch
 import torch.nn.functional as F
 
+SOURCE, TARGET = 1.0, 0.0
+
 
 def domain_loss(
     logits_s: torch.Tensor,
@@ -18,13 +20,12 @@ def domain_loss(
 
     Returns a float32 scalar; log 2 when the discriminator is undecided. An empty domain counts 0.
     """
-    loss_s = F.binary_cross_entropy_with_logits(
-        logits_s.float(), torch.ones_like(logits_s, dtype=torch.float32), weight_s, reduction="sum"
-    )
-    loss_t = F.binary_cross_entropy_with_logits(
-        logits_t.float(), torch.zeros_like(logits_t, dtype=torch.float32), weight_t, reduction="sum"
-    )
-    return 0.5 * (loss_s / max(logits_s.numel(), 1) + loss_t / max(logits_t.numel(), 1))
+    losses = []
+    for logits, label, weight in ((logits_s, SOURCE, weight_s), (logits_t, TARGET, weight_t)):
+        labels = torch.full_like(logits, label, dtype=torch.float32)
+        loss = F.binary_cross_entropy_with_logits(logits.float(), labels, weight, reduction="sum")
+        losses.append(loss / max(logits.numel(), 1))
+    return 0.5 * (losses[0] + losses[1])
 
 
 @torch.no_grad()

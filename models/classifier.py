@@ -35,7 +35,7 @@ class Classifier(nn.Module):
         super().__init__()
         self.backbone, self.freeze_statistics = backbone, config.bn == "frozen"
         width = channels["layer4"]
-        self.bottleneck = nn.Identity()
+        self.bottleneck = nn.Sequential()
         if config.bottleneck:
             self.bottleneck = nn.Sequential(
                 nn.Linear(width, config.bottleneck), nn.BatchNorm1d(config.bottleneck), nn.ReLU(inplace=True)
@@ -70,9 +70,10 @@ class Classifier(nn.Module):
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
+            remedy = "" if self.freeze_statistics or len(self.bottleneck) else ", or model.bn: frozen"
             raise UserError(
                 f"data.batch: {len(images)} image gives batch norm one value a channel; "
-                "use data.batch of 2 or more, or model.bn: frozen"
+                f"use data.batch of 2 or more{remedy}"
             ) from None
         return ModelOutput(self.head(features["pooled"]), features)
 

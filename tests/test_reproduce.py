@@ -53,7 +53,7 @@ def main():
     config = pathlib.Path(sys.argv[sys.argv.index("--config") + 1]).read_text()
     (folder / "config.yaml").write_text(config + "seed: %d\\n" % seed)
     (folder / "summary.json").write_text(json.dumps({
-        "method": "fake", "seed": seed, "steps": 8, "seconds": 10.0 + seed,
+        "method": "fake", "seed": seed, "steps": 8, "seconds": 10.0 + seed, "machine": "a desk, torch 9",
         "target": target, "target_test": "its test split",
         "selection": {"criterion": "infomax", "part_of_training_loss": False, "value": 0.5}}))
     (folder / "status.json").write_text(json.dumps({"state": "finished", "step": 8, "steps": 8}))
