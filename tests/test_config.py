@@ -140,6 +140,17 @@ def test_all_mistakes_are_reported_at_once():
     ]
 
 
+def test_a_wrong_type_hides_no_broken_rule():
+    found = mistakes(MINIMAL, "optim.lr=x", "optim.momentum=2", "data.batch=0", "data.size=[1]", "disc_lr=-1")
+    assert sorted(found) == [
+        "data.batch must be positive",
+        "data.size must be int, not [1]",
+        "disc_lr must be positive or null",
+        "optim.lr must be number, not 'x'",
+        "optim.momentum must lie in [0, 1)",
+    ]
+
+
 def test_broken_rules_are_reported_at_once():
     """Of every section, of the shared keys and of the method's own, beside mistakes of other kinds."""
     found = mistakes(MINIMAL, "data.batch=0", "optim.lr=-1", "optim.momentum=2", "seed=-1", "adv_weight=-1", "stps=3")

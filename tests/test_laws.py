@@ -1,7 +1,6 @@
 """The laws of the house, where they can be checked."""
 
 import ast
-import hashlib
 import re
 import subprocess
 import sys
@@ -82,7 +81,7 @@ def test_the_scripts_differ_by_the_method_only():
         for name in ("source", "dann")
     )
     missing = [line for line in source if line not in dann]
-    assert len(missing) <= 10, missing
+    assert len(missing) <= 8, missing
 
 
 METHOD = [  # a copy of train_dann.py that matches the domains' mean features instead
@@ -101,7 +100,6 @@ METHOD = [  # a copy of train_dann.py that matches the domains' mean features in
 
 
 def test_a_new_method_is_one_copied_script_and_one_loss(tmp_path):
-    before = {file: hashlib.sha256(file.read_bytes()).digest() for file in [*MODULES, *ROOT.glob("*.py")]}
     text = (ROOT / "train_dann.py").read_text()
     for old, new in METHOD:
         assert old in text
@@ -120,7 +118,6 @@ def test_a_new_method_is_one_copied_script_and_one_loss(tmp_path):
         command, cwd=ROOT, env={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
-    assert {file: hashlib.sha256(file.read_bytes()).digest() for file in [*MODULES, *ROOT.glob("*.py")]} == before
     assert all("adv_loss" in line for line in metrics(tmp_path / "run") if "lr" in line)
     assert train("train_dann", tmp_path / "config.yaml", f"out_dir={tmp_path}/dann") == 0
     mine, dann = weights(tmp_path / "run"), weights(tmp_path / "dann")

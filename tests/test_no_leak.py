@@ -58,6 +58,38 @@ def test_target_labels_do_not_train_or_select(tmp_path, permute, script):
     assert differing(plain_weights, weights(tmp_path / "control")) > 1000
 
 
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_labels_of_a_target_without_test_split_do_not_train_or_select(tmp_path, pictures, script):
+    """The same images are trained on and reported on (transductive): their labels in the list are permuted."""
+    pictures("photo", {"cat": 12, "dog": 12})
+    folder = pictures("sketch", {"cat": 6, "dog": 6})
+    data = "{source: {name: list, path: photo/list.txt}, target: {name: list, path: sketch/list.txt}, "
+    data += f"size: 16, batch: 4, root: {tmp_path}/images, cache: {tmp_path}/cache}}"
+    config = tiny_config(tmp_path, data=data, select="infomax")
+
+    def write(name: str, count: int, permuted: bool) -> None:
+        lines = [
+            f"{c}/{i:03d}.png {(label + permuted * i) % 2}"
+            for label, c in enumerate(("cat", "dog"))
+            for i in range(count)
+        ]
+        (folder.parent / name / "list.txt").write_text("\n".join(lines))
+
+    write("photo", 12, False)
+    results = {}
+    for run in ("plain", "permuted"):
+        write("sketch", 6, run == "permuted")
+        assert train(script, config, f"out_dir={tmp_path}/{run}") == 0
+        results[run] = summary(tmp_path / run)["target"], weights(tmp_path / run)
+    assert differing(results["plain"][1], results["permuted"][1]) == 0
+    assert [e["step"] for e in results["plain"][0].values()][:2] == [
+        e["step"] for e in results["permuted"][0].values()
+    ][:2]
+    write("photo", 12, True)  # control: source labels do train
+    assert train(script, config, f"out_dir={tmp_path}/control") == 0
+    assert differing(results["plain"][1], weights(tmp_path / "control")) > 1000
+
+
 def test_source_only_does_not_see_the_target(tmp_path):
     """Weights and statistics stay the same whatever the target is (METHODS: target images through batch norm)."""
     config = tiny_config(tmp_path, select="source_val")

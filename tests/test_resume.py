@@ -43,6 +43,63 @@ def test_stopped_and_resumed_is_exact(tmp_path, monkeypatch, whole, script, stop
     assert _same_run(whole[script], tmp_path / "run") == 0
 
 
+EVERYTHING = {
+    "adam, own statistics, dropout": ["optim.name=adam", "optim.lr=1e-3", "model.bn=separate", "disc_norm=dropout"],
+    "random map": ["conditional=cdan_e", "model.bottleneck=512"],  # 512 x 10 is beyond 4096
+    "float16": ["amp=float16", "eval_every=1000", "data.select_images=20"],
+}
+
+
+@pytest.mark.parametrize("keys", EVERYTHING.values(), ids=EVERYTHING)
+def test_exact_with_other_states(tmp_path, monkeypatch, keys):
+    """What else has a state: Adam, domain statistics, a random map as buffers, the loss scale."""
+    config = tiny_config(tmp_path)
+    if "amp=float16" in keys:  # overflows at first, so that steps are skipped and the scale falls before the stop
+        scaler = torch.amp.GradScaler
+        monkeypatch.setattr(torch.amp, "GradScaler", lambda *a, **k: scaler(*a, init_scale=2.0**40, **k))
+    assert train("train_dann", config, *keys, f"out_dir={tmp_path}/whole") == 0
+    with monkeypatch.context() as patch:
+        stop_after(patch, 6)
+        assert train("train_dann", config, *keys) == 143
+    stopped = weights(tmp_path / "run", "checkpoints/step_00000006.pt")
+    if "amp=float16" in keys:
+        assert stopped["scaler"]["scale"] < 2.0**40
+    if "conditional=cdan_e" in keys:
+        assert stopped["multilinear"]
+    assert train("train_dann", config, *keys, "--resume") == 0
+    assert _same_run(tmp_path / "whole", tmp_path / "run") == 0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_exact_with_images_from_a_cache_file(tmp_path, monkeypatch, pictures, workers):
+    pictures("photo", {"cat": 12, "dog": 12})
+    pictures("sketch", {"cat": 6, "dog": 6})
+    data = "{source: {name: folder, path: photo}, target: {name: folder, path: sketch}, size: 16, batch: 4, "
+    data += f"root: {tmp_path}/images, cache: {tmp_path}/cache, cache_gb: 0, augment: {{crop: {{}}, flip: {{}}}}}}"
+    config = tiny_config(tmp_path, data=data)
+    assert train("train_dann", config, "data.cache_gb=1", f"out_dir={tmp_path}/whole") == 0
+    with monkeypatch.context() as patch:
+        stop_after(patch, 6)
+        assert train("train_dann", config, f"data.workers={workers}") == 143
+    assert train("train_dann", config, "--resume") == 0
+    assert _same_run(tmp_path / "whole", tmp_path / "run") == 0
+
+
+def test_the_selected_weights_are_those_of_the_history(tmp_path, monkeypatch, whole):
+    """An evaluation after the last checkpoint may have overwritten model.pt; resuming puts it back."""
+    config = tiny_config(tmp_path)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 6)
+        assert train("train_source", config) == 143
+    selected = weights(tmp_path / "run")
+    model = tmp_path / "run/model.pt"
+    torch.save({name: torch.zeros_like(value) for name, value in selected.items()}, model)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1)  # goes on, and stops before the next evaluation
+        assert train("train_source", config, "--resume") == 143
+    assert differing(selected, weights(tmp_path / "run")) == 0
+
+
 @pytest.mark.parametrize("lost", ["optimizer", "random state", "batch norm"])
 def test_control_a_lost_state_is_seen(tmp_path, monkeypatch, whole, lost):
     config = tiny_config(tmp_path)

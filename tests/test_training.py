@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.helpers import SCRIPTS, metrics, summary, tiny_config, train, weights
+from tests.helpers import SCRIPTS, differing, metrics, summary, tiny_config, train, weights
 
 CONDITIONAL = ["conditional=cdan_e"]
 LAYERS = ["feature_layers=[layer3, layer4, pooled]", "layer_weights=[0.5, 0.5, 1]"]
@@ -23,19 +23,10 @@ LAYERS = ["feature_layers=[layer3, layer4, pooled]", "layer_weights=[0.5, 0.5, 1
 )
 def test_every_trainable_parameter_moves(tmp_path, script, arguments):
     config = tiny_config(tmp_path)
-    assert train(script, config, "save_every=1", "steps=2", f"out_dir={tmp_path}/short", *arguments) == 0
-    assert (
-        train(
-            script,
-            config,
-            "steps=2",
-            "optim.lr=1e-30",
-            "optim.weight_decay=0",
-            f"out_dir={tmp_path}/still",
-            *[a for a in arguments if "disc_lr" not in a],
-        )
-        == 0
-    )
+    two = ["steps=2", "optim.weight_decay=0"]  # decay would move what has no gradient
+    assert train(script, config, *two, f"out_dir={tmp_path}/short", *arguments) == 0
+    still = [*(a for a in arguments if "disc_lr" not in a), "optim.lr=1e-30"]
+    assert train(script, config, *two, f"out_dir={tmp_path}/still", *still) == 0
     moved, start = (weights(tmp_path / run, "checkpoints/step_00000002.pt") for run in ("short", "still"))
     for module in ("model", "discriminators"):
         for name, value in moved.get(module, {}).items():
@@ -59,10 +50,6 @@ def test_mixed_precision_trains(tmp_path, script, amp):
     assert metrics(tmp_path / "run")[0] != metrics(tmp_path / "full")[0]  # control: the precision did change
 
 
-def _domain_accuracy(folder) -> list[float]:
-    return [line["domain_accuracy"] for line in metrics(folder) if "domain_accuracy" in line]
-
-
 def test_the_discriminator_can_learn_and_can_be_fooled(tmp_path):
     config = tiny_config(tmp_path)
     common = [
@@ -73,10 +60,38 @@ def test_the_discriminator_can_learn_and_can_be_fooled(tmp_path):
         "disc_hidden=64",
         "reversal_schedule=constant",
     ]
-    assert train("train_dann", config, *common, "reversal_max=0", f"out_dir={tmp_path}/free") == 0
-    assert _domain_accuracy(tmp_path / "free")[-1] > 90
-    assert train("train_dann", config, *common, "reversal_max=1", f"out_dir={tmp_path}/reversed") == 0
-    assert min(_domain_accuracy(tmp_path / "reversed")) < _domain_accuracy(tmp_path / "free")[-1] - 15
+    last = {}
+    for reversal in (0, 1):
+        run = [f"reversal_max={reversal}", f"out_dir={tmp_path}/{reversal}"]
+        assert train("train_dann", config, *common, *run) == 0
+        last[reversal] = [line["domain_accuracy"] for line in metrics(tmp_path / str(reversal)) if "lr" in line][-1]
+    assert last[0] > 90
+    assert last[1] < last[0] - 15
+
+
+def test_lambda_and_layer_weights_scale_the_reversed_gradient_alone(tmp_path):
+    """After a step of SGD the network has moved up the domain loss in proportion to both, the discriminator not."""
+    config = tiny_config(tmp_path, model="{bn: frozen}")
+    plain = ["steps=1", "optim.momentum=0", "optim.weight_decay=0", "reversal_schedule=constant", "optim.lr=1"]
+    runs = {
+        "off": ["reversal_max=0"],
+        "one": ["reversal_max=0.01"],
+        "four": ["reversal_max=0.04"],
+        "layer": ["reversal_max=0.01", "layer_weights=[4]"],
+        "twice": ["reversal_max=0.01", "adv_weight=2"],
+    }
+    state = {}
+    for name, keys in runs.items():
+        assert train("train_dann", config, *plain, *keys, f"out_dir={tmp_path}/{name}") == 0
+        state[name] = weights(tmp_path / name, "checkpoints/step_00000001.pt")
+    moved = {name: state[name]["model"]["backbone.layer1.0.0.weight"] for name in runs}
+    step = moved["one"] - moved["off"]
+    assert step.abs().max() > 1e-5
+    for name, factor in (("four", 4), ("layer", 4), ("twice", 2)):
+        torch.testing.assert_close(moved[name] - moved["off"], factor * step, rtol=0.02, atol=1e-6)
+    for name in ("one", "four", "layer"):
+        assert differing(state[name]["discriminators"], state["off"]["discriminators"]) == 0
+    assert differing(state["twice"]["discriminators"], state["off"]["discriminators"]) > 100
 
 
 def test_without_reversal_the_encoder_is_source_only(tmp_path):
