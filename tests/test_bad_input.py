@@ -220,6 +220,9 @@ def test_a_batch_of_one_that_batch_norm_has_no_use_for(config, outcome):
     assert code == 2
     assert len(lines) == 1, lines
     assert re.search(r"data\.batch.*bn: frozen", lines[0])
+    code, _, lines = outcome("train_source", config, "data.batch=1", "model={bn: frozen, bottleneck: 8}", "--resume")
+    assert (code, len(lines)) == (2, 1)
+    assert lines[0].endswith("use data.batch of 2 or more")
     # nothing was trained yet, so the folder takes the mended config
     assert outcome("train_source", config, "data.batch=2", "--resume")[0] == 0
 

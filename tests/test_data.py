@@ -402,6 +402,11 @@ def test_a_file_of_decoded_images_is_found_by_later_runs(pictures, tmp_path, dec
     read(8)
     assert len(decoded) == 10  # another size is another file
 
+    (file,) = (f for f in (tmp_path / "cache").glob("decoded_16_*.npy") if ".done" not in f.name)
+    file.unlink()  # its flags stay behind
+    assert torch.equal(read(), first)
+    assert len(decoded) == 15
+
     Image.new("RGB", (20, 20), (9, 9, 9)).save(paths[3], "bmp")  # of the same size in bytes
     os.utime(paths[3], ns=(1, 1))
     again = read()
@@ -578,6 +583,8 @@ def test_lists(lists, tmp_path):
     assert lists("my cat.png 1\ndog/000.png 0\n")[:2] == ([spaced, tmp_path / "images/photo/dog/000.png"], [1, 0])
     assert lists("my cat.png\n")[:2] == ([spaced], None)
     assert lists(f"{spaced} 0\ndog/000.png 1\n")[0][0] == spaced  # absolute, below the root
+    (tmp_path / "images" / "photo" / "a.txt").write_text(f"{spaced} 0\ndog/000.png 1\n")
+    assert len(read_list("photo/a.txt", None, tmp_path / "images" / ".." / "images")[0]) == 2
 
 
 @pytest.mark.parametrize(
