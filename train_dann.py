@@ -137,9 +137,7 @@ def main(argv: list[str] | None = None) -> int:
                     weight_s, weight_t = entropy_weights(out_s.logits), entropy_weights(out_t.logits)
                 domain_logits_s, domain_logits_t = discriminator(features).split([len(x_s), len(x_t)])
                 adv_loss = adv_loss + domain_loss(domain_logits_s, domain_logits_t, weight_s, weight_t)
-                domain_accuracy = domain_accuracy + discriminator_accuracy(domain_logits_s, domain_logits_t) / len(
-                    layers
-                )
+                domain_accuracy += discriminator_accuracy(domain_logits_s, domain_logits_t) / len(layers)
             loss = cls_loss + config.adv_weight * adv_loss
 
         optimizer.zero_grad(set_to_none=True)

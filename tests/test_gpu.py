@@ -21,9 +21,17 @@ def test_every_precision_trains(tmp_path, script, amp):
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("amp", ["float32", "float16"])
-def test_no_host_sync_between_log_steps(tmp_path, monkeypatch, script, amp):
+@pytest.mark.parametrize("amp", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize(
+    ("script", "keys"),
+    [
+        ("train_source", []),
+        ("train_dann", []),
+        ("train_dann", ["model.bn=separate", "model.bn_running=target"]),
+        ("train_dann", ["conditional=cdan_e"]),
+    ],
+)
+def test_no_host_sync_between_log_steps(tmp_path, monkeypatch, script, keys, amp):
     """From the second step to the last one before the log, anything that waits for the device raises."""
     add, seen = log.Log.add, []
 
@@ -35,7 +43,7 @@ def test_no_host_sync_between_log_steps(tmp_path, monkeypatch, script, amp):
     monkeypatch.setattr(log.Log, "add", watch)
     config = tiny_config(tmp_path, eval_every=20, save_every=20, log_every=20)
     try:
-        assert train(script, config, "device=cuda", f"amp={amp}", "steps=20") == 0
+        assert train(script, config, "device=cuda", f"amp={amp}", "steps=20", *keys) == 0
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert len(seen) == 20
