@@ -113,6 +113,7 @@ class OptimConfig:
     lr: float = 0.01  # rate of the new layers
     backbone_lr_scale: float = 1.0  # the backbone's rate over lr; 0.1 is usual with pretrained weights
     momentum: float = 0.9  # sgd only
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # adam only
     weight_decay: float = 1e-3  # L2, on every trained parameter
     schedule: Literal["constant", "inverse_decay", "poly", "cosine"] = "inverse_decay"  # see common/schedules.py
     schedule_progress: int | Literal["total"] = "total"  # what 1 means: the run's length, or a number of steps
@@ -123,6 +124,7 @@ class OptimConfig:
             (self.lr > 0, "lr must be positive"),
             (self.backbone_lr_scale >= 0, "backbone_lr_scale must not be negative"),
             (0 <= self.momentum < 1, "momentum must lie in [0, 1)"),
+            (len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "betas must be two numbers in [0, 1)"),
             (self.weight_decay >= 0, "weight_decay must not be negative"),
             (
                 self.schedule_progress == "total" or self.schedule_progress > 0,

@@ -11,7 +11,7 @@ def build_optimizer(config: OptimConfig, groups: list[dict]) -> torch.optim.Opti
     groups = [{**group, "lr": config.lr * group["lr_scale"]} for group in groups if group["params"]]
     common = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": config.fused}
     if config.name == "adam":
-        return torch.optim.Adam(groups, **common)
+        return torch.optim.Adam(groups, betas=tuple(config.betas), **common)
     optimizer = torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.momentum > 0, **common)
     if config.momentum > 0:  # torch's fused kernel would leave it uninitialised where the scaler skips the first step
         for parameter in (p for group in groups for p in group["params"]):

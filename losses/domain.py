@@ -6,6 +6,16 @@ import torch.nn.functional as F
 SOURCE, TARGET = 1.0, 0.0
 
 
+def one_domain_loss(logits: torch.Tensor, label: float, weight: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean binary cross-entropy, in nats, of logits of any shape against the label of one domain; 0 without any.
+
+    With the other domain's label it is what fools a discriminator.
+    """
+    labels = torch.full_like(logits, label, dtype=torch.float32)
+    loss = F.binary_cross_entropy_with_logits(logits.float(), labels, weight, reduction="sum")
+    return loss / max(logits.numel(), 1)
+
+
 def domain_loss(
     logits_s: torch.Tensor,
     logits_t: torch.Tensor,
@@ -20,12 +30,7 @@ def domain_loss(
 
     Returns a float32 scalar; log 2 when the discriminator is undecided. An empty domain counts 0.
     """
-    losses = []
-    for logits, label, weight in ((logits_s, SOURCE, weight_s), (logits_t, TARGET, weight_t)):
-        labels = torch.full_like(logits, label, dtype=torch.float32)
-        loss = F.binary_cross_entropy_with_logits(logits.float(), labels, weight, reduction="sum")
-        losses.append(loss / max(logits.numel(), 1))
-    return 0.5 * (losses[0] + losses[1])
+    return 0.5 * (one_domain_loss(logits_s, SOURCE, weight_s) + one_domain_loss(logits_t, TARGET, weight_t))
 
 
 @torch.no_grad()

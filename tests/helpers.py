@@ -12,7 +12,7 @@ import torch
 from common import log
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ("train_source", "train_dann")
+SCRIPTS = ("train_source", "train_dann", "train_advent")
 
 
 def load_script(path: Path):

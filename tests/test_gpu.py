@@ -29,6 +29,7 @@ def test_every_precision_trains(tmp_path, script, amp):
         ("train_dann", []),
         ("train_dann", ["model.bn=separate", "model.bn_running=target"]),
         ("train_dann", ["conditional=cdan_e"]),
+        ("train_advent", ["adv_weight=0.5"]),
     ],
 )
 def test_no_host_sync_between_log_steps(tmp_path, monkeypatch, script, keys, amp):

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from losses.cdan import MultilinearMap, entropy_weights
-from losses.domain import discriminator_accuracy, domain_loss
+from losses.domain import SOURCE, TARGET, discriminator_accuracy, domain_loss, one_domain_loss
+from losses.entropy import diversity_loss, entropy_loss, information_map
 
 
 def _softplus(x: float) -> float:
@@ -148,3 +149,53 @@ def test_entropy_weights_at_the_extremes():
     assert weights.isfinite().all()
     assert (weights[0] / weights[1]).item() == pytest.approx(2 / (1 + 1 / 3), rel=1e-4)  # exp(-log 3) = 1/3: in nats
     assert entropy_weights(torch.zeros(0, 3)).shape == (0,)
+
+
+def _slow_entropy(p: list[float]) -> float:
+    return -sum(q * math.log(q) for q in p if q > 0) / math.log(len(p))
+
+
+@pytest.mark.parametrize("shape", [(5, 3), (2, 4, 3, 5)])
+def test_entropy_and_diversity_against_loops(shape):
+    logits = 3 * torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    log_p = logits.log_softmax(1)
+    points = log_p.exp().movedim(1, -1).reshape(-1, shape[1]).tolist()
+    entropies = [_slow_entropy(p) for p in points]
+    assert entropy_loss(log_p).item() == pytest.approx(sum(entropies) / len(points))
+    mean = [sum(column) / len(points) for column in zip(*points, strict=True)]
+    assert diversity_loss(log_p).item() == pytest.approx(1 - _slow_entropy(mean))
+    information = information_map(log_p)
+    assert information.shape == logits.shape
+    torch.testing.assert_close(information.sum(1).flatten(), torch.tensor(entropies, dtype=torch.float64))
+
+
+def test_entropy_of_uniform_and_of_sure_predictions():
+    uniform, sure = torch.zeros(4, 4).log_softmax(1), (1e4 * torch.eye(4)).log_softmax(1)
+    assert (entropy_loss(uniform).item(), diversity_loss(uniform).item()) == pytest.approx((1, 0), abs=1e-6)
+    assert (entropy_loss(sure).item(), diversity_loss(sure).item()) == pytest.approx((0, 0), abs=1e-6)
+    assert diversity_loss(sure[:1]).item() == 1  # control: all of one class
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_entropy_is_finite_for_large_logits(dtype):
+    logits = torch.tensor([[1e4, -1e4, 0.0], [5e3, 5e3, -6e4]], dtype=dtype, requires_grad=True)
+    log_p = logits.float().log_softmax(1)
+    (entropy_loss(log_p) + diversity_loss(log_p)).backward()
+    assert logits.grad.isfinite().all()
+
+
+def test_entropy_of_nothing_is_nothing_and_stays_attached():
+    for shape in ((0, 3), (0, 3, 2, 2)):
+        logits = torch.zeros(shape, requires_grad=True)
+        log_p = logits.log_softmax(1)
+        loss = entropy_loss(log_p) + diversity_loss(log_p)
+        assert loss.item() == 0
+        loss.backward()
+
+
+def test_one_domain_loss_is_half_of_the_domain_loss():
+    logits_s, logits_t = torch.randn(5), torch.randn(3, 2)
+    both = 0.5 * (one_domain_loss(logits_s, SOURCE) + one_domain_loss(logits_t, TARGET))
+    torch.testing.assert_close(both, domain_loss(logits_s, logits_t))
+    assert one_domain_loss(torch.tensor([20.0]), SOURCE) < 1e-6 < 1 < one_domain_loss(torch.tensor([20.0]), TARGET)
+    assert one_domain_loss(torch.zeros(0), SOURCE).item() == 0

@@ -13,7 +13,8 @@ RECIPES = [file for file in CONFIGS if file.parent.name in ("office31", "officeh
 
 
 def _script(config) -> str:
-    return "train_source" if config.stem.startswith("source") else "train_dann"
+    scripts = {"source": "train_source", "minent": "train_advent", "advent": "train_advent"}
+    return scripts.get(config.stem.split("_")[0], "train_dann")
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda file: f"{file.parent.name}/{file.stem}")

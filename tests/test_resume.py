@@ -7,7 +7,11 @@ from common.runtime import UserError
 from tests.helpers import SCRIPTS, differing, metrics, stop_after, summary, tiny_config, train, weights
 
 LAST = "checkpoints/step_00000010.pt"
-DROPOUT = {"train_source": [], "train_dann": ["disc_norm=dropout"]}  # dropout: the random state must be kept too
+DROPOUT = {  # dropout: the random state must be kept too
+    "train_source": [],
+    "train_dann": ["disc_norm=dropout"],
+    "train_advent": ["adv_weight=0.5", "div_weight=0.5"],
+}
 
 
 def _same_run(a, b) -> int:

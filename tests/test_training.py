@@ -19,6 +19,8 @@ LAYERS = ["feature_layers=[layer3, layer4, pooled]", "layer_weights=[0.5, 0.5, 1
         ("train_dann", CONDITIONAL),
         ("train_dann", LAYERS),
         ("train_dann", ["model.bn=separate", "disc_lr=0.1"]),
+        ("train_advent", []),
+        ("train_advent", ["model.bn=separate", "disc_lr=0.1"]),
     ],
 )
 def test_every_trainable_parameter_moves(tmp_path, script, arguments):
@@ -28,7 +30,7 @@ def test_every_trainable_parameter_moves(tmp_path, script, arguments):
     still = [*(a for a in arguments if "disc_lr" not in a), "optim.lr=1e-30"]
     assert train(script, config, *two, f"out_dir={tmp_path}/still", *still) == 0
     moved, start = (weights(tmp_path / run, "checkpoints/step_00000002.pt") for run in ("short", "still"))
-    for module in ("model", "discriminators"):
+    for module in ("model", "discriminators", "discriminator"):
         for name, value in moved.get(module, {}).items():
             bias_before_norm = (
                 module == "discriminators" and name.endswith((".0.bias", ".3.bias"))
@@ -92,6 +94,45 @@ def test_lambda_and_layer_weights_scale_the_reversed_gradient_alone(tmp_path):
     for name in ("one", "four", "layer"):
         assert differing(state[name]["discriminators"], state["off"]["discriminators"]) == 0
     assert differing(state["twice"]["discriminators"], state["off"]["discriminators"]) > 100
+
+
+def test_advent_moves_one_network_at_a_time(tmp_path):
+    """The discriminator stays as it is in the model's update, whatever fooling it weighs, and the model in its own."""
+    config = tiny_config(tmp_path, model="{bn: frozen}", optim="{lr: 0.02, weight_decay: 0}")
+    runs = {
+        "source": ["adv_weight=1e-30", "ent_weight=0"],
+        "other_disc": ["adv_weight=1e-30", "ent_weight=0", "disc_lr=0.01"],
+        "fooling": ["adv_weight=5", "ent_weight=0"],
+        "entropy": ["adv_weight=1e-30", "ent_weight=5"],
+        "diversity": ["adv_weight=1e-30", "ent_weight=0", "div_weight=5"],
+    }
+    state = {}
+    for name, keys in runs.items():
+        assert train("train_advent", config, "steps=1", "disc_lr=0.001", *keys, f"out_dir={tmp_path}/{name}") == 0
+        state[name] = weights(tmp_path / name, "checkpoints/step_00000001.pt")
+    assert differing(state["source"]["model"], state["other_disc"]["model"]) == 0
+    assert differing(state["source"]["discriminator"], state["other_disc"]["discriminator"]) > 100
+    for name in ("fooling", "entropy", "diversity"):
+        assert differing(state["source"]["discriminator"], state[name]["discriminator"]) == 0
+        assert differing(state["source"]["model"], state[name]["model"]) > 100
+    assert train("train_source", config, "steps=1", f"out_dir={tmp_path}/plain") == 0
+    for name, value in weights(tmp_path / "plain", "checkpoints/step_00000001.pt")["model"].items():
+        torch.testing.assert_close(state["source"]["model"][name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_entropy_falls_and_diversity_holds_it(tmp_path):
+    """MinEnt makes predictions sure; with diversity they stay spread over the classes."""
+    config = tiny_config(tmp_path, steps=60, eval_every=1000, log_every=20)
+    last = {}
+    for name, keys in {
+        "source": ["ent_weight=0"],
+        "minent": ["ent_weight=2"],
+        "infomax": ["ent_weight=2", "div_weight=2"],
+    }.items():
+        assert train("train_advent", config, "adv_weight=0", *keys, f"out_dir={tmp_path}/{name}") == 0
+        last[name] = [line for line in metrics(tmp_path / name) if "lr" in line][-1]
+    assert last["minent"]["ent_loss"] < 0.5 * last["source"]["ent_loss"]
+    assert last["infomax"]["div_loss"] < 0.5 * last["minent"]["div_loss"]
 
 
 def test_without_reversal_the_encoder_is_source_only(tmp_path):

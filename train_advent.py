@@ -1,0 +1,148 @@
+"""Entropy minimisation (MinEnt) and adversarial entropy minimisation (AdvEnt) of ADVENT (arXiv:1811.12833).
+
+    minimise over the model          cls_loss + ent_weight * ent_loss + div_weight * div_loss + adv_weight * adv_loss
+    minimise over the discriminator  disc_loss = 0.5 * (mean BCE(D(I_s), 1) + mean BCE(D(I_t), 0))
+
+    I        = -p log p / log K for every class, the weighted self-information of the prediction p
+    ent_loss = mean over target predictions of the sum of I
+    adv_loss = mean BCE(D(I_t), 1): D, held fixed, shall take the target's self-information for the source's
+    div_loss = 1 - entropy of the mean target prediction; with ent_loss it is information maximisation
+
+MinEnt is `adv_weight: 0`, AdvEnt is `ent_weight: 0`. docs/advent.md explains every metric and departure from the paper.
+
+    python train_advent.py --config configs/demo/minent.yaml
+    python train_advent.py --config configs/demo/minent.yaml seed=1 out_dir=runs/demo/minent_seed1
+    python train_advent.py --config configs/demo/minent.yaml --resume
+
+torchrun is not supported yet: one process, one device.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+
+from common.config import OptimConfig, RunConfig, parse_args
+from common.evaluation import evaluate
+from common.optim import build_optimizer, set_rates
+from common.run import Run
+from common.runtime import exit_with, get_device, seed_everything
+from data import open_domains, train_loader
+from losses.domain import SOURCE, discriminator_accuracy, domain_loss, one_domain_loss
+from losses.entropy import diversity_loss, entropy_loss, information_map
+from models import DomainDiscriminator, build_model, forward_domains, init_from
+
+
+@dataclass
+class Config(RunConfig):
+    method: ClassVar[str] = "advent"
+    ent_weight: float = 0.001  # of the target's entropy (the paper's lambda_ent)
+    adv_weight: float = 0.001  # of fooling the discriminator (the paper's lambda_adv)
+    div_weight: float = 0.0  # of div_loss: keeps entropy minimisation from collapsing to few classes
+    disc_hidden: int = 1024  # width of the discriminator's two hidden layers
+    disc_lr: float = 1e-4  # its rate at the start: Adam (0.9, 0.99), poly over the run
+
+    def rules(self):
+        return [
+            *super().rules(),
+            (
+                min(self.ent_weight, self.adv_weight, self.div_weight) >= 0,
+                "ent_weight, adv_weight and div_weight must not be negative",
+            ),
+            (self.disc_hidden > 0, "disc_hidden must be positive"),
+            (self.disc_lr > 0, "disc_lr must be positive"),
+        ]
+
+    def trained_criteria(self):
+        return {"entropy", "infomax"} if self.ent_weight > 0 else set()
+
+
+def main(argv: list[str] | None = None) -> int:
+    # --- set-up
+    config, args = parse_args(Config, __doc__, argv)
+    device = get_device(config.device)
+    seed_everything(config.seed)
+    autocast = torch.autocast(device.type, getattr(torch, config.amp), enabled=config.amp != "float32")
+    scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "float16")
+    run = Run(config, args)
+    domains = open_domains(config.data, config.seed, args.dry_run)
+    print(domains.describe())
+
+    # --- model
+    model = build_model(config, domains.num_classes)
+    if config.init_from:
+        init_from(model, config.init_from)
+    model.to(device).train()
+    optimizer = build_optimizer(config.optim, model.param_groups(config.optim.backbone_lr_scale))
+    discriminator = DomainDiscriminator(domains.num_classes, config.disc_hidden, norm="none").to(device)
+    adversarial = config.adv_weight > 0  # without, MinEnt: the discriminator stays as it is
+    disc_optim = OptimConfig(name="adam", lr=config.disc_lr, betas=[0.9, 0.99], weight_decay=0.0, schedule="poly")
+    disc_optimizer = build_optimizer(disc_optim, [{"params": list(discriminator.parameters()), "lr_scale": 1.0}])
+    start = run.begin(
+        model=model, discriminator=discriminator, optimizer=optimizer, disc_optimizer=disc_optimizer, scaler=scaler
+    )
+
+    # --- data
+    source = iter(train_loader(domains.source, config.data, config.seed, "source", start, config.steps))
+    target = iter(train_loader(domains.target, config.data, config.seed, "target", start, config.steps))
+    eval_loaders = domains.eval_loaders()
+
+    # --- train
+    for step in range(start + 1, config.steps + 1):
+        lr = set_rates(optimizer, config.optim, step - 1, config.steps)
+        disc_lr = set_rates(disc_optimizer, disc_optim, step - 1, config.steps)
+        x_s, y_s = next(source)
+        x_s, y_s = x_s.to(device, non_blocking=True), y_s.to(device, non_blocking=True)
+        x_t = next(target).to(device, non_blocking=True)
+
+        # the model, with the discriminator held fixed
+        discriminator.requires_grad_(False)
+        with autocast:
+            out_s, out_t = forward_domains(model, x_s, x_t, config.model)
+            cls_loss = F.cross_entropy(out_s.logits, y_s)
+            log_p_s, log_p_t = out_s.logits.float().log_softmax(1), out_t.logits.float().log_softmax(1)
+            ent_loss, div_loss = entropy_loss(log_p_t), diversity_loss(log_p_t)
+            loss = cls_loss + config.ent_weight * ent_loss + config.div_weight * div_loss
+            if adversarial:
+                adv_loss = one_domain_loss(discriminator(information_map(log_p_t)), SOURCE)
+                loss = loss + config.adv_weight * adv_loss
+
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        losses = {"cls_loss": cls_loss, "ent_loss": ent_loss, "div_loss": div_loss}
+
+        # the discriminator, on what the model predicted
+        if adversarial:
+            discriminator.requires_grad_(True)
+            with autocast:
+                domain_logits_s = discriminator(information_map(log_p_s.detach()))
+                domain_logits_t = discriminator(information_map(log_p_t.detach()))
+                disc_loss = domain_loss(domain_logits_s, domain_logits_t)
+                domain_accuracy = discriminator_accuracy(domain_logits_s, domain_logits_t)
+
+            disc_optimizer.zero_grad(set_to_none=True)
+            scaler.scale(disc_loss).backward()
+            scaler.step(disc_optimizer)
+            losses |= {"adv_loss": adv_loss, "disc_loss": disc_loss, "domain_accuracy": domain_accuracy}
+        scaler.update()
+
+        run.log.add(**losses)
+        if run.due(step, config.log_every):
+            run.log.write(step, lr=lr, disc_lr=disc_lr)
+        if run.due(step, config.eval_every):
+            with autocast:
+                metrics = evaluate(model, **eval_loaders, num_classes=domains.num_classes, device=device)
+            run.evaluated(step, metrics, model)
+        if run.due(step, config.save_every):
+            run.save(step)
+        if run.stopping:
+            return run.stopped(step)
+
+    run.finish(target_test=domains.target_test_note, classes=domains.classes)
+    return 0
+
+
+if __name__ == "__main__":
+    exit_with(main)
