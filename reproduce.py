@@ -78,8 +78,15 @@ class Suite:
 
 @functools.cache
 def script_config(script: str) -> type:
-    """The class `Config` of a training script."""
-    return runpy.run_path(script)["Config"]
+    """The class `Config` of a training script. Raises `UserError` where the script cannot be imported."""
+    folder = str(Path(script).resolve().parent)
+    sys.path.insert(0, folder)  # as `python script` has it
+    try:
+        return runpy.run_path(script)["Config"]
+    except Exception as error:
+        raise UserError(f"{script}: its Config cannot be read ({type(error).__name__}: {error})") from None
+    finally:
+        sys.path.remove(folder)
 
 
 @dataclass
@@ -106,9 +113,8 @@ class Job:
         try:
             state = json.loads((self.folder / "status.json").read_text())["state"]
             summary = json.loads((self.folder / "summary.json").read_text())
-            config_class = script_config(self.entry.script)
-            trained = load_config(config_class, str(self.folder / "config.yaml"))
-            wanted = load_config(config_class, self.entry.config, [f"seed={self.seed}"])
+            trained = load_config(script_config(self.entry.script), str(self.folder / "config.yaml"))
+            wanted = load_config(script_config(self.entry.script), self.entry.config, [f"seed={self.seed}"])
         except (OSError, ValueError, KeyError, UserError):
             return None
         return summary if state == "finished" and not changed_keys(trained, wanted) else None
@@ -173,9 +179,11 @@ def metric(summary: dict) -> str:
     return "mean_iou" if "mean_iou" in summary["target"]["last"] else "accuracy"
 
 
-def criterion(summary: dict) -> str:
-    selection = summary["selection"]
-    return selection["criterion"] + " (part of the training loss: no judge)" * selection["part_of_training_loss"]
+def criteria(found: list[tuple[str, dict]]) -> str:
+    """What picked the selected steps of (method, summary) pairs, and for which methods it is no judge."""
+    names = distinct(summary["selection"]["criterion"] for _, summary in found)
+    part = [method for method, summary in found if summary["selection"]["part_of_training_loss"]]
+    return names + (f", which for {distinct(part)} is part of the training loss and no judge" if part else "")
 
 
 def distinct(values: Iterable) -> str:
@@ -184,25 +192,27 @@ def distinct(values: Iterable) -> str:
 
 def table(suite: Suite, seeds: list[int], argv: list[str]) -> str:
     """The suite's results as markdown, and what it takes to get them again."""
-    lines, everything = [COLUMNS, ("---",) * len(COLUMNS)], []
+    lines, pairs = [COLUMNS, ("---",) * len(COLUMNS)], []
     for entry in suite.runs:
         found = [summary for seed in seeds if (summary := Job(entry, seed).summary())]
-        everything += found
+        pairs += [(entry.method, summary) for summary in found]
         count = str(len(found)) if len(found) == len(seeds) else f"{len(found)} of {len(seeds)}"
         figures = [figure([s["target"][name][metric(s)] for s in found]) for name in ("last", "selected", "oracle")]
         seconds = f"{statistics.fmean(s['seconds'] for s in found):.0f}" if found else "-"
         published = "-" if entry.published is None else f"{entry.published} ({entry.reference})"
         lines.append((entry.task, entry.method, count, *figures, seconds, published))
 
+    everything = [summary for _, summary in pairs]
+    machines = distinct(s.get("machine", "an unknown machine") for s in everything)
     parts = [
         f"**{suite.title}**",
         "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines),
         f"Target {distinct(map(metric, everything))} in percent on {distinct(s['target_test'] for s in everything)}: "
         "mean +- sample standard deviation over the seeds. "
-        f"Selected without target labels by {distinct(map(criterion, everything))}. Seconds are a run's mean.",
+        f"Selected without target labels by {criteria(pairs)}. Seconds are a run's mean.",
         *([suite.note.strip()] if suite.note else []),
         f"Written by `{shlex.join(['python', 'reproduce.py', *argv])}`: seeds {' '.join(map(str, seeds))}; "
-        f"steps {distinct(s['steps'] for s in everything)}; on {distinct(s['machine'] for s in everything)}.",
+        f"steps {distinct(s['steps'] for s in everything)}; on {machines}.",
     ]
     return "\n\n".join(parts)
 
@@ -244,6 +254,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.list:
         print("\n".join(shlex.join(job.command()) for job in jobs))
         return 0
+    for job in jobs:
+        script_config(job.entry.script)  # a script that cannot be imported is an error now, not after hours
     finished = [job for job in jobs if job.summary()]
     for job in finished:
         print(f"{job.folder}: finished already")

@@ -55,7 +55,8 @@ class Config(RunConfig):
         ]
 
     def trained_criteria(self):
-        return {"entropy", "infomax"} if self.ent_weight > 0 else set()
+        trained = {"entropy": self.ent_weight > 0, "infomax": self.ent_weight > 0 or self.div_weight > 0}
+        return {name for name, part in trained.items() if part}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -77,7 +78,9 @@ def main(argv: list[str] | None = None) -> int:
     optimizer = build_optimizer(config.optim, model.param_groups(config.optim.backbone_lr_scale))
     discriminator = DomainDiscriminator(domains.num_classes, config.disc_hidden, norm="none").to(device)
     adversarial = config.adv_weight > 0  # without, MinEnt: the discriminator stays as it is
-    disc_optim = OptimConfig(name="adam", lr=config.disc_lr, betas=[0.9, 0.99], weight_decay=0.0, schedule="poly")
+    disc_optim = OptimConfig(
+        name="adam", lr=config.disc_lr, betas=[0.9, 0.99], weight_decay=0.0, schedule="poly", fused=config.optim.fused
+    )
     disc_optimizer = build_optimizer(disc_optim, [{"params": list(discriminator.parameters()), "lr_scale": 1.0}])
     start = run.begin(
         model=model, discriminator=discriminator, optimizer=optimizer, disc_optimizer=disc_optimizer, scaler=scaler

@@ -292,7 +292,7 @@ def build(cls, tree, keys: list[str], mistakes: list[str], prefix: str = ""):
     if not isinstance(tree, dict):
         mistakes.append(f"{prefix.rstrip('.') or 'the config'} must be a mapping, not {tree!r}")
         return None
-    whole, hints, values = True, typing.get_type_hints(cls), {}
+    whole, hints, values, wrong = True, typing.get_type_hints(cls), {}, []
     for key in tree:
         if key not in cls.__dataclass_fields__:
             mistakes.append(f"unknown key {prefix}{key}; did you mean {_nearest(prefix + key, keys)}?")
@@ -311,14 +311,16 @@ def build(cls, tree, keys: list[str], mistakes: list[str], prefix: str = ""):
         values[spec.name] = _convert(hint, value)
         if values[spec.name] is _WRONG:
             mistakes.append(f"{name} must be {_type_name(hint)}, not {value!r}")
-            del values[spec.name]  # the rules see its default
+            del values[spec.name]  # the rules see its default, and what they say of it is left out
+            wrong.append(spec.name)
             whole &= not required
     if not whole:
         return None
     try:
         return cls(**values)
     except ValueError as error:
-        mistakes += [prefix + line for line in str(error).splitlines()]
+        lines = str(error).splitlines()
+        mistakes += [prefix + line for line in lines if not any(re.search(rf"\b{key}\b", line) for key in wrong)]
         return None
 
 
@@ -361,7 +363,8 @@ def changed_keys(before, now) -> dict[str, tuple]:
     """{key: (before, now)} of two configs of a kind, without the keys of FREE_AT_RESUME."""
     before, now = flatten(dataclasses.asdict(before)), flatten(dataclasses.asdict(now))
     keys = sorted((before.keys() | now.keys()) - set(FREE_AT_RESUME))
-    return {k: (before.get(k), now.get(k)) for k in keys if before.get(k) != now.get(k)}
+    pairs = {k: (before.get(k), now.get(k)) for k in keys}
+    return {k: (a, b) for k, (a, b) in pairs.items() if a != b or (isinstance(a, dict) and list(a) != list(b))}
 
 
 def dump(config) -> str:

@@ -75,6 +75,7 @@ class Run:
         step = 0
         if self.resume:
             step = self._load_newest()
+            self._restore_selected()
         if not self.dry_run:
             for left in self.folder.rglob(".*.tmp"):  # by a run that was killed while writing
                 left.unlink()
@@ -137,8 +138,6 @@ class Run:
                 print(f"warning: {error}")
                 continue
             self.history, self.seconds, self.selected = saved["history"], saved["seconds"], saved["selected"]
-            if self.selected is not None:  # an evaluation after the checkpoint may have written another
-                checkpoint.save_tensors(self.folder / "model.pt", self.selected)
             torch.set_rng_state(saved["rng"])
             if saved["cuda_rng"] and torch.cuda.is_available():
                 torch.cuda.set_rng_state_all(saved["cuda_rng"])
@@ -147,6 +146,15 @@ class Run:
         raise UserError(
             f"{self.folder}: none of its {len(files)} checkpoints can be used; remove the folder to start again", 4
         )
+
+    def _restore_selected(self) -> None:
+        """model.pt as it was at the checkpoint: an evaluation after it may have written another."""
+        file = self.folder / "model.pt"
+        if self.selected is not None:
+            checkpoint.save_tensors(file, self.selected)
+        else:
+            for left in (file, file.with_name(file.name + ".sha256")):
+                left.unlink(missing_ok=True)
 
     def evaluated(self, step: int, metrics: dict, model: torch.nn.Module) -> None:
         """Record an evaluation; keep the weights if they are the best so far by `select`."""
@@ -166,8 +174,8 @@ class Run:
     def _read_status(self) -> dict:
         file = self.folder / "status.json"
         try:
-            return json.loads(file.read_text()) if file.is_file() else {}
-        except ValueError:
+            return dict(json.loads(file.read_text())) if file.is_file() else {}
+        except (ValueError, TypeError):
             raise UserError(f"--resume: {file} is damaged; remove it to go on from the checkpoints") from None
 
     def _write_status(self, state: str, step: int) -> None:

@@ -69,8 +69,8 @@ class DecodedImages:
             return
         stats = (f"{p}:{s.st_size}:{s.st_mtime_ns}" for p in paths for s in [p.stat()])
         self.file = folder / f"decoded_{side}_{generator(*stats).initial_seed():016x}.npy"
-        if not self.file.is_file():
-            self._flags().unlink(missing_ok=True)  # flags without their images: these were removed
+        if self._flags().is_file() and not self.file.is_file():
+            self._flags().unlink()  # flags without their images: these were removed
         _create(self.file, (len(paths), 3, side, side))
         _create(self._flags(), (len(paths),))
 
@@ -88,7 +88,7 @@ class DecodedImages:
             try:
                 self.store = torch.from_numpy(np.load(self.file, mmap_mode="r+"))
                 self.filled = torch.from_numpy(np.load(self._flags(), mmap_mode="r+"))
-            except (OSError, ValueError):
+            except (OSError, ValueError, EOFError):
                 raise UserError(f"data.cache: {self.file} cannot be read; remove it and {self._flags().name}") from None
 
     def __len__(self) -> int:

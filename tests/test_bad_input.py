@@ -185,11 +185,12 @@ def test_a_damaged_or_uncreatable_cache(config, outcome, tmp_path):
     assert (code, len(lines)) == (5, 1)
     assert "data.cache: file/cache" in lines[0]
     assert outcome("train_source", config, "data.cache_gb=0", "out_dir=first")[0] == 0
-    for file in (tmp_path / "cache").glob("decoded_*.npy"):
-        file.write_bytes(file.read_bytes()[:100])
-    code, _, lines = outcome("train_source", config, "data.cache_gb=0")
-    assert (code, len(lines)) == (2, 1)
-    assert re.search(r"cache/decoded_\S+ cannot be read; remove it and decoded_\S+$", lines[0])
+    for left in (100, 0):
+        for file in (tmp_path / "cache").glob("decoded_*.npy"):
+            file.write_bytes(file.read_bytes()[:left])
+        code, _, lines = outcome("train_source", config, "data.cache_gb=0", f"out_dir=damaged{left}")
+        assert (code, len(lines)) == (2, 1)
+        assert re.search(r"cache/decoded_\S+ cannot be read; remove it and decoded_\S+$", lines[0])
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -295,8 +296,9 @@ def test_resuming_with_another_script(config, finished, outcome):
 
 
 def test_a_damaged_status_is_named(config, finished, outcome):
-    (finished / "status.json").write_text('{"state": "fini')
-    code, _, lines = outcome("train_source", config, "--resume")
+    for text in ("[1]", '{"state": "fini'):
+        (finished / "status.json").write_text(text)
+        code, _, lines = outcome("train_source", config, "--resume")
     assert (code, lines) == (
         2,
         ["error: --resume: run/status.json is damaged; remove it to go on from the checkpoints"],

@@ -6,7 +6,7 @@ import re
 import pytest
 import yaml
 
-from common.config import all_keys, dump, load_config, parse_args, parse_yaml
+from common.config import all_keys, changed_keys, dump, load_config, parse_args, parse_yaml
 from common.runtime import UserError
 from train_dann import Config
 
@@ -149,6 +149,27 @@ def test_a_wrong_type_hides_no_broken_rule():
         "optim.lr must be number, not 'x'",
         "optim.momentum must lie in [0, 1)",
     ]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["model={bn: seperate, bn_running: target}"], "model.bn must be concat | separate | frozen, not 'seperate'"),
+        (["data.target={name: folder, path: 5}"], "data.target.path must be text | null, not 5"),
+    ],
+)
+def test_a_wrong_type_invents_no_broken_rule(overrides, expected):
+    assert mistakes(MINIMAL, *overrides) == [expected]
+
+
+def test_changed_keys_sees_the_order_of_augmentation():
+    """Operations apply in the order written, so that another order is another training."""
+    one = load(MINIMAL, "data.augment={flip: {}, affine: {degrees: 5}}")
+    other = load(MINIMAL, "data.augment={affine: {degrees: 5}, flip: {}}")
+    assert list(changed_keys(one, other)) == ["data.augment"]
+    assert changed_keys(one, one) == {}
+    assert changed_keys(one, load(MINIMAL, "data.augment={flip: {}, affine: {degrees: 5}}", "data.workers=3")) == {}
+    assert changed_keys(load(MINIMAL), load(MINIMAL, "optim.lr=0.5")) == {"optim.lr": (0.01, 0.5)}
 
 
 def test_broken_rules_are_reported_at_once():

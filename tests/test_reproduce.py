@@ -63,18 +63,21 @@ if __name__ == "__main__":
 """
 WAITS = """
 import pathlib, signal, sys, time
-folder = pathlib.Path(next(a for a in sys.argv if a.startswith("out_dir=")).split("=", 1)[1])
-folder.mkdir(parents=True)
-stop, end = [], time.monotonic() + 20
-signal.signal(signal.SIGTERM, lambda number, frame: stop.append(number))
-(folder / "ready").touch()
-while not stop:
-    time.sleep(0.02)
-    if time.monotonic() > end:
-        sys.exit("no signal")
-time.sleep(0.5 * ("two" in folder.name))  # one ends while the other still saves
-(folder / "saved").touch()
-sys.exit(128 + stop[0])
+class Config:
+    pass
+if __name__ == "__main__":
+    folder = pathlib.Path(next(a for a in sys.argv if a.startswith("out_dir=")).split("=", 1)[1])
+    folder.mkdir(parents=True)
+    stop, end = [], time.monotonic() + 20
+    signal.signal(signal.SIGTERM, lambda number, frame: stop.append(number))
+    (folder / "ready").touch()
+    while not stop:
+        time.sleep(0.02)
+        if time.monotonic() > end:
+            sys.exit("no signal")
+    time.sleep(0.5 * ("two" in folder.name))  # one ends while the other still saves
+    (folder / "saved").touch()
+    sys.exit(128 + stop[0])
 """
 SUITE = """title: A test
 note: A note.
@@ -155,6 +158,25 @@ def test_broken_runs_are_resumed(folder, file, text):
     assert [call["argv"][2:] for call in calls()] == [["one.yaml", "seed=0", "out_dir=runs/one_seed0", "--resume"]]
 
 
+def test_scripts_are_imported_as_python_would(folder, capfd):
+    """Beside their own modules; one that cannot be imported is refused before anything runs."""
+    Path("mine").mkdir()
+    Path("mine/helper.py").write_text("STEPS = 4\n")
+    Path("mine/train.py").write_text(SCRIPT.replace("import json,", "import helper, json,"))
+    Path("suite.yaml").write_text(SUITE.replace("script: train.py", "script: mine/train.py"))
+    assert reproduce.main(["suite.yaml", "--seeds", "0"]) == 0
+    assert cells(capfd.readouterr().out, "one")[2] == "1"
+    assert "mine" not in [Path(p).name for p in sys.path]
+    calls()
+    Path("broken.py").write_text("import nowhere_at_all\n")
+    Path("suite.yaml").write_text(SUITE.replace("script: train.py", "script: broken.py"))
+    with pytest.raises(
+        UserError, match=r"broken\.py: its Config cannot be read \(ModuleNotFoundError: .*nowhere_at_all"
+    ):
+        reproduce.main(["suite.yaml", "--seeds", "1"])
+    assert calls() == []
+
+
 def test_a_run_that_trained_elsewhere_is_still_finished(folder):
     reproduce.main(["suite.yaml", "--seeds", "0"])
     calls()
@@ -213,7 +235,7 @@ def test_unknown_figures_and_mean_iou(folder, capfd, monkeypatch):
     out = capfd.readouterr().out
     assert cells(out, "one")[3:6] == ["45.3"] * 3
     assert "Target accuracy, mean_iou in percent" in out
-    assert "infomax, infomax (part of the training loss: no judge)" in out
+    assert "by infomax, which for one is part of the training loss and no judge." in out
 
 
 def test_out_replaces_the_marked_block_in_place(folder, capfd):

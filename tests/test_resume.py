@@ -103,6 +103,13 @@ def test_the_selected_weights_are_those_of_the_history(tmp_path, monkeypatch, wh
         assert train("train_source", config, "--resume") == 143
     assert differing(selected, weights(tmp_path / "run")) == 0
 
+    for file in (tmp_path / "run/checkpoints").iterdir():
+        file.unlink()
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1)  # from the start, and before the first evaluation
+        assert train("train_source", config, "--resume") == 143
+    assert not model.exists()
+
 
 @pytest.mark.parametrize("lost", ["optimizer", "random state", "batch norm"])
 def test_control_a_lost_state_is_seen(tmp_path, monkeypatch, whole, lost):

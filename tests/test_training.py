@@ -103,6 +103,7 @@ def test_advent_moves_one_network_at_a_time(tmp_path):
         "source": ["adv_weight=1e-30", "ent_weight=0"],
         "other_disc": ["adv_weight=1e-30", "ent_weight=0", "disc_lr=0.01"],
         "fooling": ["adv_weight=5", "ent_weight=0"],
+        "other_target": ["adv_weight=5", "ent_weight=0", "data.target={name: drawn_digits}"],
         "entropy": ["adv_weight=1e-30", "ent_weight=5"],
         "diversity": ["adv_weight=1e-30", "ent_weight=0", "div_weight=5"],
     }
@@ -112,12 +113,42 @@ def test_advent_moves_one_network_at_a_time(tmp_path):
         state[name] = weights(tmp_path / name, "checkpoints/step_00000001.pt")
     assert differing(state["source"]["model"], state["other_disc"]["model"]) == 0
     assert differing(state["source"]["discriminator"], state["other_disc"]["discriminator"]) > 100
+    assert differing(state["fooling"]["model"], state["other_target"]["model"]) > 100  # it is the target that fools
     for name in ("fooling", "entropy", "diversity"):
         assert differing(state["source"]["discriminator"], state[name]["discriminator"]) == 0
         assert differing(state["source"]["model"], state[name]["model"]) > 100
     assert train("train_source", config, "steps=1", f"out_dir={tmp_path}/plain") == 0
     for name, value in weights(tmp_path / "plain", "checkpoints/step_00000001.pt")["model"].items():
         torch.testing.assert_close(state["source"]["model"][name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_advent_makes_the_target_as_sure_as_the_source(tmp_path):
+    """Fooling a discriminator of self-information lowers the target's entropy towards the source's lower one."""
+    config = tiny_config(tmp_path, steps=100, eval_every=1000, log_every=20, optim="{lr: 0.02, schedule: constant}")
+    last = {}
+    for weight in ("1e-30", "1"):
+        keys = [f"adv_weight={weight}", "ent_weight=0", "disc_lr=0.01", "disc_hidden=64"]
+        assert train("train_advent", config, *keys, f"out_dir={tmp_path}/{weight}") == 0
+        last[weight] = [line for line in metrics(tmp_path / weight) if "lr" in line][-1]
+    assert last["1e-30"]["domain_accuracy"] > 70  # it does learn
+    assert last["1e-30"]["disc_loss"] < 0.6
+    assert last["1"]["ent_loss"] < 0.9 * last["1e-30"]["ent_loss"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "select", "part"),
+    [
+        ([], "infomax", True),
+        ([], "entropy", True),
+        ([], "source_val", False),
+        (["ent_weight=0", "div_weight=1"], "infomax", True),
+        (["ent_weight=0", "div_weight=1"], "entropy", False),
+        (["ent_weight=0"], "infomax", False),
+    ],
+)
+def test_what_advent_trains_is_no_judge_of_it(tmp_path, keys, select, part):
+    assert train("train_advent", tiny_config(tmp_path), "steps=1", f"select={select}", *keys) == 0
+    assert summary(tmp_path / "run")["selection"]["part_of_training_loss"] == part
 
 
 def test_entropy_falls_and_diversity_holds_it(tmp_path):
