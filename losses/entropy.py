@@ -13,7 +13,7 @@ import torch
 
 
 def information_map(log_p: torch.Tensor) -> torch.Tensor:
-    """-p log p / log K of every class (eq. 3): the weighted self-information, of the shape of `log_p`.
+    """-p log p / log K of every class: the weighted self-information (section 3.2), of the shape of `log_p`.
 
     Its sum over axis 1 is the entropy. A class of probability 0 counts 0, with gradient 0.
     """
@@ -21,7 +21,7 @@ def information_map(log_p: torch.Tensor) -> torch.Tensor:
 
 
 def entropy_loss(log_p: torch.Tensor) -> torch.Tensor:
-    """Mean entropy over all samples and positions (MinEnt, eq. 4); 0 without any."""
+    """Mean entropy over all samples and positions (MinEnt, section 3.1); 0 without any."""
     return information_map(log_p).sum() / max(log_p.numel() // log_p.shape[1], 1)
 
 
