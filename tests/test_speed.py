@@ -141,6 +141,6 @@ def test_image_files_are_decoded_before_the_first_step(pictures, tmp_path, monke
 
 
 def test_a_script_that_ends_early_is_an_error(tmp_path):
-    loop, end = ("range(start + 1, config.steps + 1)", "range(start + 1, 4)"), ("    run.finish(", "    str(")
+    loop, end = ("range(start + 1, config.steps + 1)", "range(start + 1, 4)"), ("    run.finish(", "    dict(")
     with pytest.raises(UserError, match="before the last round"):
         measure(edited(tmp_path, loop, end), str(config("source")), TINY, ROUNDS, STEPS)
