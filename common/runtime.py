@@ -56,13 +56,14 @@ def get_device(name: str) -> torch.device:
 
 
 def describe_machine(device: torch.device) -> str:
-    """What the seconds of a run were measured on: the GPU, or cores and processor; and torch's version."""
+    """What a run's seconds were measured on, and its bits depend on: the GPU, or threads and processor; torch."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
         cpu_info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
         cpu = re.search(r"^model name\s*: (.+)$", cpu_info, re.M)
-        name = f"{os.cpu_count()} cores, {cpu[1] if cpu else platform.machine()}"
+        threads = f"{torch.get_num_threads()} of {os.cpu_count()} cores"
+        name = f"{threads}, {cpu[1] if cpu else platform.machine()}"
     return f"{name}, torch {torch.__version__}"
 
 

@@ -1,5 +1,7 @@
 """The real commands, tiny: what moves, what does not, and what is written."""
 
+import os
+
 import pytest
 import torch
 
@@ -205,6 +207,7 @@ def test_what_a_run_leaves(tmp_path, script):
     result = summary(folder)
     assert result["method"] == script.removeprefix("train_")
     assert (result["steps"], result["seed"]) == (10, 0)
+    assert result["machine"].startswith(f"1 of {os.cpu_count()} cores, ")  # conftest.py asks for one thread
     assert set(result["target"]) == {"last", "selected", "oracle"}
     for entry in result["target"].values():
         assert entry["step"] == 10
