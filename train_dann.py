@@ -5,9 +5,10 @@
     adv_loss = 0.5 * (mean BCE(D(R(features_s)), 1) + mean BCE(D(R(features_t)), 0)), summed over feature layers
 
 R is the identity whose gradient is multiplied by -reversal_coeff (the paper's lambda), so one step trains the
-discriminator D to tell the domains apart, at full strength, and the features to confuse it. `conditional` hands D the
-outer product of features and class probabilities (CDAN), weighting sure images more (CDAN+E). docs/dann.md explains
-every metric and departure from the papers.
+discriminator D to tell the domains apart, at full strength, and the features to confuse it. D judges the mean of a
+feature map, or with `disc_locations` every location. `conditional` hands D the outer product of features and class
+probabilities (CDAN), weighting sure images more (CDAN+E). An auxiliary head adds model.aux_weight * aux_cls_loss, its
+own CE. docs/dann.md explains every metric and departure from the papers.
 
     python train_dann.py --config configs/demo/dann.yaml
     python train_dann.py --config configs/demo/dann.yaml seed=1 out_dir=runs/demo/dann_seed1
@@ -20,7 +21,6 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from common.config import RunConfig, parse_args
@@ -32,8 +32,9 @@ from common.schedules import progress, reversal_coefficient
 from data import open_domains, train_loader
 from losses.cdan import MultilinearMap, entropy_weights
 from losses.domain import discriminator_accuracy, domain_loss
-from models import DomainDiscriminator, build_model, forward_domains, gradient_reversal, init_from
-from models.classifier import check_layers
+from losses.supervised import cross_entropy
+from models import DomainDiscriminator, build_model, feature_vectors, forward_domains, gradient_reversal, init_from
+from models.network import check_layers
 
 
 @dataclass
@@ -42,6 +43,7 @@ class Config(RunConfig):
     adv_weight: float = 1.0  # weight of adv_loss, for features and discriminators alike
     feature_layers: list[str] = field(default_factory=lambda: ["pooled"])  # layer1..layer4, pooled; one D each
     layer_weights: list[float] = field(default_factory=lambda: [1.0])  # of the reversed gradient only, one a layer
+    disc_locations: bool = False  # judge every location of a feature map, not the mean over its positions
     conditional: Literal["none", "cdan", "cdan_e"] = "none"  # condition D on the class probabilities; + entropy weights
     reversal_schedule: Literal["dann", "constant", "linear"] = "dann"  # of the paper's lambda
     reversal_max: float = 1.0  # its final value; 0 leaves the features alone
@@ -111,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
     # --- data
     source = iter(train_loader(domains.source, config.data, config.seed, "source", start, config.steps))
     target = iter(train_loader(domains.target, config.data, config.seed, "target", start, config.steps))
-    eval_loaders = domains.eval_loaders()
+    evaluation = domains.evaluation()
 
     # --- train
     for step in range(start + 1, config.steps + 1):
@@ -124,33 +126,39 @@ def main(argv: list[str] | None = None) -> int:
 
         with autocast:
             out_s, out_t = forward_domains(model, x_s, x_t, config.model)
-            cls_loss = F.cross_entropy(out_s.logits, y_s)
+            cls_loss = cross_entropy(out_s.logits, y_s)
 
             adv_loss, domain_accuracy, weight_s, weight_t = 0.0, 0.0, None, None
             for name, layer_weight, discriminator in layers:
-                features = torch.cat([out_s.features[name], out_t.features[name]])
-                features = gradient_reversal(features, layer_weight * reversal_coeff)
+                features_s, features_t = (
+                    feature_vectors(out.features[name], config.disc_locations) for out in (out_s, out_t)
+                )
+                features = gradient_reversal(torch.cat([features_s, features_t]), layer_weight * reversal_coeff)
                 if conditional:
                     probabilities = torch.cat([out_s.logits, out_t.logits]).detach().float().softmax(1)
                     features = multilinear(features, probabilities)
                 if config.conditional == "cdan_e":
                     weight_s, weight_t = entropy_weights(out_s.logits), entropy_weights(out_t.logits)
-                domain_logits_s, domain_logits_t = discriminator(features).split([len(x_s), len(x_t)])
+                domain_logits_s, domain_logits_t = discriminator(features).split([len(features_s), len(features_t)])
                 adv_loss = adv_loss + domain_loss(domain_logits_s, domain_logits_t, weight_s, weight_t)
                 domain_accuracy += discriminator_accuracy(domain_logits_s, domain_logits_t) / len(layers)
             loss = cls_loss + config.adv_weight * adv_loss
+            losses = {"cls_loss": cls_loss, "adv_loss": adv_loss, "domain_accuracy": domain_accuracy}
+            if out_s.aux_logits is not None:
+                losses["aux_cls_loss"] = cross_entropy(out_s.aux_logits, y_s)
+                loss = loss + config.model.aux_weight * losses["aux_cls_loss"]
 
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
 
-        run.log.add(cls_loss=cls_loss, adv_loss=adv_loss, domain_accuracy=domain_accuracy)
+        run.log.add(**losses)
         if run.due(step, config.log_every):
             run.log.write(step, reversal_coeff=reversal_coeff, lr=lr, disc_lr=lr * disc_lr_scale)
         if run.due(step, config.eval_every):
             with autocast:
-                metrics = evaluate(model, **eval_loaders, num_classes=domains.num_classes, device=device)
+                metrics = evaluate(model, **evaluation, device=device)
             run.evaluated(step, metrics, model)
         if run.due(step, config.save_every):
             run.save(step)

@@ -2,6 +2,7 @@
 
     minimise  cls_loss = CE(model(x_s), y_s)
 
+for the class of an image or of each of its pixels. An auxiliary head adds model.aux_weight * aux_cls_loss, its own CE.
 No target image passes through the network in training, so its batch norm statistics are the source's. With the
 labelled target as `data.source` the same script gives the upper bound. docs/source.md explains every metric.
 
@@ -16,7 +17,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 
 from common.config import RunConfig, parse_args
 from common.evaluation import evaluate
@@ -24,6 +24,7 @@ from common.optim import build_optimizer, set_rates
 from common.run import Run
 from common.runtime import exit_with, get_device, seed_everything
 from data import open_domains, train_loader
+from losses.supervised import cross_entropy
 from models import build_model, init_from
 
 
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
 
     # --- data
     source = iter(train_loader(domains.source, config.data, config.seed, "source", start, config.steps))
-    eval_loaders = domains.eval_loaders()
+    evaluation = domains.evaluation()
 
     # --- train
     for step in range(start + 1, config.steps + 1):
@@ -63,20 +64,23 @@ def main(argv: list[str] | None = None) -> int:
 
         with autocast:
             out_s = model(x_s)
-            cls_loss = F.cross_entropy(out_s.logits, y_s)
-            loss = cls_loss
+            cls_loss = cross_entropy(out_s.logits, y_s)
+            loss, losses = cls_loss, {"cls_loss": cls_loss}
+            if out_s.aux_logits is not None:
+                losses["aux_cls_loss"] = cross_entropy(out_s.aux_logits, y_s)
+                loss = loss + config.model.aux_weight * losses["aux_cls_loss"]
 
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
         scaler.step(optimizer)
         scaler.update()
 
-        run.log.add(cls_loss=cls_loss)
+        run.log.add(**losses)
         if run.due(step, config.log_every):
             run.log.write(step, lr=lr)
         if run.due(step, config.eval_every):
             with autocast:
-                metrics = evaluate(model, **eval_loaders, num_classes=domains.num_classes, device=device)
+                metrics = evaluate(model, **evaluation, device=device)
             run.evaluated(step, metrics, model)
         if run.due(step, config.save_every):
             run.save(step)

@@ -34,7 +34,7 @@ from common.config import OptimConfig, load_config
 from common.log import Log
 from common.runtime import UserError, exit_with
 from data.image_set import ImageSet
-from models.classifier import Classifier
+from models.network import Network
 
 HEADER = "| config | images a step | bare, ms | script, ms | ratio | ratio, CPU seconds |\n|---|---|---|---|---|---|"
 
@@ -49,16 +49,19 @@ def clock() -> torch.Tensor:
 class Bare:
     """A copy of the script's network, trained on uint8 `images` with labels that cost what true ones do."""
 
-    def __init__(self, model: Classifier, images: torch.Tensor, optim: OptimConfig):
+    def __init__(self, model: Network, images: torch.Tensor, optim: OptimConfig):
         self.model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
         self.x = ((images - model.mean) / model.std).contiguous()
-        self.y = torch.arange(len(images), device=images.device) % model.head.out_features
+        self.model.normalise = lambda x: x  # conversion and normalisation of the images are input
+        with torch.no_grad():
+            shape = copy.deepcopy(self.model).eval()(self.x).logits.shape
+        labels = torch.arange(len(images) * shape[2:].numel(), device=images.device) % shape[1]
+        self.y = labels.view(len(images), *shape[2:])
         decay = {"momentum": optim.momentum, "nesterov": optim.momentum > 0, "weight_decay": optim.weight_decay}
         self.optimizer = torch.optim.SGD(self.model.parameters(), optim.lr, foreach=True, **decay)
 
     def forward(self) -> torch.Tensor:
-        """`Classifier.forward` without its conversion and normalisation of the images, which are input."""
-        return self.model.head(self.model.bottleneck(self.model.backbone(self.x)["layer4"].mean((2, 3))))
+        return self.model(self.x).logits
 
     def step(self) -> None:
         loss = F.cross_entropy(self.forward(), self.y)
@@ -85,7 +88,7 @@ class Turns:
     def run(self, argv: list[str]) -> None:
         build_model, open_domains, add = self.script.build_model, self.script.open_domains, Log.add
 
-        def build_and_watch(*args) -> Classifier:
+        def build_and_watch(*args) -> Network:
             self.model = build_model(*args)
             self.hook = self.model.register_forward_pre_hook(self._see)
             return self.model

@@ -28,16 +28,30 @@ def require(*rules: tuple[bool, str]) -> None:
         raise ValueError("\n".join(broken))
 
 
+DRAWN = {
+    "classification": ("drawn_digits", "drawn_digits_shifted"),
+    "segmentation": ("drawn_street", "drawn_street_dusk"),
+}
+DIGITS = ("mnist", "usps", "svhn", "mnistm")
+FILES = ("folder", "list")
+
+
 @dataclass
 class DomainConfig:
-    name: str  # mnist usps svhn mnistm | folder list | drawn_digits drawn_digits_shifted
+    name: str  # mnist usps svhn mnistm | folder list | drawn_digits drawn_digits_shifted drawn_street drawn_street_dusk
     path: str | None = None  # below data.root: the folder, the list file, or mnistm's photographs
     classes: str | None = None  # list: file below data.root with one class name a line, in label order
-    resize: int | None = None  # px an image is resized to before it is cropped or zero-padded to data.size
+    resize: int | list[int] | None = None  # px, or [height, width]: what an image is resized to before it is cropped
+    masks: str | None = None  # segmentation, folder: the folder of masks, below data.root
+    image_suffix: str | None = None  # segmentation, folder: end of an image's name, after what its mask shares with it
+    mask_suffix: str | None = None  # segmentation, folder: end of a mask's name; null, here and above: the extension
+    ids: str | list[str] | dict | None = None  # segmentation: what a mask's numbers mean; see data/id_maps.py
+    crop: list[int] | None = None  # segmentation: [height, width] of training crops; null: whole images
 
     def __post_init__(self):
-        names = ("mnist", "usps", "svhn", "mnistm", "folder", "list", "drawn_digits", "drawn_digits_shifted")
+        names = (*DIGITS, *FILES, *DRAWN["classification"], *DRAWN["segmentation"])
         near = difflib.get_close_matches(self.name, names, 1)
+        resize = self.resize if isinstance(self.resize, list) else [1 if self.resize is None else self.resize]
         require(
             (
                 self.name in names,
@@ -45,12 +59,44 @@ class DomainConfig:
                 + (f"; did you mean {near[0]!r}?" if near else f"; there are {', '.join(names)}"),
             ),
             (
-                self.name not in ("folder", "list", "mnistm") or self.path is not None,
+                self.name not in (*FILES, "mnistm") or self.path is not None,
                 f"path is missing for name: {self.name}",
             ),
             (self.classes is None or self.name == "list", "classes goes with name: list only"),
-            (self.resize is None or self.resize > 0, "resize must be positive"),
+            (all(side > 0 for side in resize), "resize must be positive"),
+            (all(side > 0 for side in self.crop or ()), "crop must be positive"),
+            (not isinstance(self.resize, list) or len(self.resize) == 2, "resize must be a number or [height, width]"),
+            (self.crop is None or len(self.crop) == 2, "crop must be [height, width]"),
+            (
+                not (isinstance(self.resize, list) and self.crop)
+                or all(c <= r for c, r in zip(self.crop, self.resize, strict=False)),
+                f"crop {self.crop} is larger than resize {self.resize}",
+            ),
+            (self.masks is None or self.name == "folder", "masks goes with name: folder only"),
+            (
+                self.masks is not None or (self.image_suffix is None and self.mask_suffix is None),
+                "image_suffix and mask_suffix go with masks",
+            ),
         )
+
+    def rules(self, role: str, task: str) -> list[tuple[bool, str]]:
+        """(holds, sentence) of what the task asks of a domain."""
+        drawn = DRAWN[task]
+        if task == "classification":
+            keys = [key for key in ("masks", "ids", "crop") if getattr(self, key) is not None]
+            known = self.name in (*FILES, *DIGITS, *drawn)
+            return [
+                (not keys, f"{role}: {', '.join(keys)} for task: segmentation only"),
+                (not isinstance(self.resize, list), f"{role}.resize must be a number for task: classification"),
+                (known, f"{role}.name: {self.name} is for task: segmentation"),
+            ]
+        known = self.name in (*FILES, *drawn)
+        return [
+            (not isinstance(self.resize, int), f"{role}.resize must be [height, width] for task: segmentation"),
+            (self.classes is None, f"{role}.classes: the classes of masks are named by {role}.ids"),
+            (known, f"{role}.name: {self.name} is for task: classification"),
+            (self.masks is None or self.ids is not None, f"{role}.ids is missing: what the numbers of its masks mean"),
+        ]
 
 
 @dataclass
@@ -58,13 +104,14 @@ class DataConfig:
     source: DomainConfig  # the labelled domain
     target: DomainConfig  # the unlabelled domain; its training labels are dropped on loading
     target_test: DomainConfig | None = None  # null: the set's own test split, else the target images (transductive)
-    task: Literal["classification"] = "classification"  # the only task so far
+    task: Literal["classification", "segmentation"] = "classification"  # an image has a class | each pixel has
     root: str | None = None  # null: the variable DA_DATA, else ./datasets
-    size: int = 28  # px of the square the network sees
+    size: int = 28  # classification: px of the square the network sees
     batch: int = 64  # images a step and domain
-    eval_batch: int = 250  # images a step in evaluation
+    eval_batch: int | None = None  # images a step in evaluation; null: 250 (maps: 1)
     augment: dict = field(default_factory=dict)  # operation: {parameter: value}, in order; see data/augment.py
     select_images: int = 2000  # seeded sample of target training images the label-free criteria see
+    iou_classes: list[str] | None = None  # segmentation: the classes mean IoU is taken over; null: all
     workers: int = 0  # loader processes a domain; the result does not depend on it
     cache: str | None = None  # null: ./cache; where decoded images are kept, never under root
     cache_gb: float = 2.0  # a set up to this stays in memory (workers: 0), larger ones in .npy files
@@ -74,7 +121,10 @@ class DataConfig:
 
         self.root = self.root or os.environ.get("DA_DATA") or "datasets"
         self.cache = self.cache or "cache"
+        if self.eval_batch is None:
+            self.eval_batch = {"classification": 250, "segmentation": 1}[self.task]
         root, cache = Path(self.root).resolve(), Path(self.cache).resolve()
+        domains = {role: getattr(self, role) for role in ("source", "target", "target_test")}
         require(
             (self.size > 0, "size must be positive"),
             (self.batch > 0, "batch must be positive"),
@@ -83,7 +133,9 @@ class DataConfig:
             (self.workers >= 0, "workers must not be negative"),
             (self.cache_gb >= 0, "cache_gb must not be negative"),
             (not cache.is_relative_to(root), f"cache {self.cache} lies under root {self.root}; name another folder"),
-            *((False, mistake) for mistake in check_augment(self.augment)),
+            (self.iou_classes is None or self.task == "segmentation", "iou_classes is for task: segmentation"),
+            *(rule for role, domain in domains.items() if domain for rule in domain.rules(role, self.task)),
+            *((False, mistake) for mistake in check_augment(self.augment, self.task)),
         )
 
 
@@ -98,13 +150,28 @@ class ModelConfig:
     bn_affine: Literal["train", "frozen"] = "train"  # scale and shift of batch norm
     channels_last: bool = False  # memory layout; speed only
     bottleneck: int | None = None  # null: none; width of Linear + BN + ReLU between pooling and classifier
+    head: Literal["deeplab_v2", "deeplab_v3"] = "deeplab_v2"  # segmentation: the head on layer4
+    output_stride: Literal[8, 16] = 8  # segmentation: px of the image for each of layer4, which is dilated
+    aux_weight: float = 0.0  # segmentation: of the cross-entropy of an auxiliary head on layer3; 0: no such head
 
     def __post_init__(self):
         require(
             (self.batch_norm or self.backbone == "lenet", "batch_norm: false is for backbone: lenet"),
             (self.bn_running == "both" or self.bn == "separate", "bn_running: target needs bn: separate"),
             (self.bottleneck is None or self.bottleneck > 0, "bottleneck must be positive or null"),
+            (self.aux_weight >= 0, "aux_weight must not be negative"),
         )
+
+    def rules(self, task: str) -> list[tuple[bool, str]]:
+        """(holds, sentence) of what the task asks of the model."""
+        if task == "classification":
+            own = [f.name for f in dataclasses.fields(self) if f.name in ("head", "output_stride", "aux_weight")]
+            changed = [key for key in own if getattr(self, key) != getattr(type(self), key)]
+            return [(not changed, f"model: {', '.join(changed)} for task: segmentation only")]
+        return [
+            (self.backbone != "lenet", "model.backbone: lenet is for task: classification; choose another"),
+            (self.bottleneck is None, "model.bottleneck is for task: classification"),
+        ]
 
 
 @dataclass
@@ -146,10 +213,13 @@ class RunConfig:
     eval_every: int = 500  # steps; the last step always evaluates
     save_every: int = 500  # steps; the last step always saves
     log_every: int = 50  # steps between lines of metrics.jsonl
-    select: Literal["source_val", "entropy", "infomax"] = "infomax"  # label-free criterion that picks model.pt
+    select: Literal["source_val", "entropy", "infomax"] | None = None  # picks model.pt; null: infomax (maps: entropy)
+    pictures: Literal["end", "every"] = "end"  # segmentation: draw predictions at the end, or at every evaluation
     init_from: str | None = None  # a run folder or model.pt to start from, against the working directory
 
     def __post_init__(self):
+        task = self.data.task if self.data else "classification"
+        self.select = self.select or {"classification": "infomax", "segmentation": "entropy"}[task]
         require(*self.rules())
 
     def rules(self) -> list[tuple[bool, str]]:
@@ -159,6 +229,7 @@ class RunConfig:
             (self.seed >= 0, "seed must not be negative"),
             (self.seed < 2**63, "seed must be below 2**63"),
             *((getattr(self, key) > 0, f"{key} must be positive") for key in positive),
+            *(self.model.rules(self.data.task) if self.model and self.data else ()),
         ]
 
     def trained_criteria(self) -> set[str]:
@@ -351,10 +422,10 @@ def load_config(cls, path: str, overrides: typing.Sequence[str] = ()):
 
 
 def flatten(tree: dict, prefix: str = "") -> dict:
-    """{"data": {"size": 28}} -> {"data.size": 28}; `augment` stays whole, since its order matters."""
+    """{"data": {"size": 28}} -> {"data.size": 28}; `augment` and `ids` stay whole, since their order matters."""
     flat = {}
     for key, value in tree.items():
-        nested = isinstance(value, dict) and prefix + key != "data.augment"
+        nested = isinstance(value, dict) and key not in ("augment", "ids")
         flat.update(flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value})
     return flat
 

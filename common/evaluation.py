@@ -1,10 +1,13 @@
 """Metrics on labelled data, criteria on unlabelled data, and what is chosen by them."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
+import torch.nn.functional as F
 from torch import nn
+
+from common.runtime import UserError
 
 IGNORE_INDEX = 255
 
@@ -33,6 +36,30 @@ def accuracies(confusion: torch.Tensor) -> dict[str, float | None]:
     }
 
 
+def ious(confusion: torch.Tensor, classes: list[str], over: list[str] | None = None) -> dict:
+    """Intersection over union, in percent, from one confusion matrix over a whole set.
+
+    `mean_iou` is the mean over the classes that have a label in the set, or over those of them named in `over`;
+    `pixel_accuracy` the share of labelled pixels; `iou` the figure of each class by name, None without a label.
+    """
+    confusion = confusion.double().cpu()
+    labelled, hits = confusion.sum(1), confusion.diag()
+    values = (100 * hits / (labelled + confusion.sum(0) - hits)).tolist()
+    iou = {name: value if n > 0 else None for name, value, n in zip(classes, values, labelled.tolist(), strict=True)}
+    counted = [iou[name] for name in over or classes if iou[name] is not None]
+    total = float(labelled.sum())
+    return {
+        "mean_iou": sum(counted) / len(counted) if counted else None,
+        "pixel_accuracy": 100 * float(hits.sum()) / total if total else None,
+        "iou": iou,
+    }
+
+
+def main_metric(metrics: dict) -> str:
+    """The name of the figure a run is judged by, of `accuracies` or of `ious`."""
+    return "mean_iou" if "mean_iou" in metrics else "accuracy"
+
+
 class Criteria:
     """Label-free criteria, higher is better, in units of log K (float32 log_softmax, float64 sums).
 
@@ -59,32 +86,58 @@ class Criteria:
         return {"entropy": -entropy, "infomax": diversity - entropy}
 
 
+EXAMPLES = 4  # target images whose predictions `evaluate` hands back
+
+
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
     source_val: Iterable,
     target_train: Iterable,
     target_test: Iterable | None,
-    num_classes: int,
+    classes: list[str],
+    measure: Callable[[torch.Tensor], dict],
     device: torch.device,
 ) -> dict:
-    """{"source_val": accuracies, "target": accuracies (None without labels), "criteria": label-free values}.
+    """{"source_val": figures, "target": figures (None without labels), "criteria": label-free values, "examples"}.
 
-    The loaders yield (images, labels) and, for `target_train`, images. Precision is the caller's autocast.
+    The loaders yield (images, labels) and, for `target_train`, images. `measure` makes figures of a confusion matrix.
+    Logits are enlarged to labels of another size, never the other way round. `examples` are a few target images, (uint8
+    image, prediction, label or None) on the CPU, for maps only. Precision is the caller's autocast.
     """
-    was_training = model.training
+    was_training, num_classes = model.training, len(classes)
     model.eval()
-    result = {}
+    result, examples = {}, []
+
+    def keep_example(loader: Iterable, number: int, images: torch.Tensor, logits: torch.Tensor, labels) -> None:
+        step = max(len(loader) // EXAMPLES, 1)
+        if logits.dim() > 2 and number % step == 0 and number < step * EXAMPLES:
+            label = None if labels is None else labels[0].cpu()
+            examples.append((images[0].cpu(), logits[0].argmax(0).cpu(), label))
+
     for name, loader in (("source_val", source_val), ("target", target_test)):
         confusion = torch.zeros(num_classes, num_classes, dtype=torch.int64, device=device)
-        for images, labels in loader or ():
+        for number, (images, labels) in enumerate(loader or ()):
             logits = model(images.to(device, non_blocking=True)).logits
+            if logits.shape[2:] != labels.shape[1:]:
+                logits = F.interpolate(logits, size=labels.shape[1:], mode="bilinear", align_corners=False)
             confusion += confusion_matrix(logits, labels.to(device, non_blocking=True), num_classes)
-        result[name] = accuracies(confusion)
+            if name == "target":
+                keep_example(loader, number, images, logits, labels)
+        result[name] = measure(confusion)
     criteria = Criteria(num_classes)
-    for images in target_train:
-        criteria.add(model(images.to(device, non_blocking=True)).logits)
-    result["criteria"] = {"source_val": result["source_val"]["accuracy"], **criteria.values()}
+    for number, images in enumerate(target_train):
+        logits = model(images.to(device, non_blocking=True)).logits
+        criteria.add(logits)
+        if target_test is None:
+            keep_example(target_train, number, images, logits, None)
+    source_figure = result["source_val"][main_metric(result["source_val"])]
+    if source_figure is None:
+        raise UserError(
+            "source_val: none of the held-out source images has a labelled pixel; mend its masks or its ids"
+        )
+    result["criteria"] = {"source_val": source_figure, **criteria.values()}
+    result["examples"] = examples
     model.train(was_training)
     return result
 
@@ -100,9 +153,10 @@ def choose(history: list[dict], select: str) -> dict:
     `select` criterion. `oracle` is chosen on the target's test labels: a bound, no result.
     """
     selected = max(history, key=lambda e: _rank(e["criteria"][select]))
-    oracle = max(history, key=lambda e: _rank(e["target"]["accuracy"]))
+    figure = main_metric(history[-1]["target"])
+    oracle = max(history, key=lambda e: _rank(e["target"][figure]))
     chosen = {"last": history[-1], "selected": selected, "oracle": oracle}
     entries = {name: {"step": e["step"], **e["target"]} for name, e in chosen.items()}
-    if history[-1]["target"]["accuracy"] is None:
+    if history[-1]["target"][figure] is None:
         entries["oracle"]["step"] = None
     return entries

@@ -1,6 +1,7 @@
 """The run folder: what a run leaves behind, and how it goes on after a stop.
 
 config.yaml  metrics.jsonl  status.json  summary.json  model.pt  checkpoints/step_00000080.pt
+pictures/step_00000080.png  for segmentation
 """
 
 import json
@@ -17,9 +18,21 @@ from common import checkpoint
 from common.config import changed_keys, dump, flatten, load_config
 from common.evaluation import choose
 from common.log import Log
+from common.pictures import save_pictures
 from common.runtime import UserError, describe_machine, get_device
 
 KEEP = 2  # checkpoints: the newest, and the one before should the newest be damaged
+
+
+def iou_table(target: dict[str, dict]) -> str:
+    """The IoU of each class, a column for each of the target's figures; `-` for a class without a label."""
+    classes = list(target["last"]["iou"])
+    width = max(map(len, classes))
+    lines = [f"{'IoU':{width}}" + "".join(f"{name:>10}" for name in target)]
+    for name in classes:
+        values = (entry["iou"][name] for entry in target.values())
+        lines.append(f"{name:{width}}" + "".join(f"{'-' if v is None else f'{v:.1f}':>10}" for v in values))
+    return "\n".join(lines)
 
 
 class Run:
@@ -158,15 +171,19 @@ class Run:
 
     def evaluated(self, step: int, metrics: dict, model: torch.nn.Module) -> None:
         """Record an evaluation; keep the weights if they are the best so far by `select`."""
+        examples = metrics.pop("examples")
         for name, value in metrics["criteria"].items():
             if not math.isfinite(value):
                 raise UserError(f"step {step}: criteria.{name} is {value}; lower optim.lr, or use amp: float32", 3)
         self.history.append({"step": step, **metrics})
         flat = flatten(metrics)
         self.log.record({"step": step, **flat})
-        self.log.print(
-            f"step {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in flat.items() if value is not None)
-        )
+        shown = {k: v for k, v in flat.items() if v is not None and ".iou." not in k}
+        self.log.print(f"step {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in shown.items()))
+        if examples and not self.dry_run and (self.config.pictures == "every" or step == self.config.steps):
+            save_pictures(
+                self.folder / "pictures" / f"step_{step:08d}.png", examples, list(metrics["source_val"]["iou"])
+            )
         if choose(self.history, self.config.select)["selected"]["step"] == step and not self.dry_run:
             self.selected = {k: v.to("cpu", copy=True) for k, v in model.state_dict().items()}
             checkpoint.save_tensors(self.folder / "model.pt", self.selected)
@@ -216,6 +233,8 @@ class Run:
         checkpoint.write_text(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         self._write_status("finished", config.steps)
         for name, entry in target.items():
-            figures = "  ".join(f"{k} {v:.2f}" for k, v in entry.items() if k != "step" and v is not None)
+            figures = "  ".join(f"{k} {v:.2f}" for k, v in entry.items() if k != "step" and isinstance(v, float))
             print(f"target {name:8} step {entry['step']}  {figures or 'no target labels'}")
+        if target["oracle"]["step"] is not None and "iou" in target["last"]:
+            print(iou_table(target))
         print(f"{self.folder / 'summary.json'} (target: {facts['target_test']})")

@@ -1,4 +1,4 @@
-"""Augmentation of uint8 batches with parameters drawn for each image.
+"""Augmentation of uint8 batches with parameters drawn for each image, and of images together with their masks.
 
 `data.augment` maps an operation to its parameters, applied in the order written:
 
@@ -7,6 +7,9 @@
       photometric: {gain: [0.5, 1.5]}
 
 torchvision's v2 draws one set of parameters for a whole batch; here every draw has the length of the batch.
+
+With task: segmentation there are `zoom`, which belongs to the random crop, `flip`, `photometric` and `jitter`; the
+mask goes where the image goes, by the nearest pixel.
 """
 
 import difflib
@@ -15,7 +18,11 @@ import math
 from collections.abc import Sequence
 
 import torch
+from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
+
+from common.evaluation import IGNORE_INDEX
+from common.runtime import UserError
 
 Range = Sequence[float]
 
@@ -92,9 +99,17 @@ def flip(images, size, generator, probability: float = 0.5):
 
 
 def jitter(
-    images, size, generator, brightness: float = 0.0, contrast: float = 0.0, saturation: float = 0.0, hue: float = 0.0
+    images,
+    size,
+    generator,
+    brightness: float = 0.0,
+    contrast: float = 0.0,
+    saturation: float = 0.0,
+    hue: float = 0.0,
+    gamma: Range = (1.0, 1.0),
 ):
-    """Colour jitter in this order: brightness, contrast, saturation by a factor in 1 +- the value, hue by +- it."""
+    """Colour jitter in this order: brightness, contrast, saturation by a factor in 1 +- the value, hue by +- it; then
+    a gamma drawn evenly on a logarithmic scale: above 1 darkens, below brightens."""
     operations = [
         (F.adjust_brightness, 1, brightness),
         (F.adjust_contrast, 1, contrast),
@@ -107,11 +122,22 @@ def jitter(
             low = max(centre - spread, 0.0) if centre else -spread
             factors = _uniform(len(out), low, centre + spread, generator).tolist()
             out = [adjust(image, factor) for image, factor in zip(out, factors, strict=True)]
+    if tuple(gamma) != (1.0, 1.0):
+        exponents = _uniform(len(out), math.log(gamma[0]), math.log(gamma[1]), generator).exp().tolist()
+        out = [F.adjust_gamma(image, exponent) for image, exponent in zip(out, exponents, strict=True)]
     return torch.stack(out)
 
 
+def zoom(images, size, generator, scale: Range = (1.0, 1.0)):
+    """Enlargement of the image before its random crop, drawn evenly on a logarithmic scale -> (n,) factors."""
+    return _uniform(len(images), math.log(scale[0]), math.log(scale[1]), generator).exp()
+
+
 _LARGEST = {"hue": 0.5, "probability": 1, "invert": 1}
-OPERATIONS = {f.__name__: f for f in (affine, photometric, crop, flip, jitter)}
+OPERATIONS = {
+    "classification": {f.__name__: f for f in (affine, photometric, crop, flip, jitter)},
+    "segmentation": {f.__name__: f for f in (zoom, flip, photometric, jitter)},
+}
 
 
 def _matches(value, default) -> bool:
@@ -125,15 +151,15 @@ def _matches(value, default) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def check_augment(spec: dict) -> list[str]:
+def check_augment(spec: dict, task: str) -> list[str]:
     """The mistakes in a `data.augment` mapping, one sentence each."""
-    mistakes = []
+    mistakes, operations = [], OPERATIONS[task]
     for name, parameters in spec.items():
-        if name not in OPERATIONS:
-            near = difflib.get_close_matches(name, OPERATIONS, 1)
+        if name not in operations:
+            near = difflib.get_close_matches(name, operations, 1)
             mistakes.append(
                 f"augment: no operation {name!r}; "
-                + (f"did you mean {near[0]}?" if near else f"there are {', '.join(OPERATIONS)}")
+                + (f"did you mean {near[0]}?" if near else f"there are {', '.join(operations)}")
             )
             continue
         if not isinstance(parameters, dict):
@@ -142,7 +168,7 @@ def check_augment(spec: dict) -> list[str]:
             )
             continue
         known = {
-            k: p.default for k, p in inspect.signature(OPERATIONS[name]).parameters.items() if p.default is not p.empty
+            k: p.default for k, p in inspect.signature(operations[name]).parameters.items() if p.default is not p.empty
         }
         for key, value in parameters.items():
             if key not in known:
@@ -170,5 +196,59 @@ class Augment:
 
     def __call__(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
         for name, parameters in self.spec.items():
-            images = OPERATIONS[name](images, self.size, generator, **parameters)
+            images = OPERATIONS["classification"][name](images, self.size, generator, **parameters)
         return images
+
+
+class JointAugment:
+    """A random crop and the operations of a `data.augment` mapping, on one image with its mask or alone.
+
+    Args:
+        spec: the mapping, for segmentation.
+        crop: height and width of the crop, or None for the whole image.
+    """
+
+    REDRAWS = 10  # of a crop without a single labelled pixel
+
+    def __init__(self, spec: dict, crop: tuple[int, int] | None):
+        self.spec, self.crop = spec, crop
+
+    def __call__(
+        self, image: torch.Tensor, mask: torch.Tensor | None, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """image: uint8 (3, H, W); mask: uint8 (H, W) or None -> both at the size of the crop.
+
+        A crop that is all void is drawn again, up to REDRAWS times. A zoom that the image cannot fill is raised.
+        """
+        image = tv_tensors.Image(image)
+        mask = None if mask is None else tv_tensors.Mask(mask)
+        for _ in range(1 + self.REDRAWS):
+            crop, crop_mask = self._crop(image, mask, generator)
+            if crop_mask is None or (crop_mask != IGNORE_INDEX).any():
+                break
+        for name, parameters in self.spec.items():
+            if name == "flip":
+                if torch.rand((), generator=generator) < parameters.get("probability", 0.5):
+                    crop = F.horizontal_flip(crop)
+                    crop_mask = None if crop_mask is None else F.horizontal_flip(crop_mask)
+            elif name != "zoom":
+                crop = OPERATIONS["segmentation"][name](crop[None], None, generator, **parameters)[0]
+        return crop, crop_mask
+
+    def _crop(self, image: tv_tensors.Image, mask: tv_tensors.Mask | None, generator: torch.Generator):
+        height, width = image.shape[-2:]
+        size = self.crop or (height, width)
+        if size[0] > height or size[1] > width:
+            raise UserError(f"crop {list(size)} is larger than an image of {height}x{width} px; choose a smaller crop")
+        factor = zoom(image[None], None, generator, **self.spec.get("zoom", {})).item()
+        factor = max(factor, size[0] / height, size[1] / width)
+        box = [min(max(round(side / factor), 1), whole) for side, whole in zip(size, (height, width), strict=True)]
+        free = [whole - side + 1 for side, whole in zip(box, (height, width), strict=True)]
+        top, left = (int(u * n) for u, n in zip(torch.rand(2, generator=generator).tolist(), free, strict=True))
+        crop, crop_mask = (None if x is None else F.crop(x, top, left, *box) for x in (image, mask))
+        if tuple(box) == tuple(size):
+            return crop, crop_mask
+        if mask is not None:  # v2 resizes masks by `nearest`, which lies half a pixel off the image
+            resized = torch.nn.functional.interpolate(crop_mask[None, None], size=list(size), mode="nearest-exact")
+            crop_mask = resized[0, 0]
+        return F.resize(crop, list(size), antialias=True), crop_mask

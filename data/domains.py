@@ -1,18 +1,21 @@
 """The two domains of a run, opened from its config."""
 
-from dataclasses import dataclass
+import functools
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as F
 
-from common.config import DataConfig, DomainConfig
+from common.config import FILES, DataConfig, DomainConfig
+from common.evaluation import accuracies, ious
 from common.runtime import UserError
-from data.decoded import DecodedImages
+from data.decoded import Decoded, MaskDecoder, decoded_images, decoded_masks
 from data.digits import open_digits
 from data.drawn import open_drawn
-from data.folder import read_list, scan_folder
+from data.drawn_street import open_street
+from data.folder import read_list, read_mask_list, scan_folder, scan_masks
+from data.id_maps import id_map
 from data.image_set import ImageSet, image_set
 from data.loaders import eval_loader
 from data.order import generator
@@ -22,30 +25,87 @@ def _square(images: torch.Tensor, side: int) -> torch.Tensor:
     return images if images.shape[-1] == side else F.resize(images, [side, side], antialias=True)
 
 
-def open_set(domain: DomainConfig, config: DataConfig, train: bool, read_only: bool) -> ImageSet | None:
-    """The training or test split of a domain; None for the test split of a set that has none.
+def _open_classes(domain: DomainConfig, config: DataConfig, train: bool, read_only: bool) -> ImageSet | None:
+    """`open_set` of images with a class each.
 
     Digits are resized to `resize` (default `data.size`), files to `resize` (default 8/7 of `data.size`, for crops).
     """
     root, cache = Path(config.root), Path(config.cache)
-    if domain.name not in ("folder", "list"):
+    if domain.name not in FILES:
         if domain.name.startswith("drawn"):
             images = open_drawn(domain.name, train)
         else:
             images = open_digits(domain.name, domain.path, root, train, cache, read_only)
-        return image_set(
-            images.name, _square(images.images, domain.resize or config.size), images.labels, images.classes
-        )
+        return replace(images, images=_square(images.images, domain.resize or config.size))
     if not train:
         return None
     files, labels, classes = (
         scan_folder(domain.path, root) if domain.name == "folder" else read_list(domain.path, domain.classes, root)
     )
     side = domain.resize or round(config.size * 8 / 7)
-    images = DecodedImages(
-        files, side, None if read_only else cache, config.cache_gb * 2**30, shared=config.workers > 0
-    )
-    return image_set(f"{domain.name} {domain.path}", images, labels, classes)
+    keep = None if read_only else cache, config.cache_gb * 2**30, config.workers > 0
+    return image_set(f"{domain.name} {domain.path}", decoded_images(files, (side, side), *keep), labels, classes)
+
+
+def _open_maps(
+    domain: DomainConfig, role: str, config: DataConfig, train: bool, read_only: bool, whole_masks: bool
+) -> ImageSet | None:
+    """`open_set` of images with masks; `whole_masks` keeps these at their own size, else they go with their images."""
+    root, cache = Path(config.root), Path(config.cache)
+    if domain.name not in FILES:
+        images = open_street(domain.name, train)
+        if domain.resize not in (None, list(images.images.shape[2:])):
+            raise UserError(f"data.{role}.resize: {domain.name} is drawn at its own size; leave resize out")
+        return replace(images, crop=domain.crop and tuple(domain.crop))
+    if not train:
+        return None
+    if domain.name == "folder":
+        suffixes = domain.image_suffix, domain.mask_suffix
+        files, mask_files = scan_masks(domain.path, domain.masks, suffixes, root)
+    else:
+        files, mask_files = read_mask_list(domain.path, root)
+    size = domain.resize and tuple(domain.resize)
+    keep = None if read_only else cache, config.cache_gb * 2**30, config.workers > 0
+    images, masks, classes = decoded_images(files, size, *keep), None, None
+    if mask_files is not None:
+        if domain.ids is None:
+            raise UserError(f"data.{role}.ids is missing: what the numbers of its masks mean")
+        table, classes = id_map(domain.ids, f"data.{role}.ids")
+        of = dict(zip(mask_files, files, strict=True))
+        decoder = MaskDecoder(of, table, classes, None if whole_masks else size)
+        masks = decoded_masks(mask_files, decoder, *keep)
+    return image_set(f"{domain.name} {domain.path}", images, masks, classes, domain.crop)
+
+
+def open_set(role: str, config: DataConfig, train: bool, read_only: bool) -> ImageSet | None:
+    """The training or test split of a domain; None for the test split of a set that has none.
+
+    role: source, target or target_test. Masks of the source are resized with its images, since they train; those of
+    the target stay as they are, since they measure.
+    """
+    domain = getattr(config, role)
+    if config.task == "segmentation":
+        return _open_maps(domain, role, config, train, read_only, whole_masks=role != "source")
+    return _open_classes(domain, config, train, read_only)
+
+
+def _hold_out(source: ImageSet, task: str, seed: int) -> tuple[ImageSet, ImageSet]:
+    """(a tenth of the images, the rest) by `seed`: drawn at random, or of maps, which may be frames of a video where
+    neighbours are nearly the same, images that follow each other."""
+    held = max(len(source) // 10, 1)
+    random = generator(seed, "source_val")
+    if task == "segmentation":
+        first = int(torch.randint(len(source) - held + 1, (), generator=random))
+        order = torch.arange(len(source)).roll(-first)
+    else:
+        order = torch.randperm(len(source), generator=random)
+    return source.subset(order[:held].sort().values), source.subset(order[held:].sort().values)
+
+
+def _train_size(images: ImageSet) -> str:
+    shapes = {tuple(images.images.shape[1:])} if isinstance(images.images, torch.Tensor) else set(images.images.shapes)
+    size = images.crop or (next(iter(shapes))[1:] if len(shapes) == 1 else ("H", "W"))
+    return f"3x{size[0]}x{size[1]}"
 
 
 @dataclass
@@ -70,13 +130,18 @@ class Domains:
     def num_classes(self) -> int:
         return len(self.classes)
 
-    def eval_loaders(self) -> dict[str, DataLoader | None]:
-        """The loaders `common.evaluation.evaluate` takes."""
+    def evaluation(self) -> dict:
+        """What `common.evaluation.evaluate` takes besides model and device."""
         test = self.target_test
+        measure = accuracies
+        if self.config.task == "segmentation":
+            measure = functools.partial(ious, classes=self.classes, over=self.config.iou_classes)
         return {
             "source_val": eval_loader(self.source_val, self.config),
             "target_train": eval_loader(self.criteria, self.config),
             "target_test": None if test is None else eval_loader(test, self.config),
+            "classes": self.classes,
+            "measure": measure,
         }
 
     def describe(self) -> str:
@@ -89,40 +154,44 @@ class Domains:
             note = f" ({self.target_test_note})" if role == "target_test" else ""
             kept = (
                 f", {images.images.describe()}"
-                if isinstance(images.images, DecodedImages) and not role.startswith("target_")
+                if isinstance(images.images, Decoded) and not role.startswith("target_")
                 else ""
             )
             lines.append(f"{role:12} {images.name}: {len(images)} images{note}{kept}")
-        size = self.config.size
-        return "\n".join([*lines, f"batch        {self.config.batch} a domain, 3x{size}x{size}"])
+        sizes = f"3x{self.config.size}x{self.config.size}"
+        if self.config.task == "segmentation":
+            sizes = ", ".join(f"{role} {_train_size(getattr(self, role))}" for role in ("source", "target"))
+        return "\n".join([*lines, f"batch        {self.config.batch} a domain, {sizes}"])
 
 
 def open_domains(config: DataConfig, seed: int, dry_run: bool = False) -> Domains:
     """Open both domains, match their classes by name and make the splits.
 
-    `source_val` is the source's own test split, else a tenth drawn by `seed`. In a dry run nothing is written and
+    `source_val` is the source's own test split, else a tenth held out by `seed`. In a dry run nothing is written and
     every evaluation set is one batch.
     """
-    source = open_set(config.source, config, True, dry_run)
+    source = open_set("source", config, True, dry_run)
     if source.labels is None:
-        raise UserError(f"{source.name}: the source needs labels: a folder per class, or `path label` lines")
+        kind = "masks and ids" if config.task == "segmentation" else "a folder per class, or `path label` lines"
+        raise UserError(f"{source.name}: the source needs labels: {kind}")
     classes = source.classes
-    source_val = open_set(config.source, config, False, dry_run)
+    if absent := set(config.iou_classes or ()) - set(classes):
+        raise UserError(f"data.iou_classes: no class {sorted(absent)[0]!r}; there are {', '.join(classes)}")
+    source_val = open_set("source", config, False, dry_run)
     if source_val is None:
         if len(source) < 2:
             raise UserError(f"{source.name}: one image is not enough to train and to validate")
-        order, held = torch.randperm(len(source), generator=generator(seed, "source_val")), max(len(source) // 10, 1)
-        source, source_val = source.subset(order[held:].sort().values), source.subset(order[:held].sort().values)
+        source_val, source = _hold_out(source, config.task, seed)
 
-    target = open_set(config.target, config, True, dry_run).relabelled(classes)
+    target = open_set("target", config, True, dry_run).relabelled(classes)
     if config.target_test is not None:
-        target_test, note = open_set(config.target_test, config, False, dry_run), "data.target_test"
+        target_test, note = open_set("target_test", config, False, dry_run), "data.target_test"
         if target_test is None:
-            target_test = open_set(config.target_test, config, True, dry_run)
+            target_test = open_set("target_test", config, True, dry_run)
         if target_test.labels is None:
             raise UserError(f"{target_test.name}: target_test needs labels")
     else:
-        target_test, note = open_set(config.target, config, False, dry_run), "the target's own test split"
+        target_test, note = open_set("target", config, False, dry_run), "the target's own test split"
         if target_test is None:
             target_test, note = target, "the target's training images: transductive"
             if target.labels is None:

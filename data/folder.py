@@ -1,4 +1,4 @@
-"""Images in a folder per class, in one flat folder, or named by a list file."""
+"""Image files: in a folder per class, in one flat folder, beside a folder of masks, or named by a list file."""
 
 import os
 from pathlib import Path
@@ -64,29 +64,37 @@ def _class_names(path: str, root: Path) -> list[str]:
     return names
 
 
+def _read_lines(path: str, root: Path, expected: str) -> tuple[Path, list[tuple[str, str]]]:
+    """(the list file, its lines that are not empty as (file:line, text))."""
+    file = _inside(Path(path), root, root, "list")
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError):
+        raise UserError(f"list: {file} cannot be read; it should hold a line `{expected}` per image") from None
+    return file, [(f"{file}:{number}", line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def _listed(path: str, file: Path, root: Path, where: str) -> Path:
+    found = _inside(Path(path), file.parent, root, where)
+    if not found.is_file():
+        raise UserError(f"{where}: there is no file {found}")
+    return found
+
+
 def read_list(path: str, classes: str | None, root: Path) -> tuple[list[Path], list[int] | None, list[str] | None]:
     """(files, labels, class names) of a list file with `path label` lines, or `path` lines alone.
 
     Paths are relative to the list file's folder. A label is a class's number from 0; with a `classes` file also its
     name. Without one the classes are named by their numbers. Raises `UserError` with file:line.
     """
-    file = _inside(Path(path), root, root, "list")
-    try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError):
-        raise UserError(f"list: {file} cannot be read; it should hold a line `path label` per image") from None
+    file, lines = _read_lines(path, root, "path label")
     names = _class_names(classes, root) if classes else None
     files, labels = [], []
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where, (image, *label) = f"{file}:{number}", line.strip().rsplit(maxsplit=1)
-        if label and _is_image(Path(line.strip())) and not _is_image(Path(image)):
-            image, label = line.strip(), []  # an unlabelled path with a space
-        image = _inside(Path(image), file.parent, root, where)
-        if not image.is_file():
-            raise UserError(f"{where}: there is no file {image}")
-        files.append(image)
+    for where, line in lines:
+        image, *label = line.rsplit(maxsplit=1)
+        if label and _is_image(Path(line)) and not _is_image(Path(image)):
+            image, label = line, []  # an unlabelled path with a space
+        files.append(_listed(image, file, root, where))
         labels += [_label(label[0], names, where)] if label else []
         if labels and len(labels) < len(files):
             raise UserError(f"{where}: has no label, other lines have")
@@ -118,3 +126,61 @@ def _label(text: str, names: list[str] | None, where: str) -> int:
     if names and int(text) >= len(names):
         raise UserError(f"{where}: label {text} is unknown, the classes file has numbers 0 to {len(names) - 1}")
     return int(text)
+
+
+def _names(folder: Path, suffix: str | None) -> dict[str, Path]:
+    """{path below `folder` without its suffix: file} of a folder's images, those of its own folders too."""
+    if not folder.is_dir():
+        raise UserError(f"folder: there is no folder {folder}; set path, masks, data.root or the variable DA_DATA")
+    found = {}
+    for file in sorted(p for p in folder.rglob("*") if p.is_file() and _is_image(p)):
+        name = file.relative_to(folder).as_posix()
+        if suffix is None or name.endswith(suffix):
+            found[name.removesuffix(file.suffix if suffix is None else suffix)] = file
+    return found
+
+
+def scan_masks(
+    path: str, masks: str | None, suffixes: tuple[str | None, str | None], root: Path
+) -> tuple[list[Path], list[Path] | None]:
+    """(images, their masks) of root/path and root/masks, in the order of their names; None for `masks` None.
+
+    An image and its mask have the same path below their folders, up to the suffixes (null: the extension). A mask
+    without an image is left aside.
+    """
+    folder = _inside(Path(path), root, root, "folder")
+    images = _names(folder, suffixes[0])
+    if not images:
+        raise UserError(f"folder: {folder} has no images" + (f" that end in {suffixes[0]}" if suffixes[0] else ""))
+    if masks is None:
+        return list(images.values()), None
+    mask_folder = _inside(Path(masks), root, root, "masks")
+    found = _names(mask_folder, suffixes[1])
+    lacking = [file for name, file in images.items() if name not in found]
+    if lacking:
+        expected = f"{lacking[0].relative_to(folder).as_posix().removesuffix(suffixes[0] or lacking[0].suffix)}"
+        raise UserError(
+            f"masks: {lacking[0]} has no mask {mask_folder / expected}{suffixes[1] or '.png'} "
+            f"({len(lacking)} of {len(images)} images have none); add it, or remove the image"
+        )
+    return list(images.values()), [found[name] for name in images]
+
+
+def read_mask_list(path: str, root: Path) -> tuple[list[Path], list[Path] | None]:
+    """(images, their masks) of a list file with `image mask` lines, or `image` lines alone (then without masks).
+
+    Paths are relative to the list file's folder. Raises `UserError` with file:line.
+    """
+    file, lines = _read_lines(path, root, "image mask")
+    images, masks = [], []
+    for where, line in lines:
+        image, *mask = line.split()
+        if len(mask) > 1:
+            raise UserError(f"{where}: has {1 + len(mask)} words; a line is `image mask`, without spaces in the paths")
+        images.append(_listed(image, file, root, where))
+        masks += [_listed(mask[0], file, root, where)] if mask else []
+        if masks and len(masks) < len(images):
+            raise UserError(f"{where}: has no mask, other lines have")
+    if not images:
+        raise UserError(f"list: {file} names no image")
+    return images, masks or None

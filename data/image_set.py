@@ -7,35 +7,51 @@ import torch
 from common.runtime import UserError
 
 
+class Renumbered:
+    """`masks[index]` with every class number replaced by `mapping[number]`; `IGNORE_INDEX` stays."""
+
+    def __init__(self, masks: object, mapping: torch.Tensor):
+        self.masks, self.table = masks, torch.arange(256, dtype=torch.uint8)
+        self.table[: len(mapping)] = mapping.to(torch.uint8)
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        return self.masks.shapes
+
+    def __getitem__(self, index: torch.Tensor) -> torch.Tensor:
+        return self.table[self.masks[index].long()]
+
+
 @dataclass(frozen=True)
 class ImageSet:
     """Images of one domain and split.
 
-    images: `images[index]` -> uint8 (n, C, S, S), C 1 or 3, for an int64 index (n,); a tensor or a `DecodedImages`.
-    labels: (N,) int64 into `classes`, or None for unlabelled images.
+    images: `images[index]` -> uint8 (n, C, H, W), C 1 or 3, for an int64 index (n,); a tensor or a `Decoded`.
+    labels: of all `images`, into `classes`: int64 (N,), or masks, `labels[index]` -> uint8 (n, H, W) with 255 ignored;
+    None for unlabelled images.
     indices: (N,) int64, the images that belong to the set.
+    crop: height and width of training crops of maps, or None for whole images.
     """
 
     name: str
     images: object
-    labels: torch.Tensor | None
+    labels: object | None
     classes: list[str] | None
     indices: torch.Tensor
+    crop: tuple[int, int] | None = None
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def subset(self, positions: torch.Tensor) -> "ImageSet":
-        return replace(
-            self, indices=self.indices[positions], labels=None if self.labels is None else self.labels[positions]
-        )
+        return replace(self, indices=self.indices[positions])
 
     def unlabelled(self) -> "ImageSet":
         return replace(self, labels=None)
 
     def relabelled(self, classes: list[str]) -> "ImageSet":
         """The same set with labels into `classes`, matched by name. Raises `UserError` where the names differ."""
-        if self.labels is None:
+        if self.labels is None or self.classes == classes:
             return self
         if set(classes) != set(self.classes):
             extra, lacking = sorted(set(self.classes) - set(classes)), sorted(set(classes) - set(self.classes))
@@ -44,10 +60,13 @@ class ImageSet:
                 f"only here: {', '.join(extra) or 'none'}; only in the source: {', '.join(lacking) or 'none'}"
             )
         mapping = torch.tensor([classes.index(name) for name in self.classes])
-        return replace(self, labels=mapping[self.labels], classes=classes)
+        whole = isinstance(self.labels, torch.Tensor) and self.labels.dim() == 1
+        return replace(
+            self, labels=mapping[self.labels] if whole else Renumbered(self.labels, mapping), classes=classes
+        )
 
 
-def image_set(name: str, images, labels, classes: list[str] | None) -> ImageSet:
-    """An `ImageSet` of all `images`."""
-    labels = None if labels is None else torch.as_tensor(labels, dtype=torch.int64)
-    return ImageSet(name, images, labels, classes, torch.arange(len(images)))
+def image_set(name: str, images, labels, classes: list[str] | None, crop=None) -> ImageSet:
+    """An `ImageSet` of all `images`; `labels` a sequence of class numbers, masks, or None."""
+    labels = torch.tensor(labels) if isinstance(labels, list) else labels
+    return ImageSet(name, images, labels, classes, torch.arange(len(images)), crop and tuple(crop))

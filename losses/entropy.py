@@ -1,8 +1,9 @@
 """Entropy of predictions as a loss (Vu et al. 2019, arXiv:1811.12833), and their diversity.
 
-All take log-probabilities of the class axis, float32 from `log_softmax`, so that one of them serves every loss:
+All start from log-probabilities of the class axis, float32 from `log_softmax`, so that one of them serves every loss:
 
     log_p = logits.float().log_softmax(1)
+    loss = entropy_loss(information_map(log_p)) + diversity_loss(log_p)
 
 Shapes: (N, K) or (N, K, ...), class axis 1. Entropies are in units of log K: a uniform prediction has 1, a sure one 0.
 """
@@ -20,9 +21,9 @@ def information_map(log_p: torch.Tensor) -> torch.Tensor:
     return log_p.exp() * log_p / -math.log(log_p.shape[1])
 
 
-def entropy_loss(log_p: torch.Tensor) -> torch.Tensor:
-    """Mean entropy over all samples and positions (MinEnt, section 3.1); 0 without any."""
-    return information_map(log_p).sum() / max(log_p.numel() // log_p.shape[1], 1)
+def entropy_loss(information: torch.Tensor) -> torch.Tensor:
+    """Mean entropy over all samples and positions (MinEnt, section 3.1) of an `information_map`; 0 without any."""
+    return information.sum() / max(information.numel() // information.shape[1], 1)
 
 
 def diversity_loss(log_p: torch.Tensor) -> torch.Tensor:

@@ -42,18 +42,47 @@ class LeNet(nn.Module):
         return features
 
 
-def build_backbone(name: str, batch_norm: bool = True) -> tuple[nn.Module, dict[str, int]]:
-    """(module, channels by layer name); the module maps images (N, 3, H, W) to a dict of (N, C, H', W')."""
+def build_backbone(name: str, batch_norm: bool = True, for_maps: bool = False) -> tuple[nn.Module, dict[str, int]]:
+    """(module, channels by layer name); the module maps images (N, 3, H, W) to a dict of (N, C, H', W').
+
+    `for_maps` ends MobileNetV2 before its last 1x1 convolution, at 320 channels in place of 1280, as its paper does for
+    segmentation (Sandler et al. 2018, arXiv:1801.04381, section 6.3).
+    """
     if name == "lenet":
         return LeNet(batch_norm), dict(zip(LAYERS, (64, 128, 128, 128), strict=True))
     network = torchvision.models.get_model(name, weights=None)
     if name == "mobilenet_v2":  # the last index of each stride
-        stages = {"3": "layer1", "6": "layer2", "13": "layer3", "18": "layer4"}
-        return IntermediateLayerGetter(network.features, stages), dict(zip(LAYERS, (24, 32, 96, 1280), strict=True))
+        stages = {"3": "layer1", "6": "layer2", "13": "layer3", "17" if for_maps else "18": "layer4"}
+        channels = dict(zip(LAYERS, (24, 32, 96, 320 if for_maps else 1280), strict=True))
+        return IntermediateLayerGetter(network.features, stages), channels
     width = network.fc.in_features
     return IntermediateLayerGetter(network, {k: k for k in LAYERS}), dict(
         zip(LAYERS, (width // 8, width // 4, width // 2, width), strict=True)
     )
+
+
+def dilate(backbone: nn.Module, output_stride: int) -> None:
+    """Let layer4, and at `output_stride` 8 layer3 too, keep the resolution: dilation takes the place of their strides.
+
+    A strided 3x3 convolution becomes dense and reads the dilated map before it; those behind it are dilated once more
+    (Chen et al. 2017, arXiv:1706.05587, section 3.2), as torchvision's `replace_stride_with_dilation` does.
+    """
+    stride = dilation = 1
+    for module in backbone.modules():
+        if isinstance(module, nn.MaxPool2d):
+            stride *= module.stride
+        if not isinstance(module, nn.Conv2d):
+            continue
+        before, strided = dilation, module.stride == (2, 2)
+        if strided and module.kernel_size == (1, 1):  # a ResNet's shortcut, beside the 3x3 that strides or did
+            module.stride = (2, 2) if dilation == 1 else (1, 1)
+        elif strided and stride < output_stride:
+            stride *= 2
+        elif strided:
+            dilation *= 2
+            module.stride = (1, 1)
+        if module.kernel_size == (3, 3):
+            module.dilation = module.padding = (before, before)
 
 
 def load_weights(backbone: nn.Module, name: str, weights: str, root: str, may_miss: list[str]) -> None:
@@ -93,7 +122,8 @@ def load_weights(backbone: nn.Module, name: str, weights: str, root: str, may_mi
             "are they weights of another backbone? What may be missing is named in model.weights_missing"
         )
     foreign = set(state) - set(backbone.state_dict())
-    if extra := [k for k in state if k in foreign and not k.startswith(("fc.", "classifier."))]:
+    aside = ("fc.", "classifier.", "18.")  # MobileNetV2's last convolution, which a segmenter leaves out
+    if extra := [k for k in state if k in foreign and not k.startswith(aside)]:
         raise UserError(
             f"model.weights: {weights} holds {len(extra)} tensors that {name} has not, the first {extra[0]}; "
             "are they weights of another backbone?"

@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 REAL_DATA = Path(os.environ["DA_DATA"]).resolve() if os.environ.get("DA_DATA") else None
 sys.path.insert(0, str(ROOT))
 
-from data import drawn  # noqa: E402
+from data import drawn, drawn_street  # noqa: E402
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -38,6 +38,8 @@ def drawn_once():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(drawn, "draw", once)
         patch.setattr(drawn, "COUNT", {"train": 200, "test": 60})
+        patch.setattr(drawn_street, "draw", functools.cache(drawn_street.draw))
+        patch.setattr(drawn_street, "COUNT", {"train": 12, "test": 5})
         yield
 
 

@@ -13,6 +13,7 @@ from common import log
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("train_source", "train_dann", "train_advent")
+TASKS = ("classification", "segmentation")
 
 
 def load_script(path: Path):
@@ -42,6 +43,25 @@ def tiny_config(folder: Path, **changes) -> Path:
     file = folder / "config.yaml"
     file.write_text("".join(f"{key}: {value}\n" for key, value in lines.items()))
     return file
+
+
+def street_config(folder: Path, script: str, **changes) -> Path:
+    """`tiny_config` on the built-in street scenes, with an auxiliary head."""
+    lines = {
+        "data": "{task: segmentation, source: {name: drawn_street, crop: [64, 64]}, "
+        "target: {name: drawn_street_dusk, crop: [64, 64]}, batch: 2, eval_batch: 3, select_images: 4, "
+        f"root: {folder}/images, cache: {folder}/cache, "
+        "augment: {zoom: {scale: [0.8, 1.5]}, flip: {}, jitter: {gamma: [0.7, 1.5]}}}",
+        "model": "{backbone: mobilenet_v2, output_stride: 16, aux_weight: 0.1}",
+    }
+    lines |= {"train_dann": {"feature_layers": "[layer3, layer4]", "layer_weights": "[0.5, 1]", "disc_hidden": 32}}.get(
+        script, {}
+    )
+    return tiny_config(folder, **{**lines, **changes})
+
+
+def config_of(task: str, folder: Path, script: str, **changes) -> Path:
+    return street_config(folder, script, **changes) if task == "segmentation" else tiny_config(folder, **changes)
 
 
 def train(script: str, config: Path, *arguments: str) -> int:

@@ -17,14 +17,17 @@ import data.folder
 from common.config import DataConfig, DomainConfig
 from common.runtime import UserError
 from data import drawn, eval_loader, open_domains, train_loader
-from data.augment import OPERATIONS, Augment
-from data.decoded import DecodedImages, decode
+from data.augment import OPERATIONS as ALL_OPERATIONS
+from data.augment import Augment
+from data.decoded import decode, decoded_images
 from data.digits import blend, mnistm
 from data.folder import read_list, scan_folder
 from data.image_set import image_set
 from data.loaders import TrainBatches
 from data.order import Order, generator
 from tests.helpers import summary, tiny_config, train
+
+OPERATIONS = ALL_OPERATIONS["classification"]
 
 
 def data_config(source=None, target=None, **keys) -> DataConfig:
@@ -365,7 +368,7 @@ def decoded(monkeypatch):
 
 def test_memory_file_and_not_kept_give_the_same_pixels(pictures, tmp_path, decoded):
     paths, index = sorted(pictures("flat", 6).iterdir()), torch.tensor([4, 0, 4, 2])
-    expected = torch.stack([decode(paths[i], 16) for i in index])
+    expected = torch.stack([decode(paths[i], (16, 16)) for i in index])
     assert expected.shape == (4, 3, 16, 16)
     cache = tmp_path / "cache"
     for keys, kept, files in (
@@ -376,7 +379,7 @@ def test_memory_file_and_not_kept_give_the_same_pixels(pictures, tmp_path, decod
         ((cache, 1e9, True), True, 2),  # read by several workers; finds the file of the line above
     ):
         del decoded[:]
-        images = DecodedImages(paths, 16, *keys)
+        images = decoded_images(paths, (16, 16), *keys)
         for _ in range(3):
             assert torch.equal(images[index], expected)
         if kept and keys != (cache, 1e9, True):
@@ -393,7 +396,7 @@ def test_a_file_of_decoded_images_is_found_by_later_runs(pictures, tmp_path, dec
     Image.new("RGB", (20, 20), (5, 5, 5)).save(paths[3], "bmp")
 
     def read(side: int = 16):
-        return DecodedImages(paths, side, tmp_path / "cache", 0, False)[torch.arange(5)]
+        return decoded_images(paths, (side, side), tmp_path / "cache", 0, False)[torch.arange(5)]
 
     first = read()
     assert len(decoded) == 5
@@ -402,7 +405,7 @@ def test_a_file_of_decoded_images_is_found_by_later_runs(pictures, tmp_path, dec
     read(8)
     assert len(decoded) == 10  # another size is another file
 
-    (file,) = (f for f in (tmp_path / "cache").glob("decoded_16_*.npy") if ".done" not in f.name)
+    (file,) = (f for f in (tmp_path / "cache").glob("decoded_16x16_*.npy") if ".done" not in f.name)
     file.unlink()  # its flags stay behind
     assert torch.equal(read(), first)
     assert len(decoded) == 15
@@ -416,7 +419,7 @@ def test_a_file_of_decoded_images_is_found_by_later_runs(pictures, tmp_path, dec
 
 def test_workers_share_the_file(pictures, tmp_path, decoded):
     paths = sorted(pictures("flat", 4).iterdir())
-    here = DecodedImages(paths, 16, tmp_path / "cache", 0, False)
+    here = decoded_images(paths, (16, 16), tmp_path / "cache", 0, False)
     there = pickle.loads(pickle.dumps(here))
     pixels = there[torch.arange(4)]
     assert torch.equal(here[torch.arange(4)], pixels)
@@ -429,7 +432,7 @@ def test_every_kind_of_image_becomes_rgb(tmp_path, mode):
     image = Image.new("RGB", (30, 20), (200, 200, 200))
     image = Image.new("I;16", (30, 20), 200) if mode == "I;16" else image.convert(mode)
     image.save("image.tif")
-    pixels = decode(tmp_path / "image.tif", 8)
+    pixels = decode(tmp_path / "image.tif", (8, 8))
     assert pixels.shape == (3, 8, 8)
     assert pixels.dtype == torch.uint8
 
@@ -438,9 +441,9 @@ def test_decoding_is_resizing_and_jpeg_shortcuts_are_close(tmp_path):
     picture = Image.fromarray(smooth(1, 400)[0].permute(1, 2, 0).numpy())
     picture.save("image.png")
     exact = torch.from_numpy(np.array(picture.resize((16, 16), Image.Resampling.BILINEAR))).permute(2, 0, 1)
-    assert torch.equal(decode(tmp_path / "image.png", 16), exact)
+    assert torch.equal(decode(tmp_path / "image.png", (16, 16)), exact)
     picture.save("image.jpg", quality=95)
-    assert off(decode(tmp_path / "image.jpg", 16), exact) < 12
+    assert off(decode(tmp_path / "image.jpg", (16, 16)), exact) < 12
 
 
 @pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n", "half"])
@@ -448,7 +451,7 @@ def test_an_unreadable_image_is_named(pictures, content):
     path = sorted(pictures("flat", 1).iterdir())[0]
     path.write_bytes(path.read_bytes()[:200] if content == "half" else content)
     with pytest.raises(UserError, match=r"000\.png: cannot be read as an image \(.+\); mend or remove it") as caught:
-        decode(path, 8)
+        decode(path, (8, 8))
     assert len(str(caught.value).splitlines()) == 1
 
 
@@ -645,7 +648,7 @@ def test_target_labels_are_dropped(pictures):
         assert domains.criteria.labels is None
         (batch,) = train_loader(domains.target, config, 0, "target", 0, 1)
         assert isinstance(batch, torch.Tensor)
-        assert all(isinstance(batch, torch.Tensor) for batch in domains.eval_loaders()["target_train"])
+        assert all(isinstance(batch, torch.Tensor) for batch in domains.evaluation()["target_train"])
         assert domains.target_test.labels is not None  # for reporting
 
 
@@ -656,7 +659,7 @@ def test_source_val_is_a_seeded_tenth(pictures):
     assert (len(domains.source), len(domains.source_val)) == (30, 3)
     assert sorted([*domains.source.indices.tolist(), *domains.source_val.indices.tolist()]) == list(range(33))
     for part in (domains.source, domains.source_val):
-        assert [domains.classes[label] for label in part.labels] == [
+        assert [domains.classes[label] for label in part.labels[part.indices]] == [
             part.images.paths[i].parent.name for i in part.indices
         ]
     assert torch.equal(again.source_val.indices, domains.source_val.indices)
@@ -745,7 +748,7 @@ def test_real_mnist_and_usps(real_data, tmp_path):
     domains = open_domains(config, 0)
     assert [len(s) for s in (domains.source, domains.source_val)] == [60000, 10000]
     assert [len(s) for s in (domains.target, domains.target_test)] == [7291, 2007]
-    assert torch.bincount(domains.source.labels).tolist()[:3] == [5923, 6742, 5958]
+    assert torch.bincount(domains.source.labels[domains.source.indices]).tolist()[:3] == [5923, 6742, 5958]
     assert domains.source.images.shape == (60000, 1, 28, 28)
     assert domains.target.images.shape == (7291, 1, 20, 20)
     assert all(s.images.float().mean() < 100 for s in (domains.source, domains.target))  # light digits on dark ground

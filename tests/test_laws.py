@@ -93,8 +93,8 @@ METHOD = [  # a copy of train_dann.py that matches the domains' mean features in
         "            loss = cls_loss + config.adv_weight * adv_loss",
     ),
     (
-        "run.log.add(cls_loss=cls_loss, adv_loss=adv_loss, domain_accuracy=domain_accuracy)",
-        "run.log.add(cls_loss=cls_loss, adv_loss=adv_loss)",
+        'losses = {"cls_loss": cls_loss, "adv_loss": adv_loss, "domain_accuracy": domain_accuracy}',
+        'losses = {"cls_loss": cls_loss, "adv_loss": adv_loss}',
     ),
 ]
 

@@ -5,9 +5,11 @@ import math
 import pytest
 import torch
 
+from common.evaluation import IGNORE_INDEX
 from losses.cdan import MultilinearMap, entropy_weights
 from losses.domain import SOURCE, TARGET, discriminator_accuracy, domain_loss, one_domain_loss
 from losses.entropy import diversity_loss, entropy_loss, information_map
+from losses.supervised import cross_entropy, nll_loss
 
 
 def _softplus(x: float) -> float:
@@ -161,7 +163,7 @@ def test_entropy_and_diversity_against_loops(shape):
     log_p = logits.log_softmax(1)
     points = log_p.exp().movedim(1, -1).reshape(-1, shape[1]).tolist()
     entropies = [_slow_entropy(p) for p in points]
-    assert entropy_loss(log_p).item() == pytest.approx(sum(entropies) / len(points))
+    assert entropy_loss(information_map(log_p)).item() == pytest.approx(sum(entropies) / len(points))
     mean = [sum(column) / len(points) for column in zip(*points, strict=True)]
     assert diversity_loss(log_p).item() == pytest.approx(1 - _slow_entropy(mean))
     information = information_map(log_p)
@@ -171,8 +173,10 @@ def test_entropy_and_diversity_against_loops(shape):
 
 def test_entropy_of_uniform_and_of_sure_predictions():
     uniform, sure = torch.zeros(4, 4).log_softmax(1), (1e4 * torch.eye(4)).log_softmax(1)
-    assert (entropy_loss(uniform).item(), diversity_loss(uniform).item()) == pytest.approx((1, 0), abs=1e-6)
-    assert (entropy_loss(sure).item(), diversity_loss(sure).item()) == pytest.approx((0, 0), abs=1e-6)
+    assert (entropy_loss(information_map(uniform)).item(), diversity_loss(uniform).item()) == pytest.approx(
+        (1, 0), abs=1e-6
+    )
+    assert (entropy_loss(information_map(sure)).item(), diversity_loss(sure).item()) == pytest.approx((0, 0), abs=1e-6)
     assert diversity_loss(sure[:1]).item() == 1  # control: all of one class
 
 
@@ -180,7 +184,7 @@ def test_entropy_of_uniform_and_of_sure_predictions():
 def test_entropy_is_finite_for_large_logits(dtype):
     logits = torch.tensor([[1e4, -1e4, 0.0], [5e3, 5e3, -6e4]], dtype=dtype, requires_grad=True)
     log_p = logits.float().log_softmax(1)
-    (entropy_loss(log_p) + diversity_loss(log_p)).backward()
+    (entropy_loss(information_map(log_p)) + diversity_loss(log_p)).backward()
     assert logits.grad.isfinite().all()
 
 
@@ -188,7 +192,7 @@ def test_entropy_of_nothing_is_nothing_and_stays_attached():
     for shape in ((0, 3), (0, 3, 2, 2)):
         logits = torch.zeros(shape, requires_grad=True)
         log_p = logits.log_softmax(1)
-        loss = entropy_loss(log_p) + diversity_loss(log_p)
+        loss = entropy_loss(information_map(log_p)) + diversity_loss(log_p)
         assert loss.item() == 0
         loss.backward()
 
@@ -199,3 +203,47 @@ def test_one_domain_loss_is_half_of_the_domain_loss():
     torch.testing.assert_close(both, domain_loss(logits_s, logits_t))
     assert one_domain_loss(torch.tensor([20.0]), SOURCE) < 1e-6 < 1 < one_domain_loss(torch.tensor([20.0]), TARGET)
     assert one_domain_loss(torch.zeros(0), SOURCE).item() == 0
+
+
+def _slow_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> float:
+    rows, numbers = logits.movedim(1, -1).reshape(-1, logits.shape[1]).tolist(), labels.flatten().tolist()
+    losses = []
+    for row, label in zip(rows, numbers, strict=True):
+        if label != IGNORE_INDEX:
+            losses.append(math.log(sum(math.exp(x) for x in row)) - row[label])
+    return sum(losses) / max(len(losses), 1)
+
+
+@pytest.mark.parametrize("shape", [(6,), (2, 5, 4)])
+def test_cross_entropy_against_a_loop(shape):
+    random = torch.Generator().manual_seed(0)
+    logits = torch.randn(shape[0], 5, *shape[1:], generator=random)
+    labels = torch.randint(5, shape, generator=random)
+    assert torch.equal(cross_entropy(logits, labels), torch.nn.functional.cross_entropy(logits, labels))  # to the bit
+    labels.view(-1)[::3] = IGNORE_INDEX
+    assert cross_entropy(logits, labels).item() == pytest.approx(_slow_cross_entropy(logits, labels), rel=1e-5)
+    assert torch.equal(cross_entropy(logits, labels), nll_loss(logits.log_softmax(1), labels))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 4, 4), (0, 3), (0, 3, 4, 4)])
+def test_cross_entropy_of_nothing_is_nothing_and_stays_attached(shape):
+    logits = torch.randn(shape, requires_grad=True)
+    labels = torch.full((shape[0], *shape[2:]), IGNORE_INDEX)
+    loss = cross_entropy(logits, labels)
+    loss.backward()
+    assert loss.item() == 0
+    assert (logits.grad == 0).all()
+    if shape[0]:  # control
+        assert torch.nn.functional.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX).isnan()
+
+
+def test_cross_entropy_of_many_classes_and_of_half_precision():
+    logits = torch.randn(4, 300, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([255, 0, 299, 255])
+    torch.testing.assert_close(cross_entropy(logits, labels), torch.nn.functional.cross_entropy(logits, labels))
+    large = torch.tensor([[1e4, -1e4]], dtype=torch.float16, requires_grad=True)
+    loss = cross_entropy(large, torch.tensor([1]))
+    loss.backward()
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(2e4, rel=1e-3)
+    assert large.grad.isfinite().all()

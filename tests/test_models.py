@@ -7,9 +7,9 @@ from torch import nn
 
 from common.config import ModelConfig
 from common.runtime import UserError
-from models import DomainDiscriminator, build_classifier, forward_domains, gradient_reversal, init_from
+from models import DomainDiscriminator, build_classifier, feature_vectors, forward_domains, gradient_reversal, init_from
 from models.backbones import LAYERS, build_backbone
-from models.classifier import check_layers
+from models.network import check_layers
 
 
 def build(num_classes: int = 5, root: str = ".", **keys):
@@ -77,10 +77,15 @@ def test_the_discriminator_gives_one_logit_an_image(norm):
     assert logits.min() < 0 or logits.max() > 1  # logits: nothing squeezes them into [0, 1]
 
 
-def test_the_discriminator_averages_feature_maps():
-    discriminator, maps = DomainDiscriminator(6, 8, "none"), torch.randn(3, 6, 5, 4)
-    torch.testing.assert_close(discriminator(maps), discriminator(maps.mean((2, 3))))
-    assert discriminator(maps[:1]).shape == (1,)
+def test_feature_vectors_are_means_or_locations():
+    maps = torch.randn(3, 6, 5, 4)
+    torch.testing.assert_close(feature_vectors(maps, locations=False), maps.mean((2, 3)))
+    vectors = [maps[n, :, y, x] for n in range(3) for y in range(5) for x in range(4)]
+    assert torch.equal(feature_vectors(maps, locations=True), torch.stack(vectors))
+    rows = torch.randn(3, 6)
+    assert feature_vectors(rows, locations=True) is rows
+    assert feature_vectors(rows, locations=False) is rows
+    assert DomainDiscriminator(6, 8, "none")(rows[:1]).shape == (1,)
 
 
 # --- backbones

@@ -6,40 +6,50 @@ import pytest
 import torch
 
 import data.domains
-from tests.helpers import SCRIPTS, differing, summary, tiny_config, train, weights
+from tests.helpers import SCRIPTS, TASKS, config_of, differing, summary, tiny_config, train, weights
+
+SETS = {
+    "classification": ("open_drawn", "drawn_digits", "drawn_digits_shifted"),
+    "segmentation": ("open_street", "drawn_street", "drawn_street_dusk"),
+}
 
 
 @pytest.fixture
 def permute(monkeypatch):
-    """Permute the labels of one built-in set and split."""
-    open_drawn = data.domains.open_drawn
+    """Permute the labels of one built-in set and split, or the numbers of its masks."""
 
-    def apply(name: str, train_split: bool):
+    def apply(opener: str, name: str, train_split: bool):
+        plain = getattr(data.domains, opener)
+
         def permuted(asked, is_train):
-            images = open_drawn(asked, is_train)
+            images = plain(asked, is_train)
             if (asked, is_train) != (name, train_split):
                 return images
+            if images.labels.dim() > 1:  # another meaning for every number of the masks
+                return dataclasses.replace(images, labels=(images.labels + 1) % len(images.classes))
             order = torch.randperm(len(images), generator=torch.Generator().manual_seed(9))
             return dataclasses.replace(images, labels=images.labels[order])
 
-        monkeypatch.setattr(data.domains, "open_drawn", permuted)
+        monkeypatch.setattr(data.domains, opener, permuted)
 
     return apply
 
 
+@pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_target_labels_do_not_train_or_select(tmp_path, permute, script):
-    config = tiny_config(tmp_path)
+def test_target_labels_do_not_train_or_select(tmp_path, permute, script, task):
+    config, (opener, source, target) = config_of(task, tmp_path, script), SETS[task]
+    figure = {"classification": "accuracy", "segmentation": "mean_iou"}[task]
     assert train(script, config, f"out_dir={tmp_path}/plain") == 0
     plain, plain_weights = summary(tmp_path / "plain"), weights(tmp_path / "plain")
 
-    permute("drawn_digits_shifted", True)
+    permute(opener, target, True)
     assert train(script, config, f"out_dir={tmp_path}/train_permuted") == 0
     permuted = summary(tmp_path / "train_permuted")
     assert differing(plain_weights, weights(tmp_path / "train_permuted")) == 0
     assert permuted["target"] == plain["target"]
 
-    permute("drawn_digits_shifted", False)
+    permute(opener, target, False)
     assert train(script, config, f"out_dir={tmp_path}/test_permuted") == 0
     permuted = summary(tmp_path / "test_permuted")
     last = "checkpoints/step_00000010.pt"
@@ -49,11 +59,9 @@ def test_target_labels_do_not_train_or_select(tmp_path, permute, script):
     )
     for entry in ("last", "selected"):
         assert permuted["target"][entry]["step"] == plain["target"][entry]["step"]
-    assert (
-        permuted["target"]["last"]["accuracy"] != plain["target"]["last"]["accuracy"]
-    )  # control: the permutation took place
+    assert permuted["target"]["last"][figure] != plain["target"]["last"][figure]  # control: the permutation took place
 
-    permute("drawn_digits", True)
+    permute(opener, source, True)
     assert train(script, config, f"out_dir={tmp_path}/control") == 0
     assert differing(plain_weights, weights(tmp_path / "control")) > 1000
 

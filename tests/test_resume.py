@@ -4,7 +4,17 @@ import pytest
 import torch
 
 from common.runtime import UserError
-from tests.helpers import SCRIPTS, differing, metrics, stop_after, summary, tiny_config, train, weights
+from tests.helpers import (
+    SCRIPTS,
+    differing,
+    metrics,
+    stop_after,
+    street_config,
+    summary,
+    tiny_config,
+    train,
+    weights,
+)
 
 LAST = "checkpoints/step_00000010.pt"
 DROPOUT = {  # dropout: the random state must be kept too
@@ -33,6 +43,19 @@ def whole(tmp_path_factory):
         assert train(script, tiny_config(folder), *DROPOUT[script]) == 0
         folders[script] = folder / "run"
     return folders
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(("workers", "workers_after"), [(0, 0), (2, 0)])
+def test_exact_on_maps(tmp_path, monkeypatch, script, workers, workers_after):
+    """Segmentation: joint crops, an auxiliary head, and for AdvEnt two discriminators."""
+    config = street_config(tmp_path, script)
+    assert train(script, config, *DROPOUT[script], f"out_dir={tmp_path}/whole") == 0
+    with monkeypatch.context() as patch:
+        stop_after(patch, 6)
+        assert train(script, config, *DROPOUT[script], f"data.workers={workers}") == 143
+    assert train(script, config, *DROPOUT[script], f"data.workers={workers_after}", "--resume") == 0
+    assert _same_run(tmp_path / "whole", tmp_path / "run") == 0
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

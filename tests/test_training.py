@@ -1,11 +1,25 @@
 """The real commands, tiny: what moves, what does not, and what is written."""
 
+import dataclasses
 import os
 
 import pytest
 import torch
 
-from tests.helpers import SCRIPTS, differing, metrics, summary, tiny_config, train, weights
+import data.domains
+from common.runtime import UserError
+from tests.helpers import (
+    SCRIPTS,
+    TASKS,
+    config_of,
+    differing,
+    metrics,
+    street_config,
+    summary,
+    tiny_config,
+    train,
+    weights,
+)
 
 CONDITIONAL = ["conditional=cdan_e"]
 LAYERS = ["feature_layers=[layer3, layer4, pooled]", "layer_weights=[0.5, 0.5, 1]"]
@@ -32,7 +46,7 @@ def test_every_trainable_parameter_moves(tmp_path, script, arguments):
     still = [*(a for a in arguments if "disc_lr" not in a), "optim.lr=1e-30"]
     assert train(script, config, *two, f"out_dir={tmp_path}/still", *still) == 0
     moved, start = (weights(tmp_path / run, "checkpoints/step_00000002.pt") for run in ("short", "still"))
-    for module in ("model", "discriminators", "discriminator"):
+    for module in ("model", "discriminators"):
         for name, value in moved.get(module, {}).items():
             bias_before_norm = (
                 module == "discriminators" and name.endswith((".0.bias", ".3.bias"))
@@ -98,26 +112,37 @@ def test_lambda_and_layer_weights_scale_the_reversed_gradient_alone(tmp_path):
     assert differing(state["twice"]["discriminators"], state["off"]["discriminators"]) > 100
 
 
-def test_advent_moves_one_network_at_a_time(tmp_path):
+MAPS = "{backbone: mobilenet_v2, output_stride: 16, aux_weight: 0.1, bn: frozen}"
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_advent_moves_one_network_at_a_time(tmp_path, task):
     """The discriminator stays as it is in the model's update, whatever fooling it weighs, and the model in its own."""
-    config = tiny_config(tmp_path, model="{bn: frozen}", optim="{lr: 0.02, weight_decay: 0}")
+    model = {"classification": "{bn: frozen}", "segmentation": MAPS}[task]
+    config = config_of(task, tmp_path, "train_advent", model=model, optim="{lr: 0.02, weight_decay: 0}")
+    day = {"classification": "drawn_digits", "segmentation": "drawn_street"}[task]
+    crop = ", crop: [64, 64]" if task == "segmentation" else ""
     runs = {
         "source": ["adv_weight=1e-30", "ent_weight=0"],
         "other_disc": ["adv_weight=1e-30", "ent_weight=0", "disc_lr=0.01"],
         "fooling": ["adv_weight=5", "ent_weight=0"],
-        "other_target": ["adv_weight=5", "ent_weight=0", "data.target={name: drawn_digits}"],
+        "other_target": ["adv_weight=5", "ent_weight=0", f"data.target={{name: {day}{crop}}}"],
         "entropy": ["adv_weight=1e-30", "ent_weight=5"],
         "diversity": ["adv_weight=1e-30", "ent_weight=0", "div_weight=5"],
     }
+    if task == "segmentation":
+        runs["aux"] = ["adv_weight=1e-30", "ent_weight=0", "aux_adv_weight=5"]
+        runs["source"] += (off := ["aux_adv_weight=0", "aux_ent_weight=0"])
+        runs = {name: keys if name in ("source", "aux") else [*keys, *off] for name, keys in runs.items()}
     state = {}
     for name, keys in runs.items():
         assert train("train_advent", config, "steps=1", "disc_lr=0.001", *keys, f"out_dir={tmp_path}/{name}") == 0
         state[name] = weights(tmp_path / name, "checkpoints/step_00000001.pt")
     assert differing(state["source"]["model"], state["other_disc"]["model"]) == 0
-    assert differing(state["source"]["discriminator"], state["other_disc"]["discriminator"]) > 100
+    assert differing(state["source"]["discriminators"], state["other_disc"]["discriminators"]) > 100
     assert differing(state["fooling"]["model"], state["other_target"]["model"]) > 100  # it is the target that fools
-    for name in ("fooling", "entropy", "diversity"):
-        assert differing(state["source"]["discriminator"], state[name]["discriminator"]) == 0
+    for name in runs.keys() - {"source", "other_disc", "other_target"}:
+        assert differing(state["source"]["discriminators"], state[name]["discriminators"]) == 0
         assert differing(state["source"]["model"], state[name]["model"]) > 100
     assert train("train_source", config, "steps=1", f"out_dir={tmp_path}/plain") == 0
     for name, value in weights(tmp_path / "plain", "checkpoints/step_00000001.pt")["model"].items():
@@ -256,3 +281,91 @@ def test_init_from_continues_with_the_weights(tmp_path):
     )
     before, after = weights(tmp_path / "run"), weights(tmp_path / "next")
     assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_segmentation_as_a_real_command(tmp_path, command, script):
+    code, out, err = command(script, "--config", street_config(tmp_path, script, pictures="every"))
+    assert (code, err) == (0, ""), err
+    folder = tmp_path / "run"
+    result = summary(folder)
+    assert result["selection"]["criterion"] == "entropy"  # the default for maps
+    for entry in result["target"].values():
+        assert list(entry) == ["step", "mean_iou", "pixel_accuracy", "iou"]
+        assert list(entry["iou"]) == result["classes"]
+        present = [v for v in entry["iou"].values() if v is not None]
+        assert entry["mean_iou"] == pytest.approx(sum(present) / len(present))
+    table = [line.split() for line in out.splitlines() if line.split()[:1] and line.split()[0] in result["classes"]]
+    assert [name for name, *_ in table] == result["classes"]
+    assert all(len(line) == 4 for line in table)
+    assert sorted(p.name for p in (folder / "pictures").iterdir()) == [f"step_{step:08d}.png" for step in (4, 8, 10)]
+    lines = [line for line in metrics(folder) if "lr" in line]
+    assert {"cls_loss", "aux_cls_loss"} <= set(lines[0])
+    if script == "train_advent":
+        heads = {f"{head}{name}" for head in ("", "aux_") for name in ("ent_loss", "adv_loss", "disc_loss")}
+        assert heads <= set(lines[0])
+
+
+def test_pictures_are_drawn_at_the_end_alone_unless_asked_for(tmp_path):
+    assert train("train_source", street_config(tmp_path, "train_source")) == 0
+    assert [p.name for p in (tmp_path / "run/pictures").iterdir()] == ["step_00000010.png"]
+
+
+@pytest.mark.parametrize(
+    ("script", "arguments"),
+    [
+        ("train_source", []),
+        ("train_source", ["model.head=deeplab_v3"]),
+        ("train_dann", ["disc_locations=true", "model.bn=separate"]),
+        ("train_advent", ["model.bn=separate", "model.bn_affine=frozen", "data.batch=1"]),  # the paper's
+    ],
+)
+def test_every_trainable_parameter_of_a_segmenter_moves(tmp_path, script, arguments):
+    config = street_config(tmp_path, script)
+    two = ["steps=2", "optim.weight_decay=0", "eval_every=1000"]
+    assert train(script, config, *two, f"out_dir={tmp_path}/short", *arguments) == 0
+    assert train(script, config, *two, f"out_dir={tmp_path}/still", *arguments, "optim.lr=1e-30") == 0
+    moved, start = (weights(tmp_path / run, "checkpoints/step_00000002.pt")["model"] for run in ("short", "still"))
+    norms = {name.removesuffix(".running_mean") for name in moved if name.endswith(".running_mean")}
+    for name, value in moved.items():
+        layer = name.rsplit(".", 1)[0]
+        if not value.is_floating_point() or "running" in name:
+            continue
+        if "model.bn_affine=frozen" in arguments and layer in norms and layer.startswith("backbone"):
+            assert (value == start[name]).all(), f"{name} moved"
+        else:
+            assert (value != start[name]).any(), f"{name} did not move"
+
+
+def test_a_mask_that_is_all_void_trains_nothing_and_stays_finite(tmp_path, monkeypatch):
+    open_street = data.domains.open_street
+
+    def void(name, train_split):
+        images = open_street(name, train_split)
+        nothing = torch.full_like(images.labels, 255)
+        return dataclasses.replace(images, labels=nothing) if train_split else images
+
+    monkeypatch.setattr(data.domains, "open_street", void)
+    config = street_config(tmp_path, "train_advent", model=MAPS)
+    assert train("train_advent", config, "ent_weight=0", "adv_weight=0", "optim.weight_decay=0") == 0
+    lines = [line for line in metrics(tmp_path / "run") if "lr" in line]
+    assert all(line["cls_loss"] == 0 for line in lines)
+
+
+def test_locations_give_the_discriminator_more_to_judge(tmp_path):
+    """Pooled, it sees one vector an image; by location as many as the map has: another training."""
+    config = street_config(tmp_path, "train_dann")
+    for name in ("true", "false"):
+        assert train("train_dann", config, f"disc_locations={name}", f"out_dir={tmp_path}/{name}") == 0
+    assert differing(weights(tmp_path / "true"), weights(tmp_path / "false")) > 1000
+
+
+def test_domains_of_two_sizes(tmp_path):
+    """As ADVENT trains; one forward on both domains needs equal crops."""
+    config = street_config(tmp_path, "train_dann")
+    sizes = ["data.target.crop=[32, 96]", "eval_every=1000", "steps=2"]
+    for bn in ("separate", "frozen"):
+        keys = [f"model.bn={bn}", "disc_locations=true", f"out_dir={tmp_path}/{bn}"]
+        assert train("train_dann", config, *sizes, *keys) == 0
+    with pytest.raises(UserError, match="source images are 64x64 px and target images 32x96"):
+        train("train_dann", config, *sizes)

@@ -1,0 +1,22 @@
+"""Cross-entropy on labels."""
+
+import torch
+import torch.nn.functional as F
+
+from common.evaluation import IGNORE_INDEX
+
+
+def nll_loss(log_p: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Mean of -log p of the label, in nats, over what is labelled; 0, attached to the graph, where nothing is.
+
+    log_p: (N, K, ...) from `log_softmax`; labels: (N, ...) with `IGNORE_INDEX` left out. (With more than 255 classes
+    every number is a class.) torch's own mean is NaN where every label is ignored.
+    """
+    ignored = IGNORE_INDEX if log_p.shape[1] <= IGNORE_INDEX else -1
+    total = F.nll_loss(log_p, labels, ignore_index=ignored, reduction="sum")
+    return total / (labels != ignored).sum().clamp_min(1)
+
+
+def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """`nll_loss` of float32 `log_softmax(logits)`: logits (N, K, ...), labels (N, ...)."""
+    return nll_loss(logits.float().log_softmax(1), labels)

@@ -1,0 +1,137 @@
+"""What the adapted networks share: output, normalisation of images, batch norm, parameter groups."""
+
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from common.checkpoint import load_tensors
+from common.config import ModelConfig
+from common.runtime import UserError
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+class ModelOutput(NamedTuple):
+    """What every model returns, in train and eval alike.
+
+    logits: (N, K), or (N, K, H, W) at the size of the images; class axis 1. features: layer name -> (N, C, H', W'), and
+    with a classifier `pooled` -> (N, D), its input. aux_logits: those of the auxiliary head, None without one.
+    """
+
+    logits: torch.Tensor
+    features: dict[str, torch.Tensor]
+    aux_logits: torch.Tensor | None = None
+
+
+class Network(nn.Module):
+    """A backbone and what a subclass builds on it: uint8 images (N, 3, H, W) -> `ModelOutput`.
+
+    Scaling and normalisation of the images happen here, on the device. `channels` gives the width of each feature by
+    name. A subclass builds its modules, then calls `prepare`.
+    """
+
+    def __init__(self, backbone: nn.Module, channels: dict[str, int], config: ModelConfig):
+        super().__init__()
+        self.backbone, self.channels, self.freeze_statistics = backbone, channels, config.bn == "frozen"
+        self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
+        self.register_buffer("mean", 255 * torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
+
+    def prepare(self, config: ModelConfig) -> None:
+        self.to(memory_format=self.memory_format)
+        for module in self._batch_norms():
+            module.requires_grad_(config.bn_affine == "train")
+        self.train()  # frozen statistics are frozen from the start
+
+    def _batch_norms(self):
+        """Those of the backbone: a new layer's has no statistics worth keeping."""
+        return (m for m in self.backbone.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm))
+
+    def train(self, mode: bool = True) -> "Network":
+        super().train(mode)
+        if self.freeze_statistics:
+            for module in self._batch_norms():
+                module.eval()
+        return self
+
+    def normalise(self, images: torch.Tensor) -> torch.Tensor:
+        return images.to(torch.float32, memory_format=self.memory_format, copy=True).sub_(self.mean).div_(self.std)
+
+    @contextmanager
+    def running_statistics(self, kept: bool):
+        """Within, if `kept`, batch norm normalises by the batch but leaves its running statistics as they are."""
+        norms = [m for m in self.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        momenta = [(m, m.momentum) for m in norms] if kept else []
+        for module, _ in momenta:
+            module.momentum = 0.0
+        try:
+            yield
+        finally:
+            for module, momentum in momenta:
+                module.momentum = momentum
+
+    def param_groups(self, lr_scale: float) -> list[dict]:
+        """The backbone's trainable parameters at `lr_scale`, the new layers' at 1."""
+        backbone = {p for p in self.backbone.parameters() if p.requires_grad}
+        new = [p for p in self.parameters() if p.requires_grad and p not in backbone]
+        return [
+            {"params": [p for p in self.backbone.parameters() if p.requires_grad], "lr_scale": lr_scale},
+            {"params": new, "lr_scale": 1.0},
+        ]
+
+
+def init_from(model: nn.Module, path: str) -> None:
+    """Load `model.pt` of a run (the file or its folder). Raises `UserError` unless every tensor fits."""
+    file = Path(path, "model.pt") if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise UserError(f"init_from: there is no {file}")
+    try:
+        model.load_state_dict(load_tensors(file))
+    except RuntimeError as error:
+        lines = str(error).splitlines()
+        raise UserError(f"init_from: {file} does not fit this model: {lines[min(1, len(lines) - 1)].strip()}") from None
+    print(f"started from {file}")
+
+
+def check_layers(model: Network, names: list[str]) -> None:
+    """Raise `UserError` for a feature layer the model does not have."""
+    for name in names:
+        if name not in model.channels:
+            raise UserError(f"feature_layers: no layer {name!r}; there are {', '.join(model.channels)}")
+
+
+def forward_domains(
+    model: Network, x_s: torch.Tensor, x_t: torch.Tensor, config: ModelConfig
+) -> tuple[ModelOutput, ModelOutput]:
+    """Outputs on source and target.
+
+    `bn: separate` runs one forward each, so that each domain is normalised by its own statistics; with `bn_running:
+    target` only the target's enter the running statistics that evaluation uses. `concat` and `frozen` run one forward
+    on both, the faster way; with `frozen`, which changes nothing by it, one each where the sizes differ.
+
+    Raises:
+        UserError: `bn: concat` with images of two sizes.
+    """
+    if config.bn == "separate":
+        with model.running_statistics(kept=config.bn_running == "target"):
+            out_s = model(x_s)
+        return out_s, model(x_t)
+    if x_s.shape[1:] != x_t.shape[1:]:
+        if config.bn == "frozen":
+            return model(x_s), model(x_t)
+        raise UserError(
+            "model.bn: concat forwards both domains at once, but source images are {}x{} px and target images {}x{}; "
+            "give data.source and data.target the same crop, or use bn: separate".format(*x_s.shape[2:], *x_t.shape[2:])
+        )
+    sizes = [len(x_s), len(x_t)]
+    out = model(torch.cat([x_s, x_t]))
+    features = {name: feature.split(sizes) for name, feature in out.features.items()}
+    logits = out.logits.split(sizes)
+    aux_logits = (None, None) if out.aux_logits is None else out.aux_logits.split(sizes)
+    out_s, out_t = (
+        ModelOutput(logits[i], {name: pair[i] for name, pair in features.items()}, aux_logits[i]) for i in (0, 1)
+    )
+    return out_s, out_t

@@ -1,0 +1,79 @@
+"""The segmentation networks: a dilated backbone with the heads of DeepLab-v2 or DeepLab-v3."""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torchvision.models.segmentation.deeplabv3 import ASPP, DeepLabHead
+from torchvision.models.segmentation.fcn import FCNHead
+
+from common.config import ModelConfig
+from models.backbones import build_backbone, dilate, load_weights
+from models.network import ModelOutput, Network
+
+
+class DeepLabV2Head(nn.Module):
+    """Sum of four 3x3 convolutions, dilated by 6, 12, 18 and 24 (Chen et al. 2017, arXiv:1606.00915, section 3.2).
+
+    Much published code returns from within its loop and so adds up two of the four.
+    """
+
+    def __init__(self, in_channels: int, num_classes: int):
+        super().__init__()
+        self.branches = nn.ModuleList(
+            nn.Conv2d(in_channels, num_classes, 3, padding=dilation, dilation=dilation) for dilation in (6, 12, 18, 24)
+        )
+        for branch in self.branches:
+            nn.init.normal_(branch.weight, std=0.01)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return sum(branch(x) for branch in self.branches)
+
+
+def deeplab_v3_head(in_channels: int, num_classes: int, output_stride: int) -> nn.Module:
+    """torchvision's head of DeepLab-v3 (Chen et al. 2017, arXiv:1706.05587): rates 6, 12, 18 at stride 16, double at 8.
+
+    The pooled branch has one value a channel for each image, of which batch norm can make nothing in a batch of one:
+    group norm takes its place.
+    """
+    rates = tuple(rate * 16 // output_stride for rate in (6, 12, 18))
+    head = DeepLabHead(in_channels, num_classes, rates)
+    pooled = next(m for m in head.modules() if isinstance(m, ASPP)).convs[-1]
+    index, norm = next((i, m) for i, m in enumerate(pooled) if isinstance(m, nn.BatchNorm2d))
+    pooled[index] = nn.GroupNorm(32, norm.num_features)
+    return head
+
+
+class Segmenter(Network):
+    """uint8 images (N, 3, H, W) -> `ModelOutput` with logits (N, K, H, W), enlarged bilinearly.
+
+    The main head reads layer4; the auxiliary one, with `aux_weight` above 0, layer3.
+    """
+
+    def __init__(self, backbone: nn.Module, channels: dict[str, int], num_classes: int, config: ModelConfig):
+        super().__init__(backbone, channels, config)
+        if config.head == "deeplab_v2":
+            self.head = DeepLabV2Head(channels["layer4"], num_classes)
+            aux_head = DeepLabV2Head
+        else:
+            self.head = deeplab_v3_head(channels["layer4"], num_classes, config.output_stride)
+            aux_head = FCNHead
+        self.aux_head = aux_head(channels["layer3"], num_classes) if config.aux_weight > 0 else None
+        self.prepare(config)
+
+    def forward(self, images: torch.Tensor) -> ModelOutput:
+        features = self.backbone(self.normalise(images))
+
+        def enlarged(logits: torch.Tensor) -> torch.Tensor:
+            return F.interpolate(logits, size=images.shape[2:], mode="bilinear", align_corners=False)
+
+        aux_logits = None if self.aux_head is None else enlarged(self.aux_head(features["layer3"]))
+        return ModelOutput(enlarged(self.head(features["layer4"])), features, aux_logits)
+
+
+def build_segmenter(config: ModelConfig, num_classes: int, root: str) -> Segmenter:
+    """The segmenter of a config; relative `weights` resolve against `root` (`data.root`)."""
+    backbone, channels = build_backbone(config.backbone, config.batch_norm, for_maps=True)
+    if config.weights:
+        load_weights(backbone, config.backbone, config.weights, root, config.weights_missing)
+    dilate(backbone, config.output_stride)
+    return Segmenter(backbone, channels, num_classes, config)
