@@ -46,7 +46,7 @@ class Config(RunConfig):
     aux_adv_weight: float = 0.0002  # the same of the auxiliary head
     aux_div_weight: float = 0.0  # the same of the auxiliary head
     disc_hidden: int | None = None  # a discriminator's width; null: 64 (its first convolution), or 1024 (perceptron)
-    disc_lr: float = 1e-4  # its rate at the start: Adam (0.9, 0.99), poly over the run
+    disc_lr: float = 1e-4  # its rate at the start: Adam (0.9, 0.99), poly
 
     def rules(self):
         weights = [f"{head}{loss}_weight" for head in ("", "aux_") for loss in ("ent", "adv", "div")]
@@ -95,7 +95,13 @@ def main(argv: list[str] | None = None) -> int:
     discriminators.to(device)
     adversarial = any(head.adv_weight > 0 for head in heads)  # else MinEnt: the discriminators stay as they are
     disc_optim = OptimConfig(
-        name="adam", lr=config.disc_lr, betas=[0.9, 0.99], weight_decay=0.0, schedule="poly", fused=config.optim.fused
+        name="adam",
+        lr=config.disc_lr,
+        betas=[0.9, 0.99],
+        weight_decay=0.0,
+        schedule="poly",
+        schedule_progress=config.optim.schedule_progress,
+        fused=config.optim.fused,
     )
     disc_optimizer = build_optimizer(disc_optim, [{"params": list(discriminators.parameters()), "lr_scale": 1.0}])
     start = run.begin(

@@ -73,17 +73,15 @@ class DomainConfig:
                 f"crop {self.crop} is larger than resize {self.resize}",
             ),
             (self.masks is None or self.name == "folder", "masks goes with name: folder only"),
-            (
-                self.masks is not None or (self.image_suffix is None and self.mask_suffix is None),
-                "image_suffix and mask_suffix go with masks",
-            ),
+            (self.image_suffix is None or self.name == "folder", "image_suffix goes with name: folder only"),
+            (self.mask_suffix is None or self.masks is not None, "mask_suffix goes with masks"),
         )
 
     def rules(self, role: str, task: str) -> list[tuple[bool, str]]:
         """(holds, sentence) of what the task asks of a domain."""
         drawn = DRAWN[task]
         if task == "classification":
-            keys = [key for key in ("masks", "ids", "crop") if getattr(self, key) is not None]
+            keys = [key for key in ("masks", "image_suffix", "ids", "crop") if getattr(self, key) is not None]
             known = self.name in (*FILES, *DIGITS, *drawn)
             return [
                 (not keys, f"{role}: {', '.join(keys)} for task: segmentation only"),
@@ -93,7 +91,7 @@ class DomainConfig:
         known = self.name in (*FILES, *drawn)
         return [
             (not isinstance(self.resize, int), f"{role}.resize must be [height, width] for task: segmentation"),
-            (self.classes is None, f"{role}.classes: the classes of masks are named by {role}.ids"),
+            (self.classes is None, f"{role}.classes: the classes of masks are named by ids"),
             (known, f"{role}.name: {self.name} is for task: classification"),
             (self.masks is None or self.ids is not None, f"{role}.ids is missing: what the numbers of its masks mean"),
         ]

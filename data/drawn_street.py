@@ -9,7 +9,7 @@ from data.order import generator
 
 CLASSES = ["sky", "road", "building", "vehicle", "person", "vegetation", "pole"]
 SKY, ROAD, BUILDING, VEHICLE, PERSON, VEGETATION, POLE = range(7)
-HEIGHT, WIDTH, COUNT = 64, 128, {"train": 400, "test": 100}
+HEIGHT, WIDTH, COUNT = 64, 128, {"train": 300, "test": 60}
 
 
 class _Scene:

@@ -4,9 +4,11 @@ import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torchvision
+from PIL import Image
 
 from common.runtime import exit_with
 from tests.helpers import SCRIPTS, metrics, tiny_config, train
@@ -226,6 +228,81 @@ def test_a_batch_of_one_that_batch_norm_has_no_use_for(config, outcome):
     assert lines[0].endswith("use data.batch of 2 or more")
     # nothing was trained yet, so the folder takes the mended config
     assert outcome("train_source", config, "data.batch=2", "--resume")[0] == 0
+
+
+# --- masks
+
+
+@pytest.fixture
+def streets(tmp_path) -> Path:
+    """A config of ten steps on six images of 40x60 px with masks, from the folder day to the unlabelled folder dusk."""
+    for i in range(6):
+        random = np.random.default_rng(i)
+        for part, pixels in (
+            ("day/images", random.integers(256, size=(40, 60, 3))),
+            ("day/masks", random.integers(3, size=(40, 60))),
+            ("dusk", random.integers(100, size=(40, 60, 3))),
+        ):
+            (tmp_path / "images" / part).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "images" / part / f"{i}.png")
+    data = (
+        "{task: segmentation, source: {name: folder, path: day/images, masks: day/masks, ids: [sky, road, car]}, "
+        "target: {name: folder, path: dusk}, batch: 2, root: images, cache: cache}"
+    )
+    model = "{backbone: mobilenet_v2, output_stride: 16}"
+    return tiny_config(tmp_path, out_dir="run", data=data, model=model)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        (lambda mask: mask.crop((0, 0, 60, 30)), r"day/masks/3\.png: the mask is 30x60 px, its image .*3\.png 40x60"),
+        (
+            lambda mask: mask.point(lambda v: 9 if v == 1 else v),
+            r"day/masks/3\.png: the mask holds 9, which ids has not",
+        ),
+        (lambda mask: mask.point(lambda v: v + 1), r"day/masks/3\.png: the mask holds 3, .*3 classes: sky, road, car"),
+        (lambda mask: mask.convert("RGB"), r"day/masks/3\.png: a mask has one number a pixel, .*colours \(RGB\)"),
+        (None, r"day/images/3\.png has no mask .*day/masks/3\.png"),
+    ],
+)
+def test_a_wrong_mask_is_named(streets, outcome, tmp_path, change, match):
+    file = tmp_path / "images/day/masks/3.png"
+    mask = Image.open(file).copy()
+    file.unlink()
+    if change:
+        change(mask).save(file)
+    code, _, lines = outcome("train_source", streets)
+    assert (code, len(lines)) == (2, 1), lines
+    assert re.search(match, lines[0])
+    mask.save(file)
+    assert outcome("train_source", streets, *(["--resume"] if Path("run").exists() else []))[0] == 0  # once mended
+
+
+def test_an_unlabelled_target_has_pictures_without_labels_and_no_figures(streets, outcome):
+    code, out, _ = outcome("train_advent", streets)
+    assert code == 0
+    assert "no target labels" in out
+    assert "IoU" not in out
+    assert np.asarray(Image.open("run/pictures/step_00000010.png")).shape == (4 * 44 + 4, 2 * 64 + 4, 3)
+
+
+def test_a_map_too_small_for_the_discriminator(streets, outcome):
+    code, _, lines = outcome("train_advent", streets, "data.target.crop=[31, 60]", "model.bn=separate")
+    assert (code, len(lines)) == (2, 1)
+    assert "needs 32x32 px, not 31x60; use larger crops" in lines[0]
+
+
+def test_unequal_crops_in_one_forward(streets, outcome):
+    keys = ["feature_layers=[layer4]", "data.target.crop=[32, 60]"]
+    code, _, lines = outcome("train_dann", streets, *keys)
+    assert (code, len(lines)) == (2, 1)
+    assert "source images are 40x60 px and target images 32x60" in lines[0]
+    assert outcome("train_source", streets, "data.target.crop=[32, 60]", "out_dir=other")[0] == 0
+
+
+def test_a_layer_a_segmenter_has_not(streets, refused):
+    assert "no layer 'pooled'; there are layer1, layer2, layer3, layer4" in refused("train_dann", streets)
 
 
 # --- weights

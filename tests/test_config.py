@@ -224,10 +224,78 @@ def test_broken_rules_are_reported_at_once():
         ("reversal_progress=0", "reversal_progress must be total or positive"),
         ("disc_hidden=0", "disc_hidden must be positive"),
         ("disc_lr=0", "disc_lr must be positive or null"),
+        ("data.source.crop=[8, 8]", "data.source: crop for task: segmentation only"),
+        ("data.source.ids=[a, b]", "data.source: ids for task: segmentation only"),
+        ("data.source.resize=[8, 8]", "data.source.resize must be a number for task: classification"),
+        ("data.source.name=drawn_street", "data.source.name: drawn_street is for task: segmentation"),
+        ("data.iou_classes=[a]", "data.iou_classes is for task: segmentation"),
+        (
+            "data.augment.zoom={}",
+            "data.augment: no operation 'zoom'; there are affine, photometric, crop, flip, jitter",
+        ),
+        ("model.aux_weight=0.1", "model: aux_weight for task: segmentation only"),
+        ("model={head: deeplab_v3, output_stride: 16}", "model: head, output_stride for task: segmentation only"),
     ],
 )
 def test_rules(override, expected):
     assert expected in mistakes(MINIMAL, override)
+
+
+MAPS = """
+out_dir: run
+data: {task: segmentation, source: {name: drawn_street}, target: {name: folder, path: dusk}}
+model: {backbone: resnet18}
+feature_layers: [layer4]
+"""
+TOO_LARGE = "data.target.crop [9, 9] is larger than resize [8, 9]"
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("model.backbone=lenet", "model.backbone: lenet is for task: classification; choose another"),
+        ("model.bottleneck=8", "model.bottleneck is for task: classification"),
+        ("model.aux_weight=-1", "model.aux_weight must not be negative"),
+        ("data.source.name=mnist", "data.source.name: mnist is for task: classification"),
+        ("data.target.masks=masks", "data.target.ids is missing: what the numbers of its masks mean"),
+        ("data.target.resize=64", "data.target.resize must be [height, width] for task: segmentation"),
+        ("data.target.resize=[64]", "data.target.resize must be a number or [height, width]"),
+        ("data.target.crop=[64]", "data.target.crop must be [height, width]"),
+        ("data.target.crop=[64, 0]", "data.target.crop must be positive"),
+        ("data.target={name: list, path: a, crop: [9, 9], resize: [8, 9]}", TOO_LARGE),
+        ("data.source.masks=masks", "data.source.masks goes with name: folder only"),
+        ("data.source.image_suffix=x", "data.source.image_suffix goes with name: folder only"),
+        ("data.target.mask_suffix=x", "data.target.mask_suffix goes with masks"),
+        ("data.target={name: list, path: a, classes: b}", "data.target.classes: the classes of masks are named by ids"),
+        ("data.augment.affine={}", "data.augment: no operation 'affine'; there are zoom, flip, photometric, jitter"),
+        ("data.augment.zoom.scale=[0, 1]", "data.augment.zoom.scale must be above 0, not [0, 1]"),
+        ("data.augment.jitter.gamma=[0, 1]", "data.augment.jitter.gamma must be above 0, not [0, 1]"),
+    ],
+)  # fmt: skip
+def test_rules_of_segmentation(override, expected):
+    assert expected in mistakes(MAPS, override)
+
+
+def test_defaults_that_follow_the_task(tmp_path):
+    for text, select, batch in ((MINIMAL, "infomax", 250), (MAPS, "entropy", 1)):
+        (tmp_path / "c.yaml").write_text(text)
+        config = load_config(Config, str(tmp_path / "c.yaml"))
+        assert (config.select, config.data.eval_batch) == (select, batch)
+        (tmp_path / "again.yaml").write_text(dump(config))
+        assert load_config(Config, str(tmp_path / "again.yaml")) == config
+        chosen = load_config(Config, str(tmp_path / "c.yaml"), ["select=source_val", "data.eval_batch=7"])
+        assert (chosen.select, chosen.data.eval_batch) == ("source_val", 7)
+
+
+def test_the_order_of_ids_is_part_of_the_config(tmp_path):
+    """It numbers the classes."""
+    configs = []
+    for ids in ("{sky: 0, road: 1}", "{road: 1, sky: 0}"):
+        (tmp_path / "c.yaml").write_text(MAPS)
+        target = f"data.target={{name: folder, path: dusk, masks: m, ids: {ids}}}"
+        configs.append(load_config(Config, str(tmp_path / "c.yaml"), [target]))
+    assert list(changed_keys(*configs)) == ["data.target.ids"]
+    assert changed_keys(configs[0], configs[0]) == {}
 
 
 @pytest.mark.parametrize(
