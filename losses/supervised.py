@@ -13,7 +13,8 @@ def nll_loss(log_p: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     every number is a class.) torch's own mean is NaN where every label is ignored.
     """
     ignored = IGNORE_INDEX if log_p.shape[1] <= IGNORE_INDEX else -1
-    total = F.nll_loss(log_p, labels, ignore_index=ignored, reduction="sum")
+    reduction = "sum" if log_p.dim() == 2 else "none"  # for maps CUDA's own sum depends on the order of its threads
+    total = F.nll_loss(log_p, labels, ignore_index=ignored, reduction=reduction).sum()
     return total / (labels != ignored).sum().clamp_min(1)
 
 
