@@ -42,9 +42,9 @@ class Config(RunConfig):
     ent_weight: float = 0.001  # of the target's entropy (the paper's lambda_ent)
     adv_weight: float = 0.001  # of fooling the discriminator (the paper's lambda_adv)
     div_weight: float = 0.0  # of div_loss: keeps entropy minimisation from collapsing to few classes
-    aux_ent_weight: float = 0.0002  # the same of the auxiliary head, where model.aux_weight gives the model one
-    aux_adv_weight: float = 0.0002  # the same of the auxiliary head
-    aux_div_weight: float = 0.0  # the same of the auxiliary head
+    aux_ent_weight: float | None = None  # of the auxiliary head, where there is one; null: a fifth of the main one's
+    aux_adv_weight: float | None = None  # of the auxiliary head; null: a fifth of the main one's, the paper's ratio
+    aux_div_weight: float | None = None  # of the auxiliary head; null: a fifth of the main one's
     disc_hidden: int | None = None  # a discriminator's width; null: 64 (its first convolution), or 1024 (perceptron)
     disc_lr: float = 1e-4  # its rate at the start: Adam (0.9, 0.99), poly
 
@@ -52,7 +52,7 @@ class Config(RunConfig):
         weights = [f"{head}{loss}_weight" for head in ("", "aux_") for loss in ("ent", "adv", "div")]
         return [
             *super().rules(),
-            *((getattr(self, key) >= 0, f"{key} must not be negative") for key in weights),
+            *(((getattr(self, key) or 0) >= 0, f"{key} must not be negative") for key in weights),
             (self.disc_hidden is None or self.disc_hidden > 0, "disc_hidden must be positive or null"),
             (self.disc_lr > 0, "disc_lr must be positive"),
         ]
@@ -89,7 +89,8 @@ def main(argv: list[str] | None = None) -> int:
     optimizer = build_optimizer(config.optim, model.param_groups(config.optim.backbone_lr_scale))
     heads = [Head("", 1.0, config.ent_weight, config.adv_weight, config.div_weight)]
     if config.model.aux_weight > 0:
-        aux_weights = config.aux_ent_weight, config.aux_adv_weight, config.aux_div_weight
+        own = config.aux_ent_weight, config.aux_adv_weight, config.aux_div_weight
+        aux_weights = (main / 5 if aux is None else aux for main, aux in zip(heads[0][2:], own, strict=True))
         heads.append(Head("aux_", config.model.aux_weight, *aux_weights))
     discriminators = nn.ModuleList(build_discriminator(config, domains.num_classes, config.disc_hidden) for _ in heads)
     discriminators.to(device)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from common import log
-from tests.helpers import SCRIPTS, differing, metrics, stop_after, tiny_config, train, weights
+from tests.helpers import SCRIPTS, TASKS, config_of, differing, metrics, stop_after, train, weights
 
 pytestmark = [
     pytest.mark.gpu,
@@ -12,10 +12,11 @@ pytestmark = [
 ]
 
 
+@pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize("amp", ["float32", "float16", "bfloat16"])
-def test_every_precision_trains(tmp_path, script, amp):
-    config = tiny_config(tmp_path)
+def test_every_precision_trains(tmp_path, script, amp, task):
+    config = config_of(task, tmp_path, script)
     assert train(script, config, "device=cuda", f"amp={amp}", "steps=30", "log_every=5") == 0
     losses = [line["cls_loss"] for line in metrics(tmp_path / "run") if "cls_loss" in line]
     assert losses[-1] < losses[0]
@@ -32,7 +33,8 @@ def test_every_precision_trains(tmp_path, script, amp):
         ("train_advent", ["adv_weight=0.5"]),
     ],
 )
-def test_no_host_sync_between_log_steps(tmp_path, monkeypatch, script, keys, amp):
+@pytest.mark.parametrize("task", TASKS)
+def test_no_host_sync_between_log_steps(tmp_path, monkeypatch, script, keys, amp, task):
     """From the second step to the last one before the log, anything that waits for the device raises."""
     add, seen = log.Log.add, []
 
@@ -42,7 +44,9 @@ def test_no_host_sync_between_log_steps(tmp_path, monkeypatch, script, keys, amp
         torch.cuda.set_sync_debug_mode("error" if 1 <= len(seen) < 19 else "default")
 
     monkeypatch.setattr(log.Log, "add", watch)
-    config = tiny_config(tmp_path, eval_every=20, save_every=20, log_every=20)
+    if task == "segmentation" and "conditional=cdan_e" in keys:
+        keys = ["disc_locations=true"]  # in its place: conditioning is for one vector an image
+    config = config_of(task, tmp_path, script, eval_every=20, save_every=20, log_every=20)
     try:
         assert train(script, config, "device=cuda", f"amp={amp}", "steps=20", *keys) == 0
     finally:
@@ -50,9 +54,10 @@ def test_no_host_sync_between_log_steps(tmp_path, monkeypatch, script, keys, amp
     assert len(seen) == 20
 
 
+@pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_resume_is_exact(tmp_path, monkeypatch, script):
-    config = tiny_config(tmp_path)
+def test_resume_is_exact(tmp_path, monkeypatch, script, task):
+    config = config_of(task, tmp_path, script)
     arguments = ["device=cuda"] + (["disc_norm=dropout"] if script == "train_dann" else [])
     assert train(script, config, *arguments, f"out_dir={tmp_path}/whole") == 0
     with monkeypatch.context() as patch:
