@@ -64,7 +64,7 @@ class Config(RunConfig):
             ),
             (
                 self.conditional == "none" or self.feature_layers == ["pooled"],
-                "conditional needs feature_layers: [pooled]",
+                "conditional needs feature_layers: [pooled], which a classifier has",
             ),
             (
                 min(self.adv_weight, self.reversal_max, *self.layer_weights) >= 0,

@@ -61,14 +61,14 @@ class ImageDecoder:
 class MaskDecoder:
     """A mask file of single-channel or palette numbers -> class numbers by `table`, uint8 (H, W).
 
-    `images`: the mask's image, whose size it must have. Resized by the nearest pixel if `size` is given.
+    Resized by the nearest pixel if `size` is given.
 
     Raises:
-        UserError: with the path, for a colour mask, another size than the image's, or a number the table has not.
+        UserError: with the path, for a colour mask or a number the table has not.
     """
 
-    def __init__(self, images: dict[Path, Path], table: torch.Tensor, names: list[str], size: Size | None = None):
-        self.images, self.table, self.names, self.size = images, table.numpy(), names, size
+    def __init__(self, table: torch.Tensor, names: list[str], size: Size | None = None):
+        self.table, self.names, self.size = table.numpy(), names, size
 
     def __call__(self, path: Path) -> torch.Tensor:
         mask = _open(path, lambda image: image.copy())
@@ -76,12 +76,6 @@ class MaskDecoder:
             raise UserError(
                 f"{path}: a mask has one number a pixel, or a palette, and this one has colours ({mask.mode}); "
                 "turn its colours into numbers"
-            )
-        image = self.images[path]
-        if mask.size != (of := image_size(image)[::-1]):
-            raise UserError(
-                f"{path}: the mask is {mask.height}x{mask.width} px, its image {image} {of[1]}x{of[0]}; "
-                "a mask has its image's size"
             )
         numbers = np.asarray(mask).astype(np.int64)
         outside = (numbers < 0) | (numbers >= len(self.table))
@@ -116,6 +110,16 @@ def _create(path: Path, count: int) -> None:
     finally:
         if temporary.exists():
             temporary.unlink()
+
+
+def check_sizes(images: list[Path], masks: list[Path]) -> None:
+    """Raise `UserError` for the first mask that has not its image's size; reads the heads of the files alone."""
+    for image, mask in zip(images, masks, strict=True):
+        if (own := image_size(mask)) != (of := image_size(image)):
+            raise UserError(
+                f"{mask}: the mask is {own[0]}x{own[1]} px, its image {image} {of[0]}x{of[1]}; a mask has its image's "
+                "size: mend or remove the two"
+            )
 
 
 class Decoded:

@@ -10,7 +10,7 @@ from torchvision.transforms.v2 import functional as F
 from common.config import FILES, DataConfig, DomainConfig
 from common.evaluation import accuracies, ious
 from common.runtime import UserError
-from data.decoded import Decoded, MaskDecoder, decoded_images, decoded_masks
+from data.decoded import Decoded, MaskDecoder, check_sizes, decoded_images, decoded_masks
 from data.digits import open_digits
 from data.drawn import open_drawn
 from data.drawn_street import open_street
@@ -67,12 +67,15 @@ def _open_maps(
     size = domain.resize and tuple(domain.resize)
     keep = None if read_only else cache, config.cache_gb * 2**30, config.workers > 0
     images, masks, classes = decoded_images(files, size, *keep), None, None
+    for file, shape in zip(files, images.shapes, strict=True):
+        if domain.crop and (domain.crop[0] > shape[1] or domain.crop[1] > shape[2]):
+            raise UserError(f"data.{role}.crop: {domain.crop} is larger than {file} of {list(shape[1:])} px")
     if mask_files is not None:
         if domain.ids is None:
             raise UserError(f"data.{role}.ids is missing: what the numbers of its masks mean")
         table, classes = id_map(domain.ids, f"data.{role}.ids")
-        of = dict(zip(mask_files, files, strict=True))
-        decoder = MaskDecoder(of, table, classes, None if whole_masks else size)
+        check_sizes(files, mask_files)
+        decoder = MaskDecoder(table, classes, None if whole_masks else size)
         masks = decoded_masks(mask_files, decoder, *keep)
     return image_set(f"{domain.name} {domain.path}", images, masks, classes, domain.crop)
 
@@ -197,7 +200,8 @@ def open_domains(config: DataConfig, seed: int, dry_run: bool = False) -> Domain
             if target.labels is None:
                 target_test, note = None, "none: no target labels"
             elif config.source == config.target:  # the upper bound: not measured on what it trains on
-                target_test, note = source_val, "a held-out tenth of the target"
+                target_test = replace(target, indices=source_val.indices)
+                note = "a held-out tenth of the target"
     target_test = None if target_test is None else target_test.relabelled(classes)
     target = target.unlabelled()
     chosen = torch.randperm(len(target), generator=generator(seed, "criteria"))[: config.select_images].sort().values

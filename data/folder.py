@@ -129,14 +129,24 @@ def _label(text: str, names: list[str] | None, where: str) -> int:
 
 
 def _names(folder: Path, suffix: str | None) -> dict[str, Path]:
-    """{path below `folder` without its suffix: file} of a folder's images, those of its own folders too."""
+    """{path below `folder` without its suffix: file} of a folder's images, those of its own folders too.
+
+    Without a suffix no two may share a name: they would be images and masks under one roof.
+    """
     if not folder.is_dir():
         raise UserError(f"folder: there is no folder {folder}; set path, masks, data.root or the variable DA_DATA")
-    found = {}
+    found, stems = {}, {}
     for file in sorted(p for p in folder.rglob("*") if p.is_file() and _is_image(p)):
-        name = file.relative_to(folder).as_posix()
-        if suffix is None or name.endswith(suffix):
-            found[name.removesuffix(file.suffix if suffix is None else suffix)] = file
+        name = file.relative_to(folder)
+        if any(part.startswith(".") for part in name.parts) or not name.name.endswith(suffix or ""):
+            continue
+        if suffix is None and file.stem in stems:
+            raise UserError(
+                f"folder: {stems[file.stem]} and {file} share a name: is {folder} a level too high, with masks in it? "
+                "If both are what you want, set the suffix they end in (image_suffix, mask_suffix)"
+            )
+        stems[file.stem] = file
+        found[name.as_posix().removesuffix(file.suffix if suffix is None else suffix)] = file
     return found
 
 

@@ -4,8 +4,9 @@
 
     cityscapes            19 classes from the ids of Cityscapes' labelIds files; cityscapes16, cityscapes13: SYNTHIA's
     gta5                  19 classes from the ids of GTA5, which are those of Cityscapes
-    synthia16, synthia13  from the ids of SYNTHIA-RAND-CITYSCAPES
-    [sky, road, ...]      masks hold class numbers: 0 is sky, 1 road; 255 is ignored
+    synthia16, synthia13  from the ids of SYNTHIA-RAND-CITYSCAPES, the first channel of its GT/LABELS files, which have
+                          three of 16 bits and must be saved with this one alone first
+    [sky, road, ...]      masks hold class numbers: 0 is sky, 1 road; 255 is ignored, and what is called `void`
     {sky: 0, road: [3, 4], void: [11, 255]}   a class and its ids; what stands under `void` is ignored
 
 A number that a mask holds and the map has not is an error, never ignored in silence.
@@ -74,7 +75,8 @@ def id_map(ids: str | list | dict, where: str) -> tuple[torch.Tensor, list[str]]
     elif isinstance(ids, list):
         if len(set(ids)) < len(ids):
             raise UserError(f"{where}: names a class twice")
-        ids = {**{name: number for number, name in enumerate(ids)}, VOID: IGNORE_INDEX}
+        void = [number for number, name in enumerate(ids) if name == VOID]
+        ids = {**{name: number for number, name in enumerate(ids)}, VOID: [*void, IGNORE_INDEX]}
     names = [name for name in ids if name != VOID]
     if not 2 <= len(names) < UNKNOWN:
         raise UserError(f"{where}: names {len(names)} classes, 2 to {UNKNOWN - 1} are possible")

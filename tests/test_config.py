@@ -319,7 +319,9 @@ def test_values_that_training_would_break_on(override):
 
 def test_conditional_takes_the_pooled_layer_only():
     layers = ["feature_layers=[layer4, pooled]", "layer_weights=[1, 1]"]
-    assert mistakes(MINIMAL, "conditional=cdan", *layers) == ["conditional needs feature_layers: [pooled]"]
+    assert mistakes(MINIMAL, "conditional=cdan", *layers) == [
+        "conditional needs feature_layers: [pooled], which a classifier has"
+    ]
     assert load(MINIMAL, *layers).layer_weights == [1.0, 1.0]  # without conditioning there may be several
     assert load(MINIMAL, "conditional=cdan").conditional == "cdan"
 

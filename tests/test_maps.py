@@ -65,6 +65,8 @@ def test_train_ids_are_numbered_as_published():
 def test_maps_of_the_yaml():
     table, names = id_map(["sky", "road"], "ids")
     assert (names, table[[0, 1, 2, 255]].tolist()) == (["sky", "road"], [0, 1, UNKNOWN, IGNORE_INDEX])
+    table, names = id_map(["sky", "void", "road"], "ids")
+    assert (names, table[:4].tolist()) == (["sky", "road"], [0, IGNORE_INDEX, 1, UNKNOWN])
     table, names = id_map({"sky": 7, "road": [3, 300], "void": [0, 255]}, "ids")
     assert names == ["sky", "road"]
     assert table[[7, 3, 300, 0, 255, 1]].tolist() == [0, 1, 1, IGNORE_INDEX, IGNORE_INDEX, UNKNOWN]
@@ -211,7 +213,49 @@ def test_suffixes_and_folders_within(tmp_path):
     with pytest.raises(UserError, match="there is no folder"):
         scan_masks("absent", None, (None, None), root)
     with pytest.raises(UserError, match="lies outside"):
-        scan_masks("leftImg8bit", "../gtFine", (None, None), root)
+        scan_masks("leftImg8bit", "../gtFine", ("_leftImg8bit.png", None), root)
+
+
+def test_a_folder_too_high_does_not_train_on_masks(streets):
+    """The target's own masks lie below it: its labels would be trained on as images."""
+    streets("day", 4)
+    streets("dusk", 3)
+    with pytest.raises(UserError, match=r"dusk/images/000\.jpg and .*dusk/masks/000\.png share a name: .* too high"):
+        open_domains(config_of(target={"path": "dusk", "masks": None, "ids": None}), 0)
+    suffix = {"path": "dusk", "masks": None, "ids": None, "image_suffix": ".jpg"}
+    assert len(open_domains(config_of(target=suffix), 0).target) == 3
+
+
+def test_image_and_mask_in_one_folder_need_suffixes(streets, tmp_path):
+    folder = streets("day", 3)
+    streets("dusk", 2)
+    for mask in (folder / "masks").iterdir():
+        mask.rename(folder / "images" / mask.name)
+    with pytest.raises(UserError, match="share a name"):
+        open_domains(config_of({"masks": "day/images"}), 0)
+    source = {"masks": "day/images", "image_suffix": ".jpg", "mask_suffix": ".png"}
+    assert open_domains(config_of(source), 0).source.images[torch.tensor([0])].float().std() > 10
+    (folder / "images/.checkpoints").mkdir()
+    (folder / "images/.checkpoints/000.jpg").write_bytes(b"no image")  # hidden: left aside
+    assert len(scan_masks("day/images", None, (".jpg", None), tmp_path / "images")[0]) == 3
+
+
+def test_an_upper_bound_is_measured_on_whole_masks_too(streets):
+    streets("day", 10)
+    config = config_of({"resize": [10, 12]}, {"path": "day/images", "masks": "day/masks", "resize": [10, 12]})
+    domains = open_domains(config, 0)
+    assert torch.equal(domains.target_test.indices, domains.source_val.indices)
+    assert domains.target_test.labels[domains.target_test.indices].shape == (1, 20, 30)
+    assert domains.source_val.labels[domains.source_val.indices].shape == (1, 10, 12)
+
+
+def test_a_crop_that_an_image_has_not_is_named_at_once(streets):
+    streets("day", 3, sizes=((20, 30), (24, 18)))
+    streets("dusk", 3)
+    with pytest.raises(
+        UserError, match=r"data\.source\.crop: \[20, 20\] is larger than .*day/images/001\.jpg of \[24, 18\]"
+    ):
+        open_domains(config_of({"crop": [20, 20]}), 0)
 
 
 def test_list_files(streets, tmp_path):
@@ -295,7 +339,7 @@ def test_memory_and_file_give_the_same_maps_and_another_map_another_file(streets
     again = read(0)
     assert all(torch.equal(a[1], b[1]) for a, b in zip(again, file, strict=True))
     masks = len([p for p in opened if p.suffix == ".png"])
-    assert masks == 6 + 3  # their sizes; nothing is decoded again
+    assert masks == 2 * (6 + 3)  # their sizes, held against the images' and for the cache; nothing is decoded again
     swapped = read(0, {"road": [1, 2], "sky": 0, "void": 9})
     assert all(torch.equal(a[1] % 255, 1 - b[1] % 255) for a, b in zip(swapped, file, strict=True) if (b[1] < 2).all())
     names = [p.name for p in (tmp_path / "cache").glob("masks_whole_*.npy") if ".done" not in p.name]

@@ -132,8 +132,6 @@ def test_advent_moves_one_network_at_a_time(tmp_path, task):
     }
     if task == "segmentation":
         runs["aux"] = ["adv_weight=1e-30", "ent_weight=0", "aux_adv_weight=5"]
-        runs["source"] += (off := ["aux_adv_weight=0", "aux_ent_weight=0"])
-        runs = {name: keys if name in ("source", "aux") else [*keys, *off] for name, keys in runs.items()}
     state = {}
     for name, keys in runs.items():
         assert train("train_advent", config, "steps=1", "disc_lr=0.001", *keys, f"out_dir={tmp_path}/{name}") == 0
@@ -325,7 +323,17 @@ def test_every_trainable_parameter_of_a_segmenter_moves(tmp_path, script, argume
     two = ["steps=2", "optim.weight_decay=0", "eval_every=1000"]
     assert train(script, config, *two, f"out_dir={tmp_path}/short", *arguments) == 0
     assert train(script, config, *two, f"out_dir={tmp_path}/still", *arguments, "optim.lr=1e-30") == 0
-    moved, start = (weights(tmp_path / run, "checkpoints/step_00000002.pt")["model"] for run in ("short", "still"))
+    still, moved = (weights(tmp_path / run, "checkpoints/step_00000002.pt") for run in ("still", "short"))
+    if script != "train_source":  # a discriminator a head, or a layer: each learns
+        keys = [*arguments, "optim.lr=1e-30", "disc_lr=1e-30"]
+        assert train(script, config, *two, f"out_dir={tmp_path}/unlearned", *keys) == 0
+        start = weights(tmp_path / "unlearned", "checkpoints/step_00000002.pt")["discriminators"]
+        assert {name.split(".")[0] for name in start} == {"0", "1"}
+        for name, value in moved["discriminators"].items():
+            before_norm = script == "train_dann" and name.endswith((".0.bias", ".3.bias"))
+            if value.is_floating_point() and "running" not in name and not before_norm:
+                assert (value != start[name]).any(), f"discriminators.{name} did not move"
+    moved, start = moved["model"], still["model"]
     norms = {name.removesuffix(".running_mean") for name in moved if name.endswith(".running_mean")}
     for name, value in moved.items():
         layer = name.rsplit(".", 1)[0]
@@ -347,9 +355,14 @@ def test_a_mask_that_is_all_void_trains_nothing_and_stays_finite(tmp_path, monke
 
     monkeypatch.setattr(data.domains, "open_street", void)
     config = street_config(tmp_path, "train_advent", model=MAPS)
-    assert train("train_advent", config, "ent_weight=0", "adv_weight=0", "optim.weight_decay=0") == 0
-    lines = [line for line in metrics(tmp_path / "run") if "lr" in line]
-    assert all(line["cls_loss"] == 0 for line in lines)
+    for name, steps in (("short", 1), ("long", 10)):
+        keys = ["ent_weight=0", "adv_weight=0", "optim.weight_decay=0", f"steps={steps}", f"out_dir={tmp_path}/{name}"]
+        assert train("train_advent", config, *keys) == 0
+        lines = [line for line in metrics(tmp_path / name) if "lr" in line]
+        assert all(line["cls_loss"] == line["aux_cls_loss"] == 0 for line in lines)
+        assert "adv_loss" not in lines[0]  # the auxiliary head follows the main one: MinEnt without entropy
+    states = [weights(tmp_path / name) for name in ("short", "long")]
+    assert differing(*states) == 0
 
 
 def test_locations_give_the_discriminator_more_to_judge(tmp_path):
