@@ -124,25 +124,22 @@ def main(argv: list[str] | None = None) -> int:
 
         # the model, with the discriminators held fixed
         discriminators.requires_grad_(False)
-        loss, losses, predictions = 0.0, {}, []
+        loss, losses, maps = 0.0, {}, []
         with autocast:
             out_s, out_t = forward_domains(model, x_s, x_t, config.model)
             for head, discriminator in zip(heads, discriminators, strict=True):
                 logits_s, logits_t = getattr(out_s, f"{head.name}logits"), getattr(out_t, f"{head.name}logits")
                 log_p_s, log_p_t = logits_s.float().log_softmax(1), logits_t.float().log_softmax(1)
                 information_t = information_map(log_p_t)
-                cls_loss, ent_loss, div_loss = (
-                    nll_loss(log_p_s, y_s),
-                    entropy_loss(information_t),
-                    diversity_loss(log_p_t),
-                )
+                cls_loss = nll_loss(log_p_s, y_s)
+                ent_loss, div_loss = entropy_loss(information_t), diversity_loss(log_p_t)
                 loss = loss + head.cls_weight * cls_loss + head.ent_weight * ent_loss + head.div_weight * div_loss
                 parts = {"cls_loss": cls_loss, "ent_loss": ent_loss, "div_loss": div_loss}
                 if adversarial:
                     parts["adv_loss"] = one_domain_loss(discriminator(information_t), SOURCE)
                     loss = loss + head.adv_weight * parts["adv_loss"]
                 losses |= {head.name + name: part for name, part in parts.items()}
-                predictions.append((log_p_s.detach(), information_t.detach()))
+                maps.append((log_p_s.detach(), information_t.detach()))
 
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
@@ -153,9 +150,7 @@ def main(argv: list[str] | None = None) -> int:
             discriminators.requires_grad_(True)
             disc_loss = 0.0
             with autocast:
-                for head, discriminator, (log_p_s, information_t) in zip(
-                    heads, discriminators, predictions, strict=True
-                ):
+                for head, discriminator, (log_p_s, information_t) in zip(heads, discriminators, maps, strict=True):
                     domain_logits_s = discriminator(information_map(log_p_s))
                     domain_logits_t = discriminator(information_t)
                     losses[f"{head.name}disc_loss"] = domain_loss(domain_logits_s, domain_logits_t)

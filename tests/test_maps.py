@@ -500,3 +500,16 @@ def test_drawn_streets_are_the_same_on_every_call_and_dusk_is_darker():
         x.float().mean(1)[m == drawn_street.ROAD].mean() for x, m in ((day, day_masks), (dusk, dusk_masks))
     )
     assert road_dusk < 0.6 * road_day
+
+
+@pytest.mark.parametrize("cache_gb", [0, 1])
+def test_batches_from_files_do_not_depend_on_workers(streets, cache_gb):
+    streets("day", 12)
+    streets("dusk", 3)
+    batches = []
+    for workers in (0, 2):
+        config = config_of({"crop": [12, 16]}, workers=workers, cache_gb=cache_gb, augment={"flip": {}})
+        batches.append(list(train_loader(open_domains(config, 0).source, config, 0, "source", 3, 9)))
+    assert len(batches[0]) == 6
+    for one, two in zip(*batches, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
