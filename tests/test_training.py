@@ -282,21 +282,38 @@ def test_init_from_continues_with_the_weights(tmp_path):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
+def test_classification_as_a_real_command(tmp_path, command, script):
+    code, out, err = command(script, "--config", tiny_config(tmp_path))
+    assert (code, err) == (0, ""), err
+    result = summary(tmp_path / "run")
+    for name, entry in result["target"].items():
+        assert list(entry) == ["step", "accuracy", "mean_class_accuracy"]
+        assert f"target {name:8} step {entry['step']}  accuracy {entry['accuracy']:.2f}" in out
+    assert result["target"]["oracle"]["accuracy"] >= result["target"]["last"]["accuracy"]
+    assert not (tmp_path / "run/pictures").exists()
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_segmentation_as_a_real_command(tmp_path, command, script):
     code, out, err = command(script, "--config", street_config(tmp_path, script, pictures="every"))
     assert (code, err) == (0, ""), err
     folder = tmp_path / "run"
     result = summary(folder)
     assert result["selection"]["criterion"] == "entropy"  # the default for maps
-    for entry in result["target"].values():
+    for name, entry in result["target"].items():
         assert list(entry) == ["step", "mean_iou", "pixel_accuracy", "iou"]
         assert list(entry["iou"]) == result["classes"]
         present = [v for v in entry["iou"].values() if v is not None]
         assert entry["mean_iou"] == pytest.approx(sum(present) / len(present))
+        assert f"target {name:8} step {entry['step']}  mean_iou {entry['mean_iou']:.2f}" in out
+    assert result["target"]["oracle"]["mean_iou"] >= result["target"]["last"]["mean_iou"]
     table = [line.split() for line in out.splitlines() if line.split()[:1] and line.split()[0] in result["classes"]]
     assert [name for name, *_ in table] == result["classes"]
-    assert all(len(line) == 4 for line in table)
-    assert sorted(p.name for p in (folder / "pictures").iterdir()) == [f"step_{step:08d}.png" for step in (4, 8, 10)]
+    for name, *cells in table:
+        values = [result["target"][column]["iou"][name] for column in ("last", "selected", "oracle")]
+        assert cells == ["-" if v is None else f"{v:.1f}" for v in values]
+    pictures = sorted(p.name for p in (folder / "pictures").iterdir())
+    assert pictures == [f"step_{step:08d}.png" for step in (4, 8, 10)]
     lines = [line for line in metrics(folder) if "lr" in line]
     assert {"cls_loss", "aux_cls_loss"} <= set(lines[0])
     if script == "train_advent":
@@ -382,3 +399,16 @@ def test_domains_of_two_sizes(tmp_path):
         assert train("train_dann", config, *sizes, *keys) == 0
     with pytest.raises(UserError, match="source images are 64x64 px and target images 32x96"):
         train("train_dann", config, *sizes)
+
+
+@pytest.mark.parametrize("amp", ["float16", "bfloat16"])
+def test_mixed_precision_on_maps(tmp_path, amp):
+    """Two networks, two optimizers, entropies in float32: finite, and close to full precision."""
+    config = street_config(tmp_path, "train_advent", model=MAPS)
+    short = ["steps=2", "log_every=1", "eval_every=1000", "adv_weight=0.5", "ent_weight=0.5"]
+    for precision in (amp, "float32"):
+        assert train("train_advent", config, *short, f"amp={precision}", f"out_dir={tmp_path}/{precision}") == 0
+    low, full = (next(line for line in metrics(tmp_path / p) if "lr" in line) for p in (amp, "float32"))
+    assert low != full
+    for name in ("cls_loss", "ent_loss", "adv_loss", "disc_loss", "aux_cls_loss", "aux_disc_loss"):
+        assert low[name] == pytest.approx(full[name], rel=0.02), name
