@@ -27,6 +27,7 @@ from pathlib import Path
 
 from common.checkpoint import write_text
 from common.config import all_keys, build, changed_keys, load_config, parse_yaml, require
+from common.evaluation import main_metric
 from common.runtime import UserError, exit_with
 
 ORACLE = "oracle (chosen on target test labels: no result)"
@@ -176,7 +177,7 @@ def figure(values: list[float | None]) -> str:
 
 
 def metric(summary: dict) -> str:
-    return "mean_iou" if "mean_iou" in summary["target"]["last"] else "accuracy"
+    return main_metric(summary["target"]["last"])
 
 
 def criteria(found: list[tuple[str, dict]]) -> str:
