@@ -42,6 +42,7 @@ class Entry:
     method: str  # second column, such as DANN
     script: str
     config: str
+    init_from: str | None = None  # the out_dir of an earlier entry, whose run of the same seed this one starts from
     published: float | None = None  # the figure to compare with, in percent
     reference: str | None = None  # where it was published
 
@@ -72,6 +73,9 @@ class Suite:
         require((len(entries) > 0, "runs is empty"), *((False, mistake) for mistake in mistakes))
         folders = [os.path.normpath(entry.tree["out_dir"]) for entry in entries]
         lines = [f"{entry.task} / {entry.method}" for entry in entries]
+        for i, entry in enumerate(entries):
+            known = entry.init_from is None or os.path.normpath(entry.init_from) in folders[:i]
+            require((known, f"runs[{i}].init_from: {entry.init_from} is the out_dir of no earlier entry"))
         for name, values in (("out_dir", folders), ("line", lines)):
             require(*((v not in values[:i], f"runs[{i}] has the {name} {v} of another") for i, v in enumerate(values)))
         self.runs = entries
@@ -102,12 +106,22 @@ class Job:
         return Path(f"{self.entry.tree['out_dir']}_seed{self.seed}")
 
     @property
+    def after(self) -> Path | None:
+        """The folder of the run that must have ended before this one starts."""
+        return Path(f"{self.entry.init_from}_seed{self.seed}") if self.entry.init_from else None
+
+    @property
+    def settings(self) -> list[str]:
+        """What this job overrides of its config, where it writes aside."""
+        return [f"seed={self.seed}", *([f"init_from={self.after}"] if self.after else [])]
+
+    @property
     def log(self) -> Path:
         return self.folder.with_name(self.folder.name + ".log")
 
     def command(self) -> list[str]:
-        settings = [f"seed={self.seed}", f"out_dir={self.folder}"]
-        return [sys.executable, self.entry.script, "--config", self.entry.config, *settings, "--resume"]
+        settings = [*self.settings, f"out_dir={self.folder}", "--resume"]
+        return [sys.executable, self.entry.script, "--config", self.entry.config, *settings]
 
     def summary(self) -> dict | None:
         """summary.json of a run that is finished and was trained under its config as it stands now; else None."""
@@ -115,7 +129,7 @@ class Job:
             state = json.loads((self.folder / "status.json").read_text())["state"]
             summary = json.loads((self.folder / "summary.json").read_text())
             trained = load_config(script_config(self.entry.script), str(self.folder / "config.yaml"))
-            wanted = load_config(script_config(self.entry.script), self.entry.config, [f"seed={self.seed}"])
+            wanted = load_config(script_config(self.entry.script), self.entry.config, self.settings)
         except (OSError, ValueError, KeyError, UserError):
             return None
         return summary if state == "finished" and not changed_keys(trained, wanted) else None
@@ -132,8 +146,12 @@ def run_all(jobs: list[Job], at_once: int) -> tuple[int, int | None]:
     handlers = {n: signal.signal(n, lambda n, frame: signals.append(n)) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
         while running or (waiting and not signals):
-            while waiting and len(running) < at_once and not signals:
-                job = waiting.pop(0)
+            while len(running) < at_once and not signals:
+                open_folders = {j.folder for j in waiting} | {j.folder for j, _ in running.values()}
+                job = next((j for j in waiting if j.after not in open_folders), None)
+                if job is None:
+                    break
+                waiting.remove(job)
                 print(f"{job.folder}: started ({len(jobs) - len(waiting)} of {len(jobs)})", flush=True)
                 job.log.parent.mkdir(parents=True, exist_ok=True)
                 with open(job.log, "a") as log:

@@ -47,6 +47,7 @@ class DomainConfig:
     mask_suffix: str | None = None  # segmentation, folder: end of a mask's name; null, here and above: the extension
     ids: str | list[str] | dict | None = None  # segmentation: what a mask's numbers mean; see data/id_maps.py
     crop: list[int] | None = None  # segmentation: [height, width] of training crops; null: whole images
+    augment: dict | None = None  # of this domain's training images; null: data.augment
 
     def __post_init__(self):
         names = (*DIGITS, *FILES, *DRAWN["classification"], *DRAWN["segmentation"])
@@ -115,7 +116,7 @@ class DataConfig:
     cache_gb: float = 2.0  # a set up to this stays in memory (workers: 0), larger ones in .npy files
 
     def __post_init__(self):
-        from data.augment import check_augment  # here, since data/ reads its config from this module
+        from data.augment import OPERATIONS, check_augment  # here, since data/ reads its config from this module
 
         self.root = self.root or os.environ.get("DA_DATA") or "datasets"
         self.cache = self.cache or "cache"
@@ -133,8 +134,46 @@ class DataConfig:
             (not cache.is_relative_to(root), f"cache {self.cache} lies under root {self.root}; name another folder"),
             (self.iou_classes is None or self.task == "segmentation", "iou_classes is for task: segmentation"),
             *(rule for role, domain in domains.items() if domain for rule in domain.rules(role, self.task)),
-            *((False, mistake) for mistake in check_augment(self.augment, self.task)),
+            *((False, mistake) for mistake in check_augment(self.augment, OPERATIONS[self.task])),
+            (
+                self.target_test is None or self.target_test.augment is None,
+                "target_test.augment: test images are never augmented; leave it out",
+            ),
+            *(
+                (False, f"{role}.{mistake}")
+                for role, domain in domains.items()
+                if domain and domain.augment is not None
+                for mistake in check_augment(domain.augment, OPERATIONS[self.task])
+            ),
         )
+
+    def strong_view_rules(self, strong_augment: dict, mix: str = "none") -> list[tuple[bool, str]]:
+        """(holds, sentence) of how the strong view of a target image is made, and mixed with a source image."""
+        from data.augment import IN_PLACE, OPERATIONS, check_augment
+
+        maps = self.task == "segmentation"
+        operations = IN_PLACE if maps else OPERATIONS[self.task]
+        return [
+            *((False, mistake) for mistake in check_augment(strong_augment, operations, "strong_augment")),
+            (mix == "none" or maps, f"mix: {mix} is for data.task: segmentation"),
+        ]
+
+    def augment_of(self, role: str) -> dict:
+        """The augmentation of source or target."""
+        own = getattr(self, role).augment
+        return self.augment if own is None else own
+
+
+@dataclass
+class TargetDataConfig(DataConfig):
+    """`DataConfig` of a method that adapts a trained model without the source's images."""
+
+    source: DomainConfig | None = field(default=None, kw_only=True)  # null: the source's images are not read
+    classes_from: str | None = None  # a run folder, against the working directory: its classes; null: init_from
+
+    def __post_init__(self):
+        require((self.source is None, "source: this method sees no source images; leave it out"))
+        super().__post_init__()
 
 
 @dataclass
@@ -420,10 +459,10 @@ def load_config(cls, path: str, overrides: typing.Sequence[str] = ()):
 
 
 def flatten(tree: dict, prefix: str = "") -> dict:
-    """{"data": {"size": 28}} -> {"data.size": 28}; `augment` and `ids` stay whole, since their order matters."""
+    """{"data": {"size": 28}} -> {"data.size": 28}; augmentations and `ids` stay whole, since their order matters."""
     flat = {}
     for key, value in tree.items():
-        nested = isinstance(value, dict) and key not in ("augment", "ids")
+        nested = isinstance(value, dict) and key not in ("augment", "strong_augment", "ids")
         flat.update(flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value})
     return flat
 

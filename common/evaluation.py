@@ -92,7 +92,7 @@ EXAMPLES = 4  # target images whose predictions `evaluate` hands back
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
-    source_val: Iterable,
+    source_val: Iterable | None,
     target_train: Iterable,
     target_test: Iterable | None,
     classes: list[str],
@@ -100,6 +100,8 @@ def evaluate(
     device: torch.device,
 ) -> dict:
     """{"source_val": figures, "target": figures (None without labels), "criteria": label-free values, "examples"}.
+
+    Without `source_val` its figures are None too, and it is no criterion.
 
     The loaders yield (images, labels) and, for `target_train`, images. `measure` makes figures of a confusion matrix.
     Logits are enlarged to labels of another size, never the other way round. `examples` are a few target images, (uint8
@@ -132,11 +134,11 @@ def evaluate(
         if target_test is None:
             keep_example(target_train, number, images, logits, None)
     source_figure = result["source_val"][main_metric(result["source_val"])]
-    if source_figure is None:
+    if source_figure is None and source_val is not None:
         raise UserError(
             "source_val: none of the held-out source images has a labelled pixel; mend its masks or its ids"
         )
-    result["criteria"] = {"source_val": source_figure, **criteria.values()}
+    result["criteria"] = {**({"source_val": source_figure} if source_val is not None else {}), **criteria.values()}
     result["examples"] = examples
     model.train(was_training)
     return result

@@ -58,12 +58,12 @@ class Log:
         if self.bar is not None:
             self.bar.update()
 
-    def write(self, step: int, **values: float) -> None:
-        """Write the means since the last call, and `values` as they are."""
+    def write(self, step: int, **values: float | None) -> None:
+        """Write the means since the last call, and `values` as they are; `name.class` goes to the file alone."""
         means = self.check_finite(step)
         self.sums, self.count = {}, 0
         self.record({"step": step, **means, **values})
-        shown = "  ".join(f"{name} {value:.4g}" for name, value in {**means, **values}.items())
+        shown = "  ".join(f"{name} {value:.4g}" for name, value in {**means, **values}.items() if "." not in name)
         if self.bar is not None:
             self.bar.set_postfix_str(shown, refresh=False)
         elif time.monotonic() - self.printed > 20 or step == self.steps:

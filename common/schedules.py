@@ -27,6 +27,12 @@ def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     return config.lr * scale[config.schedule]
 
 
+def warm_up(p: float, share: float) -> float:
+    """Weight at progress p that rises from 0 to 1 over the first `share` of a run: (1 - cos(pi p / share)) / 2
+    (Berthelot et al. 2021, arXiv:2106.04732, section 3.3, where it is half). With a share of 0 it is 1."""
+    return 0.5 * (1 - math.cos(math.pi * min(p / share, 1.0))) if share > 0 else 1.0
+
+
 def reversal_coefficient(schedule: str, p: float, maximum: float = 1.0, gamma: float = 10.0) -> float:
     """lambda at progress p. dann: maximum * (2 / (1 + exp(-gamma p)) - 1) (Ganin et al. 2016, eq. 14)."""
     shape = {"dann": 2 / (1 + math.exp(-gamma * p)) - 1, "linear": min(p, 1.0), "constant": 1.0}

@@ -8,8 +8,9 @@
 
 torchvision's v2 draws one set of parameters for a whole batch; here every draw has the length of the batch.
 
-With task: segmentation there are `zoom`, which belongs to the random crop, `flip`, `photometric` and `jitter`; the
-mask goes where the image goes, by the nearest pixel.
+With task: segmentation there are `zoom`, which belongs to the random crop, `flip`, and what leaves pixels in their
+place; the mask goes where the image goes, by the nearest pixel. A strong view, as self-training needs, is the weak view
+changed further by operations of its own; for segmentation by those that leave pixels in their place.
 """
 
 import difflib
@@ -128,15 +129,36 @@ def jitter(
     return torch.stack(out)
 
 
+def blur(images, size, generator, sigma: Range = (0.1, 2.0)):
+    """Gaussian blur, of a standard deviation in px."""
+    sigmas = _uniform(len(images), *sigma, generator).tolist()
+    return torch.stack(
+        [F.gaussian_blur(x, [2 * math.ceil(2 * s) + 1] * 2, [s, s]) for x, s in zip(images, sigmas, strict=True)]
+    )
+
+
+def cutout(images, size, generator, side: float = 0.5):
+    """A grey rectangle at a random place, each side up to a share `side` of the image's (arXiv:1708.04552)."""
+    n, inside = len(images), None
+    for axis in (2, 3):
+        length = images.shape[axis]
+        centre, half = _uniform(n, 0, length, generator), _uniform(n, 0, side * length / 2, generator)
+        pixel = torch.arange(length) + 0.5
+        near = (pixel - centre[:, None]).abs() < half[:, None]
+        inside = near[:, :, None] if inside is None else inside & near[:, None, :]
+    return torch.where(inside[:, None], torch.tensor(127, dtype=torch.uint8), images)
+
+
 def zoom(images, size, generator, scale: Range = (1.0, 1.0)):
     """Enlargement of the image before its random crop, drawn evenly on a logarithmic scale -> (n,) factors."""
     return _uniform(len(images), math.log(scale[0]), math.log(scale[1]), generator).exp()
 
 
-_LARGEST = {"hue": 0.5, "probability": 1, "invert": 1}
+_LARGEST = {"hue": 0.5, "probability": 1, "invert": 1, "side": 1}
+IN_PLACE = {f.__name__: f for f in (photometric, jitter, blur, cutout)}
 OPERATIONS = {
-    "classification": {f.__name__: f for f in (affine, photometric, crop, flip, jitter)},
-    "segmentation": {f.__name__: f for f in (zoom, flip, photometric, jitter)},
+    "classification": {f.__name__: f for f in (affine, crop, flip)} | IN_PLACE,
+    "segmentation": {f.__name__: f for f in (zoom, flip)} | IN_PLACE,
 }
 
 
@@ -151,20 +173,20 @@ def _matches(value, default) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def check_augment(spec: dict, task: str) -> list[str]:
-    """The mistakes in a `data.augment` mapping, one sentence each."""
-    mistakes, operations = [], OPERATIONS[task]
+def check_augment(spec: dict, operations: dict, where: str = "augment") -> list[str]:
+    """The mistakes in a mapping of some of the `operations` to their parameters, one sentence each."""
+    mistakes = []
     for name, parameters in spec.items():
         if name not in operations:
             near = difflib.get_close_matches(name, operations, 1)
             mistakes.append(
-                f"augment: no operation {name!r}; "
+                f"{where}: no operation {name!r}; "
                 + (f"did you mean {near[0]}?" if near else f"there are {', '.join(operations)}")
             )
             continue
         if not isinstance(parameters, dict):
             mistakes.append(
-                f"augment.{name} must be a mapping of parameters, {{}} for the defaults, not {parameters!r}"
+                f"{where}.{name} must be a mapping of parameters, {{}} for the defaults, not {parameters!r}"
             )
             continue
         known = {
@@ -174,17 +196,17 @@ def check_augment(spec: dict, task: str) -> list[str]:
             if key not in known:
                 near = difflib.get_close_matches(key, known, 1, 0)
                 mistakes.append(
-                    f"augment.{name}: unknown parameter {key}; "
+                    f"{where}.{name}: unknown parameter {key}; "
                     + (f"did you mean {near[0]}?" if near else "it has none")
                 )
             elif not _matches(value, known[key]):
                 kind = "[low, high]" if isinstance(known[key], tuple) else "a number"
-                mistakes.append(f"augment.{name}.{key} must be {kind}, not {value!r}")
+                mistakes.append(f"{where}.{name}.{key} must be {kind}, not {value!r}")
             elif isinstance(known[key], tuple) and key != "gain" and key != "channel_gain" and value[0] <= 0:
-                mistakes.append(f"augment.{name}.{key} must be above 0, not {value!r}")
+                mistakes.append(f"{where}.{name}.{key} must be above 0, not {value!r}")
             elif not isinstance(known[key], tuple) and not 0 <= value <= _LARGEST.get(key, math.inf):
                 allowed = f"lie in [0, {_LARGEST[key]}]" if key in _LARGEST else "not be negative"
-                mistakes.append(f"augment.{name}.{key} must {allowed}, not {value!r}")
+                mistakes.append(f"{where}.{name}.{key} must {allowed}, not {value!r}")
     return mistakes
 
 

@@ -1,10 +1,12 @@
 """The two domains of a run, opened from its config."""
 
 import functools
+import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as F
 
 from common.config import FILES, DataConfig, DomainConfig
@@ -115,19 +117,21 @@ def _train_size(images: ImageSet) -> str:
 class Domains:
     """What a run trains and is measured on. Labels of the target's training images are dropped here.
 
-    source, target: training sets, labelled and unlabelled. source_val: held-out source images. target_test: labelled
+    source, target: training sets, labelled and unlabelled. source_val: held-out source images. Without a source
+    (`TargetDataConfig`) both of its sets are None. target_test: labelled
     target images for reporting, or None. criteria: unlabelled target training images for model selection.
     target_test_note says what `target_test` is.
     """
 
     config: DataConfig
     classes: list[str]
-    source: ImageSet
-    source_val: ImageSet
+    source: ImageSet | None
+    source_val: ImageSet | None
     target: ImageSet
     target_test: ImageSet | None
     criteria: ImageSet
     target_test_note: str
+    dry_run: bool = False
 
     @property
     def num_classes(self) -> int:
@@ -140,19 +144,23 @@ class Domains:
         if self.config.task == "segmentation":
             measure = functools.partial(ious, classes=self.classes, over=self.config.iou_classes)
         return {
-            "source_val": eval_loader(self.source_val, self.config),
+            "source_val": None if self.source_val is None else eval_loader(self.source_val, self.config),
             "target_train": eval_loader(self.criteria, self.config),
             "target_test": None if test is None else eval_loader(test, self.config),
             "classes": self.classes,
             "measure": measure,
         }
 
+    def target_pass(self) -> DataLoader:
+        """Every unlabelled target training image once, not augmented; in a dry run one batch of them."""
+        return eval_loader(self.criteria if self.dry_run else self.target, self.config)
+
     def describe(self) -> str:
         lines = [f"{self.num_classes} classes: {', '.join(self.classes[:12])}{' ...' if self.num_classes > 12 else ''}"]
         for role in ("source", "source_val", "target", "target_test"):
             images = getattr(self, role)
             if images is None:
-                lines.append(f"{role:12} none: no target labels")
+                lines.append(f"{role:12} none{': no target labels' if role == 'target_test' else ''}")
                 continue
             note = f" ({self.target_test_note})" if role == "target_test" else ""
             kept = (
@@ -163,28 +171,52 @@ class Domains:
             lines.append(f"{role:12} {images.name}: {len(images)} images{note}{kept}")
         sizes = f"3x{self.config.size}x{self.config.size}"
         if self.config.task == "segmentation":
-            sizes = ", ".join(f"{role} {_train_size(getattr(self, role))}" for role in ("source", "target"))
+            sets = {role: getattr(self, role) for role in ("source", "target") if getattr(self, role) is not None}
+            sizes = ", ".join(f"{role} {_train_size(images)}" for role, images in sets.items())
         return "\n".join([*lines, f"batch        {self.config.batch} a domain, {sizes}"])
 
 
-def open_domains(config: DataConfig, seed: int, dry_run: bool = False) -> Domains:
-    """Open both domains, match their classes by name and make the splits.
-
-    `source_val` is the source's own test split, else a tenth held out by `seed`. In a dry run nothing is written and
-    every evaluation set is one batch.
-    """
+def _open_source(config: DataConfig, seed: int, dry_run: bool) -> tuple[ImageSet, ImageSet]:
+    """Training and validation set: the source's own test split, else a tenth held out by `seed`."""
     source = open_set("source", config, True, dry_run)
     if source.labels is None:
         kind = "masks and ids" if config.task == "segmentation" else "a folder per class, or `path label` lines"
         raise UserError(f"{source.name}: the source needs labels: {kind}")
-    classes = source.classes
-    if absent := set(config.iou_classes or ()) - set(classes):
-        raise UserError(f"data.iou_classes: no class {sorted(absent)[0]!r}; there are {', '.join(classes)}")
     source_val = open_set("source", config, False, dry_run)
     if source_val is None:
         if len(source) < 2:
             raise UserError(f"{source.name}: one image is not enough to train and to validate")
         source_val, source = _hold_out(source, config.task, seed)
+    return source, source_val
+
+
+def _trained_classes(path: str) -> list[str]:
+    """The classes of a finished run, by its folder or its model.pt."""
+    if not Path(path).exists():
+        raise UserError(f"init_from: there is no {path}")
+    file = (Path(path) if Path(path).is_dir() else Path(path).parent) / "summary.json"
+    try:
+        return list(map(str, json.loads(file.read_text())["classes"]))
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        problem = "does not exist" if isinstance(error, FileNotFoundError) else "does not name the classes"
+        raise UserError(
+            f"init_from: {file} {problem}; name the folder of a finished run, or one in data.classes_from"
+        ) from None
+
+
+def open_domains(config: DataConfig, seed: int, dry_run: bool = False) -> Domains:
+    """Open both domains, match their classes by name and make the splits.
+
+    Without a source the classes are those of the run `classes_from`. In a dry run nothing is written and every
+    evaluation set is one batch.
+    """
+    if config.source is None:
+        source, source_val, classes = None, None, _trained_classes(config.classes_from)
+    else:
+        source, source_val = _open_source(config, seed, dry_run)
+        classes = source.classes
+    if absent := set(config.iou_classes or ()) - set(classes):
+        raise UserError(f"data.iou_classes: no class {sorted(absent)[0]!r}; there are {', '.join(classes)}")
 
     target = open_set("target", config, True, dry_run).relabelled(classes)
     if config.target_test is not None:
@@ -208,6 +240,8 @@ def open_domains(config: DataConfig, seed: int, dry_run: bool = False) -> Domain
     criteria = target.subset(chosen)
     if dry_run:
         first = torch.arange(config.eval_batch)
-        source_val, criteria = (s.subset(first[: len(s)]) for s in (source_val, criteria))
-        target_test = None if target_test is None else target_test.subset(first[: len(target_test)])
-    return Domains(config, classes, source, source_val, target, target_test, criteria, note)
+        source_val, criteria, target_test = (
+            None if images is None else images.subset(first[: len(images)])
+            for images in (source_val, criteria, target_test)
+        )
+    return Domains(config, classes, source, source_val, target, target_test, criteria, note, dry_run)

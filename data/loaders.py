@@ -54,7 +54,7 @@ class TrainBatches(Dataset):
     def __init__(self, images: ImageSet, config: DataConfig, seed: int, domain: str):
         self.set, self.config, self.seed, self.domain = images, config, seed, domain
         self.order = Order(seed, domain, len(images))
-        self.augment = Augment(config.augment, config.size)
+        self.augment = Augment(config.augment_of(domain), config.size)
 
     def __getitem__(self, step: int):
         index = self.set.indices[self.order.positions(step * self.config.batch, self.config.batch)]
@@ -89,7 +89,7 @@ class TrainMaps(Dataset):
     def __init__(self, images: ImageSet, config: DataConfig, seed: int, domain: str):
         self.set, self.config, self.seed, self.domain = images, config, seed, domain
         self.order = Order(seed, domain, len(images))
-        self.augment = JointAugment(config.augment, images.crop)
+        self.augment = JointAugment(config.augment_of(domain), images.crop)
 
     def __getitem__(self, step: int):
         random = generator(self.seed, self.domain, "augment", step)
@@ -106,6 +106,17 @@ class TrainMaps(Dataset):
             )
         images = torch.stack(images)
         return images if self.set.labels is None else (images, torch.stack(masks).long())
+
+
+class TwoViews(Dataset):
+    """(weak view, strong view) of unlabelled batches: the strong one is the weak one, augmented further by `strong`."""
+
+    def __init__(self, batches: TrainBatches | TrainMaps, strong: dict):
+        self.batches, self.strong = batches, Augment(strong, batches.config.size)
+
+    def __getitem__(self, step: int):
+        weak = self.batches[step]
+        return weak, self.strong(weak, generator(self.batches.seed, self.batches.domain, "strong", step))
 
 
 class EvalMaps(Dataset):
@@ -130,10 +141,17 @@ class EvalMaps(Dataset):
         return images if self.set.labels is None else (images, self.set.labels[index].long())
 
 
-def train_loader(images: ImageSet, config: DataConfig, seed: int, domain: str, start: int, steps: int) -> DataLoader:
-    """Batches start .. steps - 1 of a domain: uint8 (batch, 3, H, W), with int64 labels where the set has them."""
-    batches = {"classification": TrainBatches, "segmentation": TrainMaps}[config.task]
-    return _batch_loader(batches(images, config, seed, domain), range(start, steps), config.workers)
+def train_loader(
+    images: ImageSet, config: DataConfig, seed: int, domain: str, start: int, steps: int, strong: dict | None = None
+) -> DataLoader:
+    """Batches start .. steps - 1 of a domain: uint8 (batch, 3, H, W), with int64 labels where the set has them.
+
+    With `strong`, a mapping as `data.augment`, pairs of a weak and a strong view of unlabelled images.
+    """
+    batches = {"classification": TrainBatches, "segmentation": TrainMaps}[config.task](images, config, seed, domain)
+    if strong is not None:
+        batches = TwoViews(batches, strong)
+    return _batch_loader(batches, range(start, steps), config.workers)
 
 
 def eval_loader(images: ImageSet, config: DataConfig) -> DataLoader:

@@ -36,6 +36,7 @@ class Network(nn.Module):
     def __init__(self, backbone: nn.Module, channels: dict[str, int], config: ModelConfig):
         super().__init__()
         self.backbone, self.channels, self.freeze_statistics = backbone, channels, config.bn == "frozen"
+        self.frozen: tuple[str, ...] = ()
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.register_buffer("mean", 255 * torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
         self.register_buffer("std", 255 * torch.tensor(IMAGENET_STD).view(3, 1, 1), persistent=False)
@@ -55,7 +56,16 @@ class Network(nn.Module):
         if self.freeze_statistics:
             for module in self._batch_norms():
                 module.eval()
+        for name in self.frozen:
+            self.get_submodule(name).eval()
         return self
+
+    def freeze(self, *names: str) -> None:
+        """Fix submodules: parameters without gradient, statistics and dropout in eval mode whatever `train` says."""
+        self.frozen = tuple(name for name in names if getattr(self, name, None) is not None)
+        for name in self.frozen:
+            self.get_submodule(name).requires_grad_(False)
+        self.train(self.training)
 
     def normalise(self, images: torch.Tensor) -> torch.Tensor:
         return images.to(torch.float32, memory_format=self.memory_format, copy=True).sub_(self.mean).div_(self.std)
@@ -88,11 +98,18 @@ def init_from(model: nn.Module, path: str) -> None:
     file = Path(path, "model.pt") if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise UserError(f"init_from: there is no {file}")
-    try:
-        model.load_state_dict(load_tensors(file))
-    except RuntimeError as error:
-        lines = str(error).splitlines()
-        raise UserError(f"init_from: {file} does not fit this model: {lines[min(1, len(lines) - 1)].strip()}") from None
+    own, saved = model.state_dict(), load_tensors(file)
+    for problem, names in (
+        ("lacks", [name for name in own if name not in saved]),
+        ("has too many", [name for name in saved if name not in own]),
+        ("has of another shape", [k for k in own if k in saved and getattr(saved[k], "shape", None) != own[k].shape]),
+    ):
+        if names:
+            raise UserError(
+                f"init_from: {file} does not fit this model: of its tensors it {problem} {len(names)}, the first "
+                f"{names[0]}; is it a run of another `model` or of other classes?"
+            )
+    model.load_state_dict(saved)
     print(f"started from {file}")
 
 

@@ -12,7 +12,8 @@ import torch
 from common import log
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ("train_source", "train_dann", "train_advent")
+SCRIPTS = ("train_source", "train_dann", "train_advent", "train_pseudo")  # train_shot: `shot_config`
+SOURCE_STREET = "source: {name: drawn_street, crop: [64, 64]}, "
 TASKS = ("classification", "segmentation")
 
 
@@ -48,20 +49,44 @@ def tiny_config(folder: Path, **changes) -> Path:
 def street_config(folder: Path, script: str, **changes) -> Path:
     """`tiny_config` on the built-in street scenes, with an auxiliary head."""
     lines = {
-        "data": "{task: segmentation, source: {name: drawn_street, crop: [64, 64]}, "
-        "target: {name: drawn_street_dusk, crop: [64, 64]}, batch: 2, eval_batch: 3, select_images: 4, "
+        "data": f"{{task: segmentation, {SOURCE_STREET}target: {{name: drawn_street_dusk, crop: [64, 64]}}, "
+        "batch: 2, eval_batch: 3, select_images: 4, "
         f"root: {folder}/images, cache: {folder}/cache, "
         "augment: {zoom: {scale: [0.8, 1.5]}, flip: {}, jitter: {gamma: [0.7, 1.5]}}}",
         "model": "{backbone: mobilenet_v2, output_stride: 16, aux_weight: 0.1}",
     }
-    lines |= {"train_dann": {"feature_layers": "[layer3, layer4]", "layer_weights": "[0.5, 1]", "disc_hidden": 32}}.get(
-        script, {}
-    )
+    own = {
+        "train_dann": {"feature_layers": "[layer3, layer4]", "layer_weights": "[0.5, 1]", "disc_hidden": 32},
+        "train_pseudo": {"mix": "classmix", "strong_augment": "{jitter: {gamma: [0.7, 1.5]}, cutout: {}}"},
+    }
+    lines |= own.get(script, {})
     return tiny_config(folder, **{**lines, **changes})
 
 
 def config_of(task: str, folder: Path, script: str, **changes) -> Path:
     return street_config(folder, script, **changes) if task == "segmentation" else tiny_config(folder, **changes)
+
+
+def shot_config(folder: Path, task: str = "classification", **changes) -> Path:
+    """Ten steps of train_shot.py from a run of train_source.py in folder/source, which is trained first."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = config_of(task, folder, "train_source", out_dir=folder / "source")
+    assert train("train_source", config) == 0
+    plain = config.read_text()
+    domain = {"classification": "source: {name: drawn_digits}, ", "segmentation": SOURCE_STREET}[task]
+    assert domain in plain
+    lines = {
+        "out_dir": folder / "run",
+        "init_from": folder / "source",
+        "centroid_every": 4,
+        "strong_augment": "{photometric: {gain: [0.5, 1.5], noise: 0.2}}",
+        **changes,
+    }
+    kept = [line for line in plain.splitlines() if line.split(":")[0] not in lines]
+    text = "\n".join([*kept, *(f"{key}: {value}" for key, value in lines.items())]).replace(domain, "")
+    file = folder / "shot.yaml"
+    file.write_text(text)
+    return file
 
 
 def train(script: str, config: Path, *arguments: str) -> int:

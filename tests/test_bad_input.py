@@ -11,7 +11,7 @@ import torchvision
 from PIL import Image
 
 from common.runtime import exit_with
-from tests.helpers import SCRIPTS, metrics, tiny_config, train
+from tests.helpers import SCRIPTS, metrics, shot_config, street_config, tiny_config, train
 
 DATA = (
     "{source: {name: folder, path: photo}, target: {name: folder, path: sketch}, "
@@ -317,7 +317,76 @@ def test_weights_of_another_backbone(config, refused, tmp_path):
 def test_init_from_another_network(config, refused, tmp_path):
     assert "init_from: there is no nowhere" in refused("train_dann", config, "init_from=nowhere")
     torch.save({"head.weight": torch.zeros(1)}, tmp_path / "model.pt")
-    assert "model.pt does not fit this model: " in refused("train_dann", config, "init_from=model.pt")
+    for script in SCRIPTS:
+        message = refused(script, config, "init_from=model.pt")
+        assert re.search(r"model\.pt does not fit this model: of its tensors it lacks \d+, the first ", message)
+
+
+@pytest.mark.parametrize(
+    ("keys", "match"),
+    [
+        (["threshold=0"], "threshold must be positive"),
+        (["threshold=-0.5"], "threshold must be positive"),
+        (["mix=classmix"], "mix: classmix is for data.task: segmentation"),
+        (["mix=cutmix"], "mix must be none | classmix, not 'cutmix'"),
+        (["teacher=ma"], "teacher must be none | ema, not 'ma'"),
+        (["ema_decay=1"], "ema_decay must lie in [0, 1)"),
+        (["portions=[0.2]"], "portions must be two numbers in (0, 1]"),
+        (["portions=[0, 1]"], "portions must be two numbers in (0, 1]"),
+        (["pseudo_warmup=2"], "pseudo_warmup must lie in [0, 1]"),
+        (["strong_augment={bluur: {}}"], "strong_augment: no operation 'bluur'; did you mean blur?"),
+        (["strong_augment={cutout: {side: 2}}"], "strong_augment.cutout.side must lie in [0, 1], not 2"),
+        (["data.source.augment={flop: {}}"], "data.source.augment: no operation 'flop'; did you mean flip?"),
+        (["data.target_test={name: drawn_digits, augment: {}}"], "data.target_test.augment: test images are never"),
+        (["init_from=nowhere"], "init_from: there is no nowhere"),
+    ],
+)
+def test_self_training(config, refused, keys, match):
+    assert match in refused("train_pseudo", config, *keys)
+
+
+def test_a_strong_view_of_maps_keeps_pixels_in_their_place(tmp_path, refused):
+    config = street_config(tmp_path, "train_pseudo", out_dir="run")
+    assert "strong_augment: no operation 'flip'" in refused("train_pseudo", config, "strong_augment={flip: {}}")
+    message = refused("train_pseudo", config, "strong_augment={zoom: {}}")
+    assert message.endswith("there are photometric, jitter, blur, cutout")
+
+
+def test_classmix_of_two_sizes(tmp_path, outcome):
+    config = street_config(tmp_path, "train_pseudo", out_dir="run")
+    code, _, lines = outcome("train_pseudo", config, "data.target.crop=[32, 96]", "model.bn=separate")
+    assert (code, len(lines)) == (2, 1)
+    assert "mix: classmix pastes source onto target images, but these are 64x64 and 32x96 px" in lines[0]
+
+
+@pytest.fixture
+def shot(tmp_path) -> Path:
+    return shot_config(tmp_path / "start", out_dir="run")
+
+
+@pytest.mark.parametrize(
+    ("keys", "match"),
+    [
+        (["data.source={name: drawn_digits}"], "data.source: this method sees no source images; leave it out"),
+        (["init_from=null"], "init_from is missing: the run of train_source.py to start from"),
+        (["init_from=nowhere"], "init_from: there is no nowhere"),
+        (["init_from=start"], "init_from: start/summary.json does not exist; name the folder of a finished run"),
+        (["model.bottleneck=8"], "does not fit this model: of its tensors it lacks"),
+        (["data.target={name: folder, path: photo}", "data.root=images"], "its classes differ from the source's"),
+        (["select=source_val"], "select: source_val needs source images, which are not read here"),
+        (["centroid_every=0"], "centroid_every must be positive"),
+        (["strong_augment={bluur: {}}"], "strong_augment: no operation 'bluur'"),
+        (["data.augment={bluur: {}}"], "augment: no operation 'bluur'"),
+    ],
+)
+def test_source_free(shot, pictures, refused, keys, match):
+    pictures("photo", {"cat": 12, "dog": 12})
+    assert match in refused("train_shot", shot, *keys)
+
+
+def test_source_free_from_a_damaged_summary(shot, refused):
+    Path("start/source/summary.json").write_text('{"classes": ')
+    assert "summary.json does not name the classes" in refused("train_shot", shot)
 
 
 # --- the run folder

@@ -17,8 +17,8 @@ import data.folder
 from common.config import DataConfig, DomainConfig
 from common.runtime import UserError
 from data import drawn, eval_loader, open_domains, train_loader
+from data.augment import IN_PLACE, Augment
 from data.augment import OPERATIONS as ALL_OPERATIONS
-from data.augment import Augment
 from data.decoded import decode, decoded_images
 from data.digits import blend, mnistm
 from data.folder import read_list, scan_folder
@@ -169,6 +169,8 @@ def test_images_are_cropped_or_padded_at_the_centre(side):
 # --- augmentation
 
 STRONG = {
+    "blur": {"sigma": [0.5, 3.0]},
+    "cutout": {},
     "affine": {"degrees": 30, "translate": 0.2, "scale": [0.7, 1.3], "shear": 20},
     "photometric": {"gain": [0.5, 1.5], "offset": 0.2, "channel_gain": [0.5, 1.5], "channel_offset": 0.2, "noise": 0.1},
     "crop": {"scale": [0.3, 1.0]},
@@ -198,6 +200,7 @@ def off(a: torch.Tensor, b: torch.Tensor) -> int:
 
 def test_every_operation_is_tested():
     assert set(STRONG) == set(OPERATIONS)
+    assert set(IN_PLACE) < set(OPERATIONS)
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
@@ -216,7 +219,12 @@ def test_control_torchvision_draws_once_for_a_batch():
 
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_identity_parameters_change_nothing(name):
-    identity = {"crop": {"scale": [1.0, 1.0], "ratio": [1.0, 1.0]}, "flip": {"probability": 0.0}}.get(name, {})
+    identity = {
+        "crop": {"scale": [1.0, 1.0], "ratio": [1.0, 1.0]},
+        "flip": {"probability": 0.0},
+        "blur": {"sigma": [0.1, 0.1]},
+        "cutout": {"side": 0.0},
+    }.get(name, {})
     assert off(apply(name, smooth(4), **identity), smooth(4)) <= 1
     gray = smooth(4)[:, :1].contiguous()
     assert off(apply(name, gray, **identity), gray) <= 1  # one channel stays one
@@ -348,6 +356,59 @@ def test_jitter():
     assert off(apply("jitter", gray, saturation=0.9, hue=0.4), gray) <= 1  # no colour to change
     assert off(apply("jitter", image, saturation=0.9), image) > 20
     assert off(apply("jitter", image, hue=0.4), image) > 20
+
+
+def test_blur_keeps_the_mass_and_spreads_it():
+    out = apply("blur", _spot(0, 0), sigma=[2.0, 2.0])
+    assert out.float().sum().item() == pytest.approx(_spot(0, 0).float().sum().item(), rel=0.05)
+    assert out.max() < 200
+    assert _centre(out).abs().max() < 0.1
+
+
+def test_cutout_is_a_grey_rectangle():
+    images = torch.zeros(200, 3, 20, 30, dtype=torch.uint8)
+    out = apply("cutout", images, side=0.5)
+    assert set(out.unique().tolist()) == {0, 127}
+    cut = (out == 127).all(1)
+    assert ((out == 127) == cut[:, None]).all()  # every channel alike
+    for mask in cut[cut.flatten(1).any(1)]:
+        rows, columns = mask.any(1).nonzero()[:, 0], mask.any(0).nonzero()[:, 0]
+        assert mask.sum() == len(rows) * len(columns)  # a rectangle
+        assert (rows.diff() == 1).all()
+        assert len(rows) <= 11
+        assert len(columns) <= 16
+    assert 0.02 < cut.float().mean() < 0.07  # a quarter of a half, squared, less at the border
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_two_views(workers):
+    """The weak view is what training without a strong one sees; the strong one is drawn anew each step."""
+    images, config = noise_set(labelled=False), data_config(batch=6, size=12, augment={"flip": {}}, workers=workers)
+    weak = list(train_loader(images, config, 1, "target", 0, 6))
+    spec = {"photometric": {"gain": [0.5, 1.5]}, "cutout": {}}
+    pairs = list(train_loader(images, config, 1, "target", 0, 6, spec))
+    assert all(torch.equal(a, b) for a, (b, _) in zip(weak, pairs, strict=True))
+    assert all(not torch.equal(a, b) for a, b in pairs)
+    tail = list(train_loader(images, config, 1, "target", 3, 6, spec))
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(pairs[3:], tail, strict=True))
+    same = list(train_loader(images, config, 1, "target", 0, 6, {}))
+    assert all(torch.equal(a, b) for a, b in same)
+    one = noise_set(size=1, labelled=False)
+    strong = [s.numpy().tobytes() for _, s in train_loader(one, config, 1, "target", 0, 6, spec)]
+    assert len(set(strong)) == 6
+
+
+def test_a_domain_may_have_an_augmentation_of_its_own():
+    plain, augmented = {"name": "drawn_digits"}, {"photometric": {"invert": 1.0}}
+    images, batches = noise_set(), {}
+    for name, source, both in (("none", None, {}), ("own", augmented, {}), ("shared", None, augmented),
+                               ("without", {}, augmented)):  # fmt: skip
+        config = data_config({**plain, "augment": source}, batch=6, size=12, augment=both)
+        batches[name] = {d: TrainBatches(images, config, 1, d)[0][0] for d in ("source", "target")}
+    for one, other in (("own", "shared"), ("without", "none")):
+        assert torch.equal(batches[one]["source"], batches[other]["source"])
+    assert torch.equal(batches["own"]["target"], batches["none"]["target"])
+    assert not torch.equal(batches["own"]["source"], batches["none"]["source"])
 
 
 def test_jitter_beyond_its_range_stays_an_image():

@@ -21,6 +21,7 @@ DROPOUT = {  # dropout: the random state must be kept too
     "train_source": [],
     "train_dann": ["disc_norm=dropout"],
     "train_advent": ["adv_weight=0.5", "div_weight=0.5"],
+    "train_pseudo": ["threshold_mode=class_balanced", "distribution_alignment=true", "pseudo_warmup=0"],
 }
 
 
@@ -68,6 +69,33 @@ def test_stopped_and_resumed_is_exact(tmp_path, monkeypatch, whole, script, stop
     assert (tmp_path / f"run/checkpoints/step_{stop:08d}.pt").is_file()
     assert train(script, config, *DROPOUT[script], f"data.workers={workers_after}", "--resume") == 0
     assert _same_run(whole[script], tmp_path / "run") == 0
+
+
+@pytest.mark.parametrize("lost", ["nothing", "teacher", "histogram", "mean prediction", "confidence"])
+def test_every_statistic_of_self_training_is_kept(tmp_path, monkeypatch, lost):
+    """Exact with all of them, and another training without any one."""
+    mode = ["threshold_mode=relative", "threshold=0.8"] if lost == "confidence" else DROPOUT["train_pseudo"]
+    keys = [*mode, "distribution_alignment=true", "pseudo_warmup=0", "ema_decay=0.9"]
+    config = tiny_config(tmp_path, strong_augment="{cutout: {}}")
+    assert train("train_pseudo", config, *keys, f"out_dir={tmp_path}/whole") == 0
+    with monkeypatch.context() as patch:
+        stop_after(patch, 6)
+        assert train("train_pseudo", config, *keys) == 143
+    file = tmp_path / "run/checkpoints/step_00000006.pt"
+    state = weights(tmp_path / "run", "checkpoints/step_00000006.pt")
+    for name, value in state["statistics"].items():
+        part = {"0": "mean prediction", "1": "mean prediction", "2": "confidence", "3": "histogram"}
+        if part.get(name[0]) == lost and name.endswith(("value", "counts")):
+            value.copy_(torch.rand(value.shape))
+    if lost == "teacher":
+        for value in state["teacher"].values():
+            value.zero_()
+    if lost != "nothing":
+        file.with_name(file.name + ".sha256").unlink()
+        torch.save(state, file)
+    assert train("train_pseudo", config, *keys, "--resume") == 0
+    changed = differing(*(weights(tmp_path / run, LAST)["model"] for run in ("whole", "run")))
+    assert changed == 0 if lost == "nothing" else changed > 1000
 
 
 EVERYTHING = {

@@ -1,0 +1,392 @@
+"""Self-training: its kernels against plain versions, and the real command."""
+
+import copy
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data.domains
+from common.averages import RunningMean, class_mean, ema_teacher
+from common.collapse import VANISHED, AcceptedShares, CollapseMonitor
+from common.schedules import warm_up
+from data.classmix import class_mask, classmix
+from losses.pseudo_label import (
+    ConfidenceHistogram,
+    align_distribution,
+    pseudo_label_loss,
+    pseudo_label_weights,
+)
+from tests.helpers import config_of, differing, metrics, street_config, summary, tiny_config, train, weights
+
+SHAPES = [(6, 5), (2, 5, 4, 3)]
+STRONG = "strong_augment={photometric: {gain: [0.5, 1.5], noise: 0.2}, blur: {}, cutout: {}}"
+
+
+def rand(*shape, seed=0):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+# --- kernels
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_masked_cross_entropy_against_a_loop(shape):
+    logits = (4 * rand(*shape)).requires_grad_()
+    labels = (5 * rand(shape[0], *shape[2:], seed=1)).long()
+    accepted = rand(shape[0], *shape[2:], seed=2) > 0.4
+    loss = pseudo_label_loss(logits.log_softmax(1), labels, pseudo_label_weights(accepted, "mask"))
+
+    rows = logits.detach().movedim(1, -1).reshape(-1, 5)
+    total = 0.0
+    for row, label, kept in zip(rows, labels.flatten(), accepted.flatten(), strict=True):
+        if kept:
+            total -= float(row[label] - row.exp().sum().log())
+    assert loss.item() == pytest.approx(total / accepted.numel(), rel=1e-5)
+    assert 0 < accepted.sum() < accepted.numel()
+
+    loss.backward()
+    by_class_last = logits.grad.movedim(1, -1).reshape(-1, 5)
+    assert (by_class_last[~accepted.flatten()] == 0).all()  # what is not accepted pulls at nothing
+    assert (by_class_last[accepted.flatten()] != 0).any()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_confident_fraction_weighs_everything_by_the_accepted_share(shape):
+    accepted = rand(shape[0], *shape[2:], seed=2) > 0.4
+    given = pseudo_label_weights(accepted, "confident_fraction")
+    assert given.shape == accepted.shape
+    torch.testing.assert_close(given, torch.full_like(given, accepted.float().mean().item()))
+    log_p, labels = rand(*shape).log_softmax(1), (5 * rand(shape[0], *shape[2:], seed=1)).long()
+    expected = accepted.float().mean() * F.nll_loss(log_p, labels)
+    torch.testing.assert_close(pseudo_label_loss(log_p, labels, given), expected)
+
+
+@pytest.mark.parametrize("weighting", ["mask", "confident_fraction"])
+@pytest.mark.parametrize("shape", [*SHAPES, (0, 5), (0, 5, 4, 3)])
+def test_nothing_accepted_is_zero_and_attached(shape, weighting):
+    logits = rand(*shape).requires_grad_()
+    labels = torch.zeros(shape[0], *shape[2:], dtype=torch.int64)
+    given = pseudo_label_weights(torch.zeros_like(labels, dtype=torch.bool), weighting)
+    loss = pseudo_label_loss(logits.log_softmax(1), labels, given)
+    assert loss.item() == 0
+    loss.backward()
+    assert (logits.grad == 0).all()
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_distribution_alignment_against_a_loop(shape):
+    p, mean_s, mean_t = rand(*shape).softmax(1), rand(5, seed=1).softmax(0), (3 * rand(5, seed=2)).softmax(0)
+    aligned = align_distribution(p, mean_s, mean_t).movedim(1, -1).reshape(-1, 5)
+    for row, got in zip(p.movedim(1, -1).reshape(-1, 5), aligned, strict=True):
+        scaled = [float(a * s / t) for a, s, t in zip(row, mean_s, mean_t, strict=True)]
+        torch.testing.assert_close(got, torch.tensor([v / sum(scaled) for v in scaled]))
+    torch.testing.assert_close(align_distribution(p, mean_s, mean_s), p)
+
+
+@pytest.mark.parametrize("shape", [(4000,), (4, 25, 40)])
+@pytest.mark.parametrize("portion", [0.05, 0.2, 0.5, 1.0])
+def test_class_balanced_cut_is_within_a_bin_of_a_sort(shape, portion):
+    confidence = rand(*shape) ** 0.5
+    labels = (3.999 * rand(*shape, seed=1) ** 2).long()  # classes of unequal size
+    histogram = ConfidenceHistogram(5, bins=200, decay=1.0)
+    for chunk, chunk_labels in zip(confidence.split(2), labels.split(2), strict=True):
+        histogram.add(chunk, chunk_labels)
+    cut = histogram.thresholds(portion)
+    for k in range(4):
+        own = confidence[labels == k].sort(descending=True).values
+        exact = own[math.ceil(portion * len(own)) - 1].item()
+        assert exact - 1 / 200 - 1e-6 <= cut[k].item() <= exact + 1e-6
+        assert (own >= cut[k]).float().mean() >= portion - 1e-6
+    assert cut[4] == 1  # never predicted
+
+
+def test_the_histogram_forgets():
+    histogram = ConfidenceHistogram(1, bins=10, decay=0.5)
+    for _ in range(10):
+        histogram.add(torch.full((8,), 0.95), torch.zeros(8, dtype=torch.int64))
+    high = histogram.thresholds(0.5)
+    for _ in range(10):
+        histogram.add(torch.full((8,), 0.25), torch.zeros(8, dtype=torch.int64))
+    assert (high.item(), histogram.thresholds(0.5).item()) == (pytest.approx(0.9), pytest.approx(0.2))
+
+
+def test_teacher_against_the_closed_formula():
+    """After 100 updates: weight k of the student counts (1 - d_k) times all later decays; buffers are the last ones."""
+    student = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Dropout(0.5))
+    teacher = ema_teacher(student, 0.95)
+    assert not teacher.training
+    assert not any(p.requires_grad for p in teacher.parameters())
+    seen = []
+    for step in range(100):
+        with torch.no_grad():
+            student[0].weight.copy_(rand(4, 3, seed=step))
+        student(rand(8, 3, seed=step))
+        seen.append(copy.deepcopy(student[0].weight.detach()).double())
+        teacher.update_parameters(student)
+    decays = [min(1 - 1 / (t + 1), 0.95) for t in range(100)]
+    assert decays[0] == 0
+    assert decays[1] == 0.5
+    expected = sum((1 - decays[k]) * math.prod(decays[k + 1 :]) * seen[k] for k in range(100))
+    torch.testing.assert_close(teacher.module[0].weight.double(), expected, rtol=1e-4, atol=1e-6)
+    for ours, theirs in zip(teacher.module.buffers(), student.buffers(), strict=True):
+        assert torch.equal(ours, theirs)
+    x = rand(6, 3)
+    assert torch.equal(teacher(x), teacher(x))  # without dropout
+
+
+def test_running_mean_is_a_plain_mean_at_first():
+    values, mean = [rand(3, seed=i) for i in range(30)], RunningMean(torch.ones(3), 0.9)
+    assert torch.equal(mean.value, torch.ones(3))
+    for value in values[:10]:
+        mean.update(value)
+    torch.testing.assert_close(mean.value, torch.stack(values[:10]).mean(0))
+    before = mean.value.clone()
+    mean.update(values[10])
+    torch.testing.assert_close(mean.value, 0.9 * before + 0.1 * values[10], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_classmix_pixel_by_pixel(seed):
+    random = torch.Generator().manual_seed(seed)
+    y_s = torch.randint(0, 6, (3, 8, 9), generator=random)
+    y_s[0] = 2  # one class alone
+    y_s[1, :, :4] = 255
+    y_s[2] = 255
+    x_s, x_t = (torch.randint(0, 256, (3, 3, 8, 9), generator=random).to(torch.uint8) for _ in range(2))
+    y_t = torch.randint(0, 7, (3, 8, 9), generator=random)
+    given = torch.rand(3, 8, 9, generator=random)
+    mask = class_mask(y_s, 7, torch.Generator().manual_seed(seed))
+    x, y, w = classmix((x_s, y_s), (x_t, y_t, given), 7, torch.Generator().manual_seed(seed))
+    for i in range(3):
+        chosen = set(y_s[i][mask[i]].tolist())
+        present = set(y_s[i].flatten().tolist()) - {255}
+        assert len(chosen) == math.ceil(len(present) / 2)
+        for row in range(8):
+            for column in range(9):
+                at = (i, row, column)
+                pasted = int(y_s[at]) in chosen
+                assert bool(mask[at]) == pasted
+                assert x[i, :, row, column].tolist() == (x_s if pasted else x_t)[i, :, row, column].tolist()
+                assert int(y[at]) == int((y_s if pasted else y_t)[at])
+                assert float(w[at]) == (1.0 if pasted else float(given[at]))
+
+
+def test_classmix_chooses_every_class_in_turn():
+    labels = torch.arange(4).view(1, 2, 2)
+    chosen = [class_mask(labels, 4, torch.Generator().manual_seed(i)).flatten() for i in range(40)]
+    share = torch.stack(chosen).float().mean(0)
+    assert ((share > 0.2) & (share < 0.8)).all()
+
+
+def test_warm_up():
+    assert [warm_up(p, 0.5) for p in (0.0, 0.25, 0.5, 0.9)] == pytest.approx([0, 0.5, 1, 1])
+    assert warm_up(0.0, 0.0) == 1
+
+
+# --- what is watched
+
+
+def test_accepted_shares_of_each_class():
+    shares = AcceptedShares(["a", "b", "c"])
+    shares.add(torch.tensor([0, 0, 1]), torch.tensor([True, False, False]))
+    shares.add(torch.tensor([[0, 0]]), torch.tensor([[True, True]]))
+    assert shares.report() == {"accepted": 0.6, "accepted.a": 0.75, "accepted.b": 0.0, "accepted.c": None}
+    assert shares.report() == {"accepted": 0, "accepted.a": None, "accepted.b": None, "accepted.c": None}
+
+
+def predictions(step: int, classes: list[int], shape=(32,)) -> torch.Tensor:
+    """Sure predictions of the classes given, evenly."""
+    index = torch.randint(len(classes), shape, generator=torch.Generator().manual_seed(step))
+    return (8 * F.one_hot(torch.tensor(classes)[index], 4).float()).softmax(-1).movedim(-1, 1)
+
+
+@pytest.mark.parametrize("shape", [(32,), (2, 4, 4)])
+def test_the_alarm_names_a_class_that_vanishes(shape):
+    monitor, told = CollapseMonitor(["a", "b", "c", "d"]), []
+    for step in range(200):
+        monitor.add(predictions(step, [0, 1, 2, 3], shape))
+    assert monitor.report(200, told.append)["vanished"] == 0
+    assert told == []
+    for step in range(200, 1200):
+        monitor.add(predictions(step, [0, 1, 3], shape))
+        if step % 100 == 99:
+            monitor.report(step + 1, told.append)
+    assert monitor.report(1200, told.append)["vanished"] == 1
+    assert len(told) == len(monitor.alarms) == 1  # told once
+    assert "c vanished" in monitor.alarms[0]["reason"]
+    assert monitor.running.value[2] < VANISHED * monitor.largest[2]
+
+    again = CollapseMonitor(["a", "b", "c", "d"])  # kept with the run
+    again.load_state_dict(monitor.state_dict())
+    assert again.alarms == monitor.alarms
+    assert again.report(1200, told.append) == monitor.report(1200, told.append)
+    assert len(told) == 1
+
+
+def test_the_alarm_sees_a_sudden_collapse():
+    monitor, told = CollapseMonitor(["a", "b", "c", "d"]), []
+    for step in range(300):
+        monitor.add(predictions(step, [0, 1, 2, 3] if step < 270 else [1]))
+    assert monitor.report(300, told.append)["drift"] > 0.3
+    assert "moved" in told[0]
+
+
+def test_a_class_that_never_was_there_is_no_alarm():
+    monitor, told = CollapseMonitor(["a", "b", "c", "d"]), []
+    for step in range(1000):
+        monitor.add(predictions(step, [0, 1, 3]))
+    monitor.report(1000, told.append)
+    assert told == []
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_class_mean(shape):
+    p = rand(*shape)
+    torch.testing.assert_close(class_mean(p), torch.stack([p[:, k].mean() for k in range(5)]))
+
+
+# --- the real command
+
+
+@pytest.mark.parametrize("task", ["classification", "segmentation"])
+def test_nothing_accepted_is_source_only(tmp_path, task):
+    """Threshold 1.01: finite, nothing accepted, and the gradients of source-only (batch norm frozen)."""
+    model = "{bn: frozen}" if task == "classification" else "{backbone: mobilenet_v2, output_stride: 16, bn: frozen}"
+    config = config_of(task, tmp_path, "train_source", model=model)
+    keys = [STRONG, "threshold=1.01", "pseudo_warmup=0", "pseudo_weight=10", "log_every=1"]
+    keys += ["steps=2"]
+    assert train("train_source", config, "steps=2", f"out_dir={tmp_path}/source") == 0
+    assert train("train_pseudo", config, *keys, f"out_dir={tmp_path}/none") == 0
+    assert train("train_pseudo", config, *keys, "threshold=0.01", f"out_dir={tmp_path}/all") == 0
+    lines = {run: [m for m in metrics(tmp_path / run) if "lr" in m] for run in ("none", "all")}
+    assert len(lines["none"]) == 2
+    assert all(m["accepted"] == m["pseudo_loss"] == 0 for m in lines["none"])
+    assert all(m["accepted"] == 1 and m["pseudo_loss"] > 0 for m in lines["all"])  # control
+    last = "checkpoints/step_00000002.pt"
+    plain, none, everything = (weights(tmp_path / run, last)["model"] for run in ("source", "none", "all"))
+    gap = {
+        name: max(float((state[k] - v).abs().max()) for k, v in plain.items() if v.is_floating_point())
+        for name, state in (("none", none), ("all", everything))
+    }
+    assert gap["none"] < 1e-5
+    assert gap["all"] > 1e-3
+
+
+MODES = {
+    "fixed": ["threshold=0.12"],
+    "relative": ["threshold_mode=relative", "threshold=0.8"],
+    "class balanced": ["threshold_mode=class_balanced", "portions=[0.3, 0.6]"],
+    "aligned": ["distribution_alignment=true", "threshold=0.12"],
+    "by the student": ["teacher=none", "threshold=0.12"],
+    "fraction": ["weighting=confident_fraction", "threshold=0.12"],
+    "diversity": ["div_weight=1", "threshold=0.12"],
+}
+
+
+def test_every_option_is_another_training(tmp_path):
+    config = tiny_config(tmp_path, log_every=1)
+    states = {}
+    for name, keys in MODES.items():
+        assert train("train_pseudo", config, STRONG, "pseudo_warmup=0", *keys, f"out_dir={tmp_path}/{name}") == 0
+        states[name] = weights(tmp_path / name, "checkpoints/step_00000010.pt")["model"]
+    assert train("train_pseudo", config, "pseudo_warmup=0", "threshold=0.12", f"out_dir={tmp_path}/weak") == 0
+    states["no strong view"] = weights(tmp_path / "weak", "checkpoints/step_00000010.pt")["model"]
+    names = list(states)
+    for i, name in enumerate(names):
+        for other in names[:i]:
+            assert differing(states[name], states[other]) > 100, (name, other)
+
+
+def test_portions_are_what_is_accepted(tmp_path):
+    config, last = tiny_config(tmp_path), {}
+    for portion in (0.2, 1):
+        keys = ["threshold_mode=class_balanced", f"portions=[{portion}, {portion}]", "data.batch=40"]
+        assert train("train_pseudo", config, *keys, f"out_dir={tmp_path}/{portion}") == 0
+        last[portion] = metrics(tmp_path / str(portion))[-2]["accepted"]
+    assert last[1] == 1
+    assert 0.1 < last[0.2] < 0.4
+
+
+def test_classmix_is_another_training(tmp_path):
+    config = street_config(tmp_path, "train_source")
+    for mix in ("none", "classmix"):
+        keys = [STRONG, "pseudo_warmup=0", "threshold=0.1", f"mix={mix}", f"out_dir={tmp_path}/{mix}"]
+        assert train("train_pseudo", config, *keys) == 0
+    assert differing(weights(tmp_path / "none"), weights(tmp_path / "classmix")) > 1000
+
+
+def test_logged_metrics(tmp_path):
+    assert train("train_pseudo", tiny_config(tmp_path), STRONG) == 0
+    lines = [line for line in metrics(tmp_path / "run") if "lr" in line]
+    classes = summary(tmp_path / "run")["classes"]
+    names = ["step", "cls_loss", "pseudo_loss", "div_loss", "confidence", "agreement", "lr", "weight", "accepted"]
+    assert list(lines[0]) == [*names, *(f"accepted.{c}" for c in classes), "vanished", "drift"]
+    assert [line["weight"] for line in lines] == pytest.approx([warm_up(s / 10, 0.5) for s in (3, 7, 9)])
+
+
+def test_the_teacher_follows_the_student(tmp_path):
+    assert train("train_pseudo", tiny_config(tmp_path), "ema_decay=0.9") == 0
+    state = weights(tmp_path / "run", "checkpoints/step_00000010.pt")
+    assert state["teacher"]["n_averaged"] == 10
+    student, teacher = state["model"], state["teacher"]
+    for name, value in student.items():
+        ours = teacher[f"module.{name}"]
+        if "running" in name or "num_batches" in name:
+            assert torch.equal(ours, value), name
+        else:
+            assert (ours != value).any(), name
+    assert train("train_pseudo", tiny_config(tmp_path), "ema_decay=0", f"out_dir={tmp_path}/zero") == 0
+    state = weights(tmp_path / "zero", "checkpoints/step_00000010.pt")
+    for name, value in state["model"].items():
+        torch.testing.assert_close(state["teacher"][f"module.{name}"], value, msg=name)
+
+
+def test_a_forced_collapse_raises_the_alarm_and_a_healthy_run_does_not(tmp_path, capsys, monkeypatch):
+    """Labels of one class alone for every target image, from the middle on: the others vanish."""
+    short = ["steps=120", "log_every=10", "eval_every=1000", "data.batch=16", "pseudo_warmup=0", STRONG]
+    config = tiny_config(tmp_path, optim="{lr: 0.02, schedule: constant}")
+    assert train("train_pseudo", config, *short, "threshold=0.8", f"out_dir={tmp_path}/healthy") == 0
+    assert summary(tmp_path / "healthy")["collapse_alarms"] == []
+    assert "collapse alarm" not in capsys.readouterr().out
+
+    collapse = [*short, "threshold=0.05", "pseudo_weight=30", "teacher=none", "optim.lr=0.05"]
+    assert train("train_pseudo", config, *collapse, f"out_dir={tmp_path}/collapsed") == 0
+    alarms = summary(tmp_path / "collapsed")["collapse_alarms"]
+    assert any("vanished" in alarm["reason"] for alarm in alarms)
+    assert f"step {alarms[0]['step']}  collapse alarm: {alarms[0]['reason']}" in capsys.readouterr().out
+    lines = [m for m in metrics(tmp_path / "collapsed") if "lr" in m]
+    assert lines[-1]["vanished"] > 0
+
+
+@pytest.mark.parametrize(
+    ("keys", "select", "part"),
+    [
+        ([], "infomax", True),
+        ([], "entropy", True),
+        ([], "source_val", False),
+        (["pseudo_weight=0", "div_weight=1"], "infomax", True),
+        (["pseudo_weight=0", "div_weight=1"], "entropy", False),
+        (["pseudo_weight=0"], "infomax", False),
+    ],
+)
+def test_what_self_training_trains_is_no_judge_of_it(tmp_path, keys, select, part):
+    assert train("train_pseudo", tiny_config(tmp_path), "steps=1", f"select={select}", *keys) == 0
+    assert summary(tmp_path / "run")["selection"]["part_of_training_loss"] == part
+
+
+def test_a_source_mask_of_void_alone_pastes_nothing(tmp_path, monkeypatch):
+    open_street = data.domains.open_street
+
+    def void(name, train_split):
+        images = open_street(name, train_split)
+        nothing = torch.full_like(images.labels, 255)
+        return dataclasses.replace(images, labels=nothing) if train_split else images
+
+    monkeypatch.setattr(data.domains, "open_street", void)
+    config = street_config(tmp_path, "train_pseudo")
+    assert train("train_pseudo", config, "mix=classmix", "threshold=1.01", "log_every=1") == 0
+    lines = [m for m in metrics(tmp_path / "run") if "lr" in m]
+    assert all(m["cls_loss"] == m["pseudo_loss"] == m["aux_pseudo_loss"] == 0 for m in lines)

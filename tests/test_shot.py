@@ -1,0 +1,238 @@
+"""Source-free adaptation: centroids against a plain version, and the real command."""
+
+import dataclasses
+import signal
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import data.domains
+from losses.shot import centroid_sums, nearest_centroid, unit_features
+from tests.helpers import (
+    ROOT,
+    TASKS,
+    differing,
+    load_script,
+    metrics,
+    shot_config,
+    stop_after,
+    summary,
+    train,
+    weights,
+)
+
+LAST = "checkpoints/step_00000010.pt"
+
+
+def rand(*shape, seed=0):
+    return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def plain_centroids(features: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
+    """Equations 4 to 6, row by row, as the authors' code has them: (M, D) and (M, K) -> (K, D + 1)."""
+    rows = [F.normalize(torch.cat([row, torch.ones(1)]), dim=0) for row in features]
+    present = [k for k in range(p.shape[1]) if (p.argmax(1) == k).any()]
+    assigned = p
+    for _ in range(2):
+        centroids = {}
+        for k in present:
+            if assigned[:, k].sum() > 0:
+                mean = sum(a * row for a, row in zip(assigned[:, k], rows, strict=True)) / assigned[:, k].sum()
+                centroids[k] = mean / mean.norm()
+        labels = [max(centroids, key=lambda k: float(row @ centroids[k])) for row in rows]
+        assigned = F.one_hot(torch.tensor(labels), p.shape[1]).float()
+    out = torch.zeros(p.shape[1], features.shape[1] + 1)
+    for k, centroid in centroids.items():
+        out[k] = centroid
+    return out
+
+
+@pytest.mark.parametrize("shape", [(30,), (3, 2, 5)])
+def test_sums_and_nearest_against_loops(shape):
+    features, p = rand(shape[0], 4, *shape[1:]), rand(shape[0], 3, *shape[1:], seed=1).softmax(1)
+    unit = unit_features(features)
+    assert unit.shape == (shape[0], 5, *shape[1:])
+    rows, weights_of = unit.movedim(1, -1).reshape(-1, 5), p.movedim(1, -1).reshape(-1, 3)
+    torch.testing.assert_close(rows.norm(dim=1), torch.ones(30))
+    sums = torch.stack([sum(w[k] * r for r, w in zip(rows, weights_of, strict=True)) for k in range(3)])
+    torch.testing.assert_close(centroid_sums(unit, p), sums)
+
+    centroids = F.normalize(rand(3, 5, seed=2) - 0.3)
+    centroids[1] = 0  # a class that nothing was predicted to be
+    nearest = nearest_centroid(unit, centroids)
+    assert nearest.shape == shape
+    expected = [max((0, 2), key=lambda k: float(row @ centroids[k])) for row in rows]
+    assert nearest.flatten().tolist() == expected
+    assert set(expected) == {0, 2}
+    assert nearest_centroid(-unit, centroids).unique().tolist() != [1]
+
+
+def test_nothing_gives_nothing():
+    assert (centroid_sums(torch.zeros(0, 4), torch.zeros(0, 3)) == 0).all()
+    assert nearest_centroid(torch.zeros(0, 4), rand(3, 4)).shape == (0,)
+
+
+class _Out:
+    def __init__(self, logits, features):
+        self.logits, self.features = logits, {"pooled": features}
+
+
+class _Table(torch.nn.Module):
+    """A stand-in for the network: looks features and logits of numbered images up."""
+
+    def __init__(self, features, logits):
+        super().__init__()
+        self.table = features, logits
+
+    def forward(self, index):
+        return _Out(*(table[index] for table in reversed(self.table)))
+
+
+class _Going:
+    stopping = None
+
+
+def test_centroids_of_the_whole_set_against_a_loop():
+    features, logits = rand(50, 4), 6 * rand(50, 5, seed=1)
+    logits[:, 3] = -5  # never predicted
+    compute = load_script(ROOT / "train_shot.py").compute_centroids
+    batches = torch.arange(50).split(7)
+    found = compute(_Table(features, logits), batches, "pooled", torch.device("cpu"), _Going)
+    torch.testing.assert_close(found, plain_centroids(features, logits.softmax(1)))
+    assert (found[3] == 0).all()
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_run(tmp_path, command, task):
+    config = shot_config(tmp_path, task, log_every=1)
+    code, out, err = command("train_shot", "--config", config)
+    assert (code, err) == (0, ""), err
+    assert "source       none" in out
+    result = summary(tmp_path / "run")
+    assert result["method"] == "shot"
+    assert result["classes"] == summary(tmp_path / "source")["classes"]
+    figure = {"classification": "accuracy", "segmentation": "mean_iou"}[task]
+    assert result["source_val"][figure] is None
+    assert result["target"]["last"][figure] is not None
+    assert result["selection"]["part_of_training_loss"]
+    lines = [line for line in metrics(tmp_path / "run") if "lr" in line]
+    names = ["ent_loss", "div_loss", "pseudo_loss", "confidence", "agreement", "lr", "vanished", "drift"]
+    assert list(lines[0]) == ["step", *names]
+    state = weights(tmp_path / "run", LAST)
+    assert (state["memory"]["centroids"].norm(dim=1) > 0.99).any()
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_classifier_is_frozen_and_everything_else_moves(tmp_path, task):
+    model = {"classification": "{bottleneck: 16}", "segmentation": "{backbone: mobilenet_v2, head: deeplab_v3, "
+             "output_stride: 16, aux_weight: 0.1}"}[task]  # fmt: skip
+    config = shot_config(tmp_path, task)
+    keys = [f"model={model}", "optim.weight_decay=0"]
+    assert train("train_source", tmp_path / "config.yaml", *keys, "steps=4", f"out_dir={tmp_path}/from") == 0
+    assert train("train_shot", config, *keys, f"init_from={tmp_path}/from", "optim.lr=0.1") == 0
+    before, after = weights(tmp_path / "from"), weights(tmp_path / "run", LAST)["model"]
+    for name, value in before.items():
+        frozen = name.startswith(("head.", "aux_head."))
+        linear_before_norm = name == "bottleneck.0.bias"
+        if frozen:
+            assert torch.equal(value, after[name]), f"{name} moved"
+        elif value.is_floating_point() and not linear_before_norm:
+            assert not torch.equal(value, after[name]), f"{name} did not move"
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(("stop", "workers", "workers_after"), [(6, 0, 0), (4, 2, 0)])
+def test_resume_is_exact(tmp_path, monkeypatch, task, stop, workers, workers_after):
+    config = shot_config(tmp_path, task)
+    assert train("train_shot", config, f"out_dir={tmp_path}/whole") == 0
+    with monkeypatch.context() as patch:
+        stop_after(patch, stop)
+        assert train("train_shot", config, f"data.workers={workers}") == 143
+    assert train("train_shot", config, f"data.workers={workers_after}", "--resume") == 0
+    whole, resumed = (weights(tmp_path / run, LAST) for run in ("whole", "run"))
+    del whole["seconds"], resumed["seconds"]
+    assert differing(whole, resumed) == 0
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "run")
+
+
+def test_control_lost_centroids_are_seen(tmp_path, monkeypatch):
+    config = shot_config(tmp_path)
+    assert train("train_shot", config, f"out_dir={tmp_path}/whole") == 0
+    with monkeypatch.context() as patch:
+        stop_after(patch, 6)
+        assert train("train_shot", config) == 143
+    file = tmp_path / "run/checkpoints/step_00000006.pt"
+    state = weights(tmp_path / "run", "checkpoints/step_00000006.pt")
+    state["memory"]["centroids"].copy_(state["memory"]["centroids"].roll(1, 0))
+    file.with_name(file.name + ".sha256").unlink()
+    torch.save(state, file)
+    assert train("train_shot", config, "--resume") == 0
+    assert differing(*(weights(tmp_path / run, LAST)["model"] for run in ("whole", "run"))) > 1000
+
+
+def test_a_signal_while_centroids_are_computed_saves_and_leaves(tmp_path, monkeypatch):
+    config = shot_config(tmp_path)
+    assert train("train_shot", config, f"out_dir={tmp_path}/whole") == 0
+    target_pass = data.domains.Domains.target_pass
+
+    def interrupted(self):
+        for number, batch in enumerate(target_pass(self)):
+            passes.append(number)
+            if len(passes) == 22:  # in the second pass over five batches of the third time, before step 9
+                signal.raise_signal(signal.SIGTERM)
+            yield batch
+
+    class Pass:
+        def __init__(self, domains):
+            self.domains = domains
+
+        def __iter__(self):
+            return interrupted(self.domains)
+
+    passes = []
+    with monkeypatch.context() as patch:
+        patch.setattr(data.domains.Domains, "target_pass", lambda self: Pass(self))
+        assert train("train_shot", config) == 143
+    assert len(passes) == 22  # the rest of the pass is not waited for
+    assert (tmp_path / "run/checkpoints/step_00000008.pt").is_file()
+    assert train("train_shot", config, "--resume") == 0
+    whole, resumed = (weights(tmp_path / run, LAST) for run in ("whole", "run"))
+    assert differing(whole["model"], resumed["model"]) == 0
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "run")
+
+
+def test_target_labels_do_not_train_or_select(tmp_path, monkeypatch):
+    config = shot_config(tmp_path)
+    assert train("train_shot", config, f"out_dir={tmp_path}/plain") == 0
+    open_drawn = data.domains.open_drawn
+
+    def permuted(name, train_split):
+        images = open_drawn(name, train_split)
+        return dataclasses.replace(images, labels=(images.labels + 1) % 10)
+
+    monkeypatch.setattr(data.domains, "open_drawn", permuted)
+    assert train("train_shot", config, f"out_dir={tmp_path}/permuted") == 0
+    assert differing(weights(tmp_path / "plain"), weights(tmp_path / "permuted")) == 0
+    plain, other = (summary(tmp_path / run)["target"] for run in ("plain", "permuted"))
+    assert plain["selected"]["step"] == other["selected"]["step"]
+    assert plain["last"]["accuracy"] != other["last"]["accuracy"]  # control
+
+
+def test_a_dry_run_writes_nothing(tmp_path, capsys):
+    config = shot_config(tmp_path)
+    assert train("train_shot", config, "--dry-run") == 0
+    assert "nothing was written" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("amp", ["float16", "bfloat16"])
+def test_mixed_precision(tmp_path, amp):
+    config = shot_config(tmp_path, log_every=1)
+    for precision in (amp, "float32"):
+        keys = [f"amp={precision}", "eval_every=1000", f"out_dir={tmp_path}/{precision}", "steps=4"]
+        assert train("train_shot", config, *keys, "data.eval_batch=20") == 0
+    low, full = ([m for m in metrics(tmp_path / p) if "lr" in m] for p in (amp, "float32"))
+    assert low != full
+    for name in ("ent_loss", "div_loss"):
+        assert low[0][name] == pytest.approx(full[0][name], rel=0.05)
