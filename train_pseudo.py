@@ -170,7 +170,8 @@ def main(argv: list[str] | None = None) -> int:
         agreement = (log_p_t.detach().argmax(1) == labels).float().mean()
         run.log.add(**losses, confidence=confidence.mean(), agreement=agreement)
         if run.due(step, config.log_every):
-            run.log.write(step, lr=lr, weight=pseudo_weight, **shares.report(), **monitor.report(step, run.log.print))
+            collapse = monitor.report(step, run.log.print, mean_p_s.value)
+            run.log.write(step, lr=lr, weight=pseudo_weight, **shares.report(), **collapse)
         if run.due(step, config.eval_every):
             with autocast:
                 metrics = evaluate(model, **evaluation, device=device)

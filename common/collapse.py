@@ -7,7 +7,7 @@ from torch import nn
 
 from common.averages import RunningMean, class_mean
 
-VANISHED = 0.05  # of the largest running share of a class: below it the class has vanished
+VANISHED = 0.05  # of the share that a class is expected to have: below it the class has vanished
 DRIFT = 0.3  # total variation between recent and running mean prediction: beyond it they are far apart
 RECENT, RUNNING = 20, 200  # steps that the two means look back
 
@@ -68,16 +68,21 @@ class CollapseMonitor(nn.Module):
         self.running.update(mean)
         torch.maximum(self.largest, self.running.value, out=self.largest)
 
-    def report(self, step: int, tell: Callable[[str], None]) -> dict[str, float]:
-        """`vanished`, the classes whose running share is below VANISHED times its largest, counted; `drift`, the total
-        variation between recent and running mean prediction. One host sync. What is newly wrong becomes an alarm, and
-        is told."""
-        running, recent, largest = torch.stack([self.running.value, self.recent.value, self.largest]).tolist()
+    def report(self, step: int, tell: Callable[[str], None], mean_s: torch.Tensor | None = None) -> dict[str, float]:
+        """`vanished`, how many classes have a running share below VANISHED times what is to be expected; `drift`, the
+        total variation between recent and running mean prediction. One host sync. What is newly wrong becomes an
+        alarm, and is told.
+
+        Expected is the largest share that the class ever had; with `mean_s` (K,), the mean prediction on the source,
+        that is the upper bound: an untrained network predicts all classes alike, rare ones too.
+        """
+        expected = self.largest if mean_s is None else torch.minimum(self.largest, mean_s)
+        running, recent, expected = torch.stack([self.running.value, self.recent.value, expected]).tolist()
         drift = sum(abs(a - b) for a, b in zip(recent, running, strict=True)) / 2
         reasons = {
-            name: f"{name} vanished from the target predictions: {100 * now:.2g} %, before {100 * most:.2g} %"
-            for name, now, most in zip(self.classes, running, largest, strict=True)
-            if now < VANISHED * most
+            name: f"{name} vanished from the target predictions: {100 * now:.2g} %, expected {100 * share:.2g} %"
+            for name, now, share in zip(self.classes, running, expected, strict=True)
+            if now < VANISHED * share
         }
         vanished = len(reasons)
         if drift > DRIFT:
