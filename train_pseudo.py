@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> int:
             threshold = config.threshold * (confidence_s.value if config.threshold_mode == "relative" else 1.0)
         accepted = confidence >= threshold
         shares.add(y_t, accepted)
-        monitor.add(p_t)
+        monitor.add(p_t, y_s)
         labels, weights = y_t, pseudo_label_weights(accepted, config.weighting)
         if config.mix == "classmix":
             random = generator(config.seed, "classmix", step)
@@ -170,7 +170,7 @@ def main(argv: list[str] | None = None) -> int:
         agreement = (log_p_t.detach().argmax(1) == labels).float().mean()
         run.log.add(**losses, confidence=confidence.mean(), agreement=agreement)
         if run.due(step, config.log_every):
-            collapse = monitor.report(step, run.log.print, mean_p_s.value)
+            collapse = monitor.report(step, run.log.print)
             run.log.write(step, lr=lr, weight=pseudo_weight, **shares.report(), **collapse)
         if run.due(step, config.eval_every):
             with autocast:

@@ -53,6 +53,7 @@ class CollapseMonitor(nn.Module):
         uniform = torch.full((len(classes),), 1 / len(classes))
         self.recent, self.running = (RunningMean(uniform, 1 - 1 / steps) for steps in (RECENT, RUNNING))
         self.register_buffer("largest", torch.zeros(len(classes)))
+        self.register_buffer("labelled", torch.zeros(len(classes) + 1, dtype=torch.int64))  # the last is ignored
 
     def get_extra_state(self) -> dict:
         return {"alarms": list(self.alarms), "current": list(self.current)}
@@ -61,23 +62,28 @@ class CollapseMonitor(nn.Module):
         self.alarms, self.current = list(state["alarms"]), list(state["current"])
 
     @torch.no_grad()
-    def add(self, p: torch.Tensor) -> None:
-        """One step's target probabilities (N, K, ...)."""
+    def add(self, p: torch.Tensor, y_s: torch.Tensor | None = None) -> None:
+        """One step's target probabilities (N, K, ...), and labels (N, ...) of the source batch where there is one."""
         mean = class_mean(p)
         self.recent.update(mean)
         self.running.update(mean)
         torch.maximum(self.largest, self.running.value, out=self.largest)
+        if y_s is not None:
+            index = y_s.flatten().clamp_max(len(self.classes))
+            self.labelled.scatter_add_(0, index, torch.ones_like(index))
 
-    def report(self, step: int, tell: Callable[[str], None], mean_s: torch.Tensor | None = None) -> dict[str, float]:
+    def report(self, step: int, tell: Callable[[str], None]) -> dict[str, float]:
         """`vanished`, how many classes have a running share below VANISHED times what is to be expected; `drift`, the
         total variation between recent and running mean prediction. One host sync. What is newly wrong becomes an
         alarm, and is told.
 
-        Expected is the largest share that the class ever had; with `mean_s` (K,), the mean prediction on the source,
-        that is the upper bound: an untrained network predicts all classes alike, rare ones too.
+        Expected is the largest share that the class ever had, but no more than its share of the source's labels: an
+        untrained network predicts all classes alike, rare ones too.
         """
-        expected = self.largest if mean_s is None else torch.minimum(self.largest, mean_s)
-        running, recent, expected = torch.stack([self.running.value, self.recent.value, expected]).tolist()
+        labelled = self.labelled[:-1].float()
+        rows = [self.running.value, self.recent.value, self.largest, labelled / labelled.sum()]
+        running, recent, largest, source = torch.stack(rows).tolist()
+        expected = [min(a, b) if b == b else a for a, b in zip(largest, source, strict=True)]  # nan: no source
         drift = sum(abs(a - b) for a, b in zip(recent, running, strict=True)) / 2
         reasons = {
             name: f"{name} vanished from the target predictions: {100 * now:.2g} %, expected {100 * share:.2g} %"
