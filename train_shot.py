@@ -169,8 +169,7 @@ def main(argv: list[str] | None = None) -> int:
         if run.stopping:
             return run.stopped(step)
 
-    facts = {"classes": domains.classes, "collapse_alarms": monitor.alarms}
-    run.finish(target_test=domains.target_test_note, **facts)
+    run.finish(target_test=domains.target_test_note, classes=domains.classes, collapse_alarms=monitor.alarms)
     return 0
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from common import log
-from tests.helpers import SCRIPTS, TASKS, config_of, differing, metrics, stop_after, train, weights
+from tests.helpers import SCRIPTS, TASKS, config_of, differing, metrics, shot_config, stop_after, train, weights
 
 pytestmark = [
     pytest.mark.gpu,
@@ -31,6 +31,9 @@ def test_every_precision_trains(tmp_path, script, amp, task):
         ("train_dann", ["model.bn=separate", "model.bn_running=target"]),
         ("train_dann", ["conditional=cdan_e"]),
         ("train_advent", ["adv_weight=0.5"]),
+        ("train_pseudo", ["threshold_mode=class_balanced", "distribution_alignment=true"]),
+        ("train_pseudo", ["threshold_mode=relative", "weighting=confident_fraction"]),
+        ("train_shot", ["centroid_every=20"]),
     ],
 )
 @pytest.mark.parametrize("task", TASKS)
@@ -43,10 +46,13 @@ def test_no_host_sync_between_log_steps(tmp_path, monkeypatch, script, keys, amp
         seen.append(1)
         torch.cuda.set_sync_debug_mode("error" if 1 <= len(seen) < 19 else "default")
 
-    monkeypatch.setattr(log.Log, "add", watch)
     if task == "segmentation" and "conditional=cdan_e" in keys:
         keys = ["disc_locations=true"]  # in its place: conditioning is for one vector an image
-    config = config_of(task, tmp_path, script, eval_every=20, save_every=20, log_every=20)
+    rare = {"eval_every": 20, "save_every": 20, "log_every": 20}
+    config = (
+        shot_config(tmp_path, task, **rare) if script == "train_shot" else config_of(task, tmp_path, script, **rare)
+    )
+    monkeypatch.setattr(log.Log, "add", watch)
     try:
         assert train(script, config, "device=cuda", f"amp={amp}", "steps=20", *keys) == 0
     finally:
@@ -55,9 +61,9 @@ def test_no_host_sync_between_log_steps(tmp_path, monkeypatch, script, keys, amp
 
 
 @pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [*SCRIPTS, "train_shot"])
 def test_resume_is_exact(tmp_path, monkeypatch, script, task):
-    config = config_of(task, tmp_path, script)
+    config = shot_config(tmp_path, task) if script == "train_shot" else config_of(task, tmp_path, script)
     arguments = ["device=cuda"] + (["disc_norm=dropout"] if script == "train_dann" else [])
     assert train(script, config, *arguments, f"out_dir={tmp_path}/whole") == 0
     with monkeypatch.context() as patch:
