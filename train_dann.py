@@ -93,7 +93,7 @@ def main(argv: list[str] | None = None) -> int:
     # --- model
     model = build_model(config, domains.num_classes)
     if config.init_from:
-        init_from(model, config.init_from)
+        init_from(model, config.init_from, domains.classes)
     model.to(device).train()
     check_layers(model, config.feature_layers)
     conditional = config.conditional != "none"

@@ -92,7 +92,7 @@ def main(argv: list[str] | None = None) -> int:
     # --- model
     model = build_model(config, domains.num_classes)
     if config.init_from:
-        init_from(model, config.init_from)
+        init_from(model, config.init_from, domains.classes)
     model.to(device).train()
     optimizer = build_optimizer(config.optim, model.param_groups(config.optim.backbone_lr_scale))
     teacher = ema_teacher(model, config.ema_decay) if config.teacher == "ema" else None
@@ -124,6 +124,7 @@ def main(argv: list[str] | None = None) -> int:
         with torch.no_grad(), autocast:
             p_t = labeller(x_weak).logits.float().log_softmax(1).exp()
         model.train()
+        monitor.add(p_t, y_s)
         mean_p_t.update(class_mean(p_t))
         if config.distribution_alignment:
             p_t = align_distribution(p_t, mean_p_s.value, mean_p_t.value)
@@ -136,7 +137,6 @@ def main(argv: list[str] | None = None) -> int:
             threshold = config.threshold * (confidence_s.value if config.threshold_mode == "relative" else 1.0)
         accepted = confidence >= threshold
         shares.add(y_t, accepted)
-        monitor.add(p_t, y_s)
         labels, weights = y_t, pseudo_label_weights(accepted, config.weighting)
         if config.mix == "classmix":
             random = generator(config.seed, "classmix", step)
@@ -171,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
         run.log.add(**losses, confidence=confidence.mean(), agreement=agreement)
         if run.due(step, config.log_every):
             collapse = monitor.report(step, run.log.print)
-            run.log.write(step, lr=lr, weight=pseudo_weight, **shares.report(), **collapse)
+            run.log.write(step, lr=lr, pseudo_weight=pseudo_weight, **shares.report(), **collapse)
         if run.due(step, config.eval_every):
             with autocast:
                 metrics = evaluate(model, **evaluation, device=device)

@@ -1,9 +1,9 @@
 """Source-free adaptation: SHOT (arXiv:2002.08546), from a source model and unlabelled target images alone.
 
-    minimise  ent_weight * ent_loss + div_weight * div_loss + pseudo_weight * pseudo_loss,  the classifier frozen
+    minimise  log K * (ent_weight * ent_loss + div_weight * div_loss) + pseudo_weight * pseudo_loss,  classifier frozen
 
-    ent_loss    = mean entropy of the target predictions  }  information maximisation: every image surely of one class,
-    div_loss    = 1 - entropy of their mean               }  and all classes equally often
+    ent_loss    = mean entropy of the target predictions, in units of log K  }  information maximisation: every image
+    div_loss    = 1 - entropy of their mean, likewise                        }  sure, and all classes equally often
     pseudo_loss = mean CE(model(x_strong), y_t),  y_t the class whose centroid is nearest to the feature of x_weak
 
 Every `centroid_every` steps the centroids are computed over the whole target set: the mean feature of each class,
@@ -17,6 +17,7 @@ weighted by its predicted probability, then once more over the images nearest to
 torchrun is not supported yet: one process, one device.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -32,7 +33,7 @@ from common.run import Run
 from common.runtime import exit_with, get_device, seed_everything
 from data import open_domains, train_loader
 from losses.entropy import diversity_loss, entropy_loss, information_map
-from losses.shot import CentroidMemory, centroid_sums, nearest_centroid, unit_features
+from losses.shot import CentroidMemory, at_features, at_images, centroid_sums, nearest_centroid, unit_features
 from losses.supervised import nll_loss
 from models import build_model, init_from
 from models.network import Network
@@ -42,8 +43,8 @@ from models.network import Network
 class Config(RunConfig):
     method: ClassVar[str] = "shot"
     data: TargetDataConfig
-    ent_weight: float = 1.0  # of the target's entropy
-    div_weight: float = 1.0  # of div_loss
+    ent_weight: float = 1.0  # of the target's entropy, in nats
+    div_weight: float = 1.0  # of div_loss, in nats
     pseudo_weight: float = 0.3  # of the centroid pseudo-labels (the paper's beta; 0.1 on digits)
     centroid_every: int = 100  # steps; the paper's is a pass over the target
     strong_augment: dict = field(default_factory=dict)  # of the strong view, after data.augment; as data.augment
@@ -70,7 +71,7 @@ class Config(RunConfig):
 
 @torch.no_grad()
 def compute_centroids(
-    model: Network, batches: Iterable, layer: str, device: torch.device, run: Run
+    model: Network, batches: Iterable, layer: str, device: torch.device, autocast: torch.autocast, run: Run
 ) -> torch.Tensor | None:
     """Class centroids (K, D + 1) of the target's unit features, 0 for a class never predicted; None if run is to stop.
 
@@ -83,10 +84,10 @@ def compute_centroids(
         for x_t in batches:
             if run.stopping:
                 return None
-            out = model(x_t.to(device, non_blocking=True))
-            features, p = unit_features(out.features[layer]), out.logits.float().log_softmax(1).exp()
-            if p.dim() > 2:
-                p = F.interpolate(p, size=features.shape[2:], mode="bilinear", align_corners=False)
+            with autocast:
+                out = model(x_t.to(device, non_blocking=True))
+            features = unit_features(out.features[layer])
+            p = at_features(out.logits.float().log_softmax(1).exp(), features)
             if centroids is not None:
                 p = F.one_hot(nearest_centroid(features, centroids), p.shape[1]).movedim(-1, 1).float()
             sums = sums + centroid_sums(features, p)
@@ -108,7 +109,7 @@ def main(argv: list[str] | None = None) -> int:
 
     # --- model
     model = build_model(config, domains.num_classes)
-    init_from(model, config.init_from)
+    init_from(model, config.init_from, domains.classes)
     model.freeze("head", "aux_head")  # the source's classifier: target features move to where it expects them
     model.to(device).train()
     optimizer = build_optimizer(config.optim, model.param_groups(config.optim.backbone_lr_scale))
@@ -129,26 +130,25 @@ def main(argv: list[str] | None = None) -> int:
 
         # pseudo-labels of the weak view
         if (step - 1) % config.centroid_every == 0:
-            with autocast:
-                centroids = compute_centroids(model, whole_target, layer, device, run)
+            centroids = compute_centroids(model, whole_target, layer, device, autocast, run)
             if centroids is None:
                 return run.stopped(step - 1)
             memory.centroids.copy_(centroids)
         model.eval()
         with torch.no_grad(), autocast:
             out_weak = model(x_weak)
-            y_t = nearest_centroid(unit_features(out_weak.features[layer]), memory.centroids)
-            p_t = out_weak.logits.float().log_softmax(1).exp()
-            if p_t.dim() > 2:
-                y_t = F.interpolate(y_t[:, None].float(), size=p_t.shape[2:], mode="nearest-exact")[:, 0].long()
         model.train()
+        p_t = out_weak.logits.float().log_softmax(1).exp()
+        features = unit_features(out_weak.features[layer])  # float32, as the centroids
+        y_t = at_images(nearest_centroid(features, memory.centroids), out_weak.logits)
         monitor.add(p_t)
 
         with autocast:
             log_p_t = model(x_strong).logits.float().log_softmax(1)
             ent_loss, div_loss = entropy_loss(information_map(log_p_t)), diversity_loss(log_p_t)
             pseudo_loss = nll_loss(log_p_t, y_t)
-            loss = config.ent_weight * ent_loss + config.div_weight * div_loss + config.pseudo_weight * pseudo_loss
+            information = config.ent_weight * ent_loss + config.div_weight * div_loss
+            loss = math.log(domains.num_classes) * information + config.pseudo_weight * pseudo_loss
             losses = {"ent_loss": ent_loss, "div_loss": div_loss, "pseudo_loss": pseudo_loss}
 
         optimizer.zero_grad(set_to_none=True)

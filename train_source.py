@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
     # --- model
     model = build_model(config, domains.num_classes)
     if config.init_from:
-        init_from(model, config.init_from)
+        init_from(model, config.init_from, domains.classes)
     model.to(device).train()
     optimizer = build_optimizer(config.optim, model.param_groups(config.optim.backbone_lr_scale))
     start = run.begin(model=model, optimizer=optimizer, scaler=scaler)

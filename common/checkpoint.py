@@ -1,6 +1,7 @@
 """Checkpoints: plain dicts of tensors and numbers, written atomically, a sha256 beside each, loaded safely."""
 
 import hashlib
+import json
 import os
 import pickle
 from pathlib import Path
@@ -111,3 +112,17 @@ def load(path: Path, **state) -> dict:
             except (RuntimeError, ValueError, KeyError) as error:
                 raise UserError(f"{path}: its {name} does not fit this run ({str(error).splitlines()[0]})", 4) from None
     return saved
+
+
+def trained_classes(path: str) -> list[str] | None:
+    """The classes of a run, from the summary.json in its folder or beside its model.pt; None where there is none.
+
+    Raises `UserError` where there is no such folder or file, or where the summary is damaged.
+    """
+    if not Path(path).exists():
+        raise UserError(f"init_from: there is no {path}")
+    file = (Path(path) if Path(path).is_dir() else Path(path).parent) / "summary.json"
+    try:
+        return list(map(str, json.loads(file.read_text())["classes"])) if file.is_file() else None
+    except (OSError, ValueError, LookupError, TypeError):
+        raise UserError(f"init_from: {file} is damaged; it does not name the classes of its run") from None

@@ -67,7 +67,8 @@ class CollapseMonitor(nn.Module):
         mean = class_mean(p)
         self.recent.update(mean)
         self.running.update(mean)
-        torch.maximum(self.largest, self.running.value, out=self.largest)
+        filled = self.running.updates >= RECENT  # before, it is the mean of a few batches
+        torch.maximum(self.largest, self.running.value * filled, out=self.largest)
         if y_s is not None:
             index = y_s.flatten().clamp_max(len(self.classes))
             self.labelled.scatter_add_(0, index, torch.ones_like(index))

@@ -125,6 +125,7 @@ class DataConfig:
         root, cache = Path(self.root).resolve(), Path(self.cache).resolve()
         domains = {role: getattr(self, role) for role in ("source", "target", "target_test")}
         require(
+            *self.rules(),
             (self.size > 0, "size must be positive"),
             (self.batch > 0, "batch must be positive"),
             (self.eval_batch > 0, "eval_batch must be positive"),
@@ -147,6 +148,10 @@ class DataConfig:
             ),
         )
 
+    def rules(self) -> list[tuple[bool, str]]:
+        """(holds, sentence) of what a kind of data asks for besides."""
+        return []
+
     def strong_view_rules(self, strong_augment: dict, mix: str = "none") -> list[tuple[bool, str]]:
         """(holds, sentence) of how the strong view of a target image is made, and mixed with a source image."""
         from data.augment import IN_PLACE, OPERATIONS, check_augment
@@ -156,6 +161,10 @@ class DataConfig:
         return [
             *((False, mistake) for mistake in check_augment(strong_augment, operations, "strong_augment")),
             (mix == "none" or maps, f"mix: {mix} is for data.task: segmentation"),
+            (
+                mix == "none" or not (self.source.crop and self.target.crop) or self.source.crop == self.target.crop,
+                f"mix: {mix} pastes source onto target images; give data.source and data.target the same crop",
+            ),
         ]
 
     def augment_of(self, role: str) -> dict:
@@ -171,9 +180,8 @@ class TargetDataConfig(DataConfig):
     source: DomainConfig | None = field(default=None, kw_only=True)  # null: the source's images are not read
     classes_from: str | None = None  # a run folder, against the working directory: its classes; null: init_from
 
-    def __post_init__(self):
-        require((self.source is None, "source: this method sees no source images; leave it out"))
-        super().__post_init__()
+    def rules(self) -> list[tuple[bool, str]]:
+        return [(self.source is None, "source: this method sees no source images; leave it out")]
 
 
 @dataclass

@@ -131,10 +131,10 @@ def jitter(
 
 def blur(images, size, generator, sigma: Range = (0.1, 2.0)):
     """Gaussian blur, of a standard deviation in px."""
-    sigmas = _uniform(len(images), *sigma, generator).tolist()
-    return torch.stack(
-        [F.gaussian_blur(x, [2 * math.ceil(2 * s) + 1] * 2, [s, s]) for x, s in zip(images, sigmas, strict=True)]
-    )
+    sigmas, largest = _uniform(len(images), *sigma, generator).tolist(), min(images.shape[2:]) - 1  # of its padding
+    radii = [min(math.ceil(2 * s), largest) for s in sigmas]
+    blurred = [F.gaussian_blur(x, [2 * r + 1] * 2, [s] * 2) for x, r, s in zip(images, radii, sigmas, strict=True)]
+    return torch.stack(blurred)
 
 
 def cutout(images, size, generator, side: float = 0.5):

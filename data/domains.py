@@ -1,7 +1,6 @@
 """The two domains of a run, opened from its config."""
 
 import functools
-import json
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import torch
 from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as F
 
+from common.checkpoint import trained_classes
 from common.config import FILES, DataConfig, DomainConfig
 from common.evaluation import accuracies, ious
 from common.runtime import UserError
@@ -190,18 +190,8 @@ def _open_source(config: DataConfig, seed: int, dry_run: bool) -> tuple[ImageSet
     return source, source_val
 
 
-def _trained_classes(path: str) -> list[str]:
-    """The classes of a finished run, by its folder or its model.pt."""
-    if not Path(path).exists():
-        raise UserError(f"init_from: there is no {path}")
-    file = (Path(path) if Path(path).is_dir() else Path(path).parent) / "summary.json"
-    try:
-        return list(map(str, json.loads(file.read_text())["classes"]))
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        problem = "does not exist" if isinstance(error, FileNotFoundError) else "does not name the classes"
-        raise UserError(
-            f"init_from: {file} {problem}; name the folder of a finished run, or one in data.classes_from"
-        ) from None
+def _same_images(config: DataConfig) -> bool:
+    return config.source is not None and replace(config.source, augment=None) == replace(config.target, augment=None)
 
 
 def open_domains(config: DataConfig, seed: int, dry_run: bool = False) -> Domains:
@@ -211,7 +201,10 @@ def open_domains(config: DataConfig, seed: int, dry_run: bool = False) -> Domain
     evaluation set is one batch.
     """
     if config.source is None:
-        source, source_val, classes = None, None, _trained_classes(config.classes_from)
+        source, source_val, classes = None, None, trained_classes(config.classes_from)
+        if classes is None:
+            remedy = "name the folder of a finished run in init_from or in data.classes_from"
+            raise UserError(f"{config.classes_from} has no summary.json, which names the classes; {remedy}")
     else:
         source, source_val = _open_source(config, seed, dry_run)
         classes = source.classes
@@ -231,7 +224,7 @@ def open_domains(config: DataConfig, seed: int, dry_run: bool = False) -> Domain
             target_test, note = target, "the target's training images: transductive"
             if target.labels is None:
                 target_test, note = None, "none: no target labels"
-            elif config.source == config.target:  # the upper bound: not measured on what it trains on
+            elif _same_images(config):  # the upper bound: not measured on what it trains on
                 target_test = replace(target, indices=source_val.indices)
                 note = "a held-out tenth of the target"
     target_test = None if target_test is None else target_test.relabelled(classes)

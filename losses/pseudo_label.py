@@ -42,10 +42,13 @@ def align_distribution(p: torch.Tensor, mean_s: torch.Tensor, mean_t: torch.Tens
 class ConfidenceHistogram(nn.Module):
     """Running histogram of confidences by predicted class, from which class-balanced thresholds follow (CBST).
 
+    The bins are even in -log10(1 - confidence), from 0 to 7, since most confidences of a trained model lie near 1.
     `counts` (K, bins), a buffer, forgets by `decay` at each `add`; with decay 1 it counts all.
     """
 
-    def __init__(self, num_classes: int, bins: int = 1000, decay: float = 0.99):
+    DIGITS = 7  # float32 knows no confidence between 1 - 1e-7 and 1
+
+    def __init__(self, num_classes: int, bins: int = 1400, decay: float = 0.99):
         super().__init__()
         self.bins, self.decay = bins, decay
         self.register_buffer("counts", torch.zeros(num_classes, bins))
@@ -53,9 +56,12 @@ class ConfidenceHistogram(nn.Module):
     @torch.no_grad()
     def add(self, confidence: torch.Tensor, labels: torch.Tensor) -> None:
         """confidence: (N, ...) in [0, 1], labels: (N, ...) int64."""
-        bins = (confidence.flatten() * self.bins).long().clamp_(0, self.bins - 1)
+        nines = -(1 - confidence.flatten().float()).clamp_min(10.0**-self.DIGITS).log10()
+        bins = (nines * (self.bins / self.DIGITS)).long().clamp_(0, self.bins - 1)
         index = labels.flatten() * self.bins + bins
-        self.counts.mul_(self.decay).view(-1).scatter_add_(0, index, torch.ones_like(index, dtype=torch.float32))
+        new = torch.zeros(self.counts.numel(), dtype=torch.int64, device=index.device)
+        new.scatter_add_(0, index, torch.ones_like(index))
+        self.counts.mul_(self.decay).add_(new.view_as(self.counts))
 
     @torch.no_grad()
     def thresholds(self, portion: float) -> torch.Tensor:
@@ -67,5 +73,5 @@ class ConfidenceHistogram(nn.Module):
         from_top = self.counts.flip(1).cumsum(1)
         total = from_top[:, -1:]
         bins_below = (from_top < portion * total).sum(1)  # from the top, whose sum falls short of the portion
-        edge = (self.bins - 1 - bins_below) / self.bins
+        edge = 1 - 10 ** ((bins_below + 1 - self.bins) * (self.DIGITS / self.bins))
         return torch.where(total[:, 0] > 0, edge, torch.ones_like(edge))

@@ -15,6 +15,18 @@ def unit_features(features: torch.Tensor) -> torch.Tensor:
     return F.normalize(torch.cat([features, torch.ones_like(features[:, :1])], 1), dim=1)
 
 
+def at_features(p: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
+    """Probabilities (N, K, H, W) resized bilinearly to where features (N, D, H', W') lie; (N, K) as they are."""
+    return p if p.dim() == 2 else F.interpolate(p, size=features.shape[2:], mode="bilinear", align_corners=False)
+
+
+def at_images(labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """Labels (N, H', W') enlarged to the resolution of logits (N, K, H, W) by the nearest; (N,) as they are."""
+    if logits.dim() == 2:
+        return labels
+    return F.interpolate(labels[:, None].float(), size=logits.shape[2:], mode="nearest-exact")[:, 0].long()
+
+
 def centroid_sums(features: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
     """Sum over samples and positions of p_k * feature: (N, D, ...) and (N, K, ...) -> (K, D)."""
     return p.transpose(0, 1).flatten(1) @ features.transpose(0, 1).flatten(1).T

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from common.checkpoint import load_tensors
+from common.checkpoint import load_tensors, trained_classes
 from common.config import ModelConfig
 from common.runtime import UserError
 
@@ -93,8 +93,12 @@ class Network(nn.Module):
         ]
 
 
-def init_from(model: nn.Module, path: str) -> None:
-    """Load `model.pt` of a run (the file or its folder). Raises `UserError` unless every tensor fits."""
+def init_from(model: nn.Module, path: str, classes: list[str]) -> None:
+    """Load `model.pt` of a run (the file or its folder).
+
+    Raises `UserError` unless every tensor fits, and the classes of the run's summary.json, where there is one, are
+    `classes`, in this order.
+    """
     file = Path(path, "model.pt") if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise UserError(f"init_from: there is no {file}")
@@ -109,6 +113,12 @@ def init_from(model: nn.Module, path: str) -> None:
                 f"init_from: {file} does not fit this model: of its tensors it {problem} {len(names)}, the first "
                 f"{names[0]}; is it a run of another `model` or of other classes?"
             )
+    if (trained := trained_classes(path)) not in (None, classes):
+        i = next((i for i, (a, b) in enumerate(zip(trained, classes, strict=False)) if a != b), 0)
+        raise UserError(
+            f"init_from: {file} was trained on other classes, or in another order: its class {i} is {trained[i]!r}, "
+            f"here it is {classes[i]!r}"
+        )
     model.load_state_dict(saved)
     print(f"started from {file}")
 

@@ -352,11 +352,13 @@ def test_a_strong_view_of_maps_keeps_pixels_in_their_place(tmp_path, refused):
     assert message.endswith("there are photometric, jitter, blur, cutout")
 
 
-def test_classmix_of_two_sizes(tmp_path, outcome):
+def test_classmix_of_two_sizes(tmp_path, refused, outcome):
     config = street_config(tmp_path, "train_pseudo", out_dir="run")
-    code, _, lines = outcome("train_pseudo", config, "data.target.crop=[32, 96]", "model.bn=separate")
+    message = refused("train_pseudo", config, "data.target.crop=[32, 96]", "model.bn=separate")
+    assert "mix: classmix pastes source onto target images; give data.source and data.target the same crop" in message
+    code, _, lines = outcome("train_pseudo", config, "data.target.crop=null", "model.bn=separate")
     assert (code, len(lines)) == (2, 1)
-    assert "mix: classmix pastes source onto target images, but these are 64x64 and 32x96 px" in lines[0]
+    assert "mix: classmix pastes source onto target images, but these are 64x64 and 64x128 px" in lines[0]
 
 
 @pytest.fixture
@@ -368,9 +370,10 @@ def shot(tmp_path) -> Path:
     ("keys", "match"),
     [
         (["data.source={name: drawn_digits}"], "data.source: this method sees no source images; leave it out"),
+        (["data.classes_from=elsewhere"], "init_from: there is no elsewhere"),
         (["init_from=null"], "init_from is missing: the run of train_source.py to start from"),
         (["init_from=nowhere"], "init_from: there is no nowhere"),
-        (["init_from=start"], "init_from: start/summary.json does not exist; name the folder of a finished run"),
+        (["init_from=start"], "start has no summary.json, which names the classes; name the folder of a finished run"),
         (["model.bottleneck=8"], "does not fit this model: of its tensors it lacks"),
         (["data.target={name: folder, path: photo}", "data.root=images"], "its classes differ from the source's"),
         (["select=source_val"], "select: source_val needs source images, which are not read here"),
@@ -386,7 +389,7 @@ def test_source_free(shot, pictures, refused, keys, match):
 
 def test_source_free_from_a_damaged_summary(shot, refused):
     Path("start/source/summary.json").write_text('{"classes": ')
-    assert "summary.json does not name the classes" in refused("train_shot", shot)
+    assert "summary.json is damaged; it does not name the classes" in refused("train_shot", shot)
 
 
 # --- the run folder

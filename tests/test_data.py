@@ -365,6 +365,10 @@ def test_blur_keeps_the_mass_and_spreads_it():
     assert _centre(out).abs().max() < 0.1
 
 
+def test_blur_wider_than_the_image():
+    assert apply("blur", smooth(2, side=8), sigma=[20.0, 20.0]).shape == (2, 3, 8, 8)
+
+
 def test_cutout_is_a_grey_rectangle():
     images = torch.zeros(200, 3, 20, 30, dtype=torch.uint8)
     out = apply("cutout", images, side=0.5)
@@ -761,6 +765,13 @@ def test_the_upper_bound_is_not_measured_on_what_it_trains_on(pictures):
     assert torch.equal(domains.target_test.indices, domains.source_val.indices)
     assert not set(domains.target_test.indices.tolist()) & set(domains.source.indices.tolist())
     assert "transductive" not in domains.target_test_note
+
+
+def test_an_augmentation_of_the_source_alone_leaves_the_upper_bound_held_out(pictures):
+    pictures("photo", {"cat": 12, "dog": 12})
+    photo = {"name": "folder", "path": "photo"}
+    domains = open_domains(data_config({**photo, "augment": {"flip": {}}}, photo, size=16), 0)
+    assert domains.target_test_note == "a held-out tenth of the target"
 
 
 def test_criteria_see_a_seeded_sample_of_target_training_images():

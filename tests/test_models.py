@@ -260,15 +260,18 @@ def test_init_from_a_run(tmp_path):
     for path in (tmp_path, tmp_path / "model.pt"):
         other = build(3)
         nn.init.zeros_(other.head.weight)
-        init_from(other, str(path))
+        init_from(other, str(path), ["a", "b", "c"])
         assert torch.equal(other.head.weight, model.head.weight)
     with pytest.raises(
         UserError, match=r"does not fit this model: .* of another shape 2, the first head\.weight"
     ) as caught:
-        init_from(build(4), str(tmp_path))
+        init_from(build(4), str(tmp_path), ["a", "b", "c"])
     assert len(str(caught.value).splitlines()) == 1
     with pytest.raises(UserError, match=r"init_from: there is no .*elsewhere"):
-        init_from(model, str(tmp_path / "elsewhere"))
+        init_from(model, str(tmp_path / "elsewhere"), ["a", "b", "c"])
+    (tmp_path / "summary.json").write_text('{"classes": ["a", "c", "b"]}')
+    with pytest.raises(UserError, match="on other classes, or in another order: its class 1 is 'c', here it is 'b'"):
+        init_from(model, str(tmp_path), ["a", "b", "c"])
 
 
 def test_the_state_dict_is_plain_and_survives_a_file(tmp_path):

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import data.domains
-from losses.shot import centroid_sums, nearest_centroid, unit_features
+from losses.shot import at_features, at_images, centroid_sums, nearest_centroid, unit_features
 from tests.helpers import (
     ROOT,
     TASKS,
@@ -97,10 +97,44 @@ def test_centroids_of_the_whole_set_against_a_loop():
     features, logits = rand(50, 4), 6 * rand(50, 5, seed=1)
     logits[:, 3] = -5  # never predicted
     compute = load_script(ROOT / "train_shot.py").compute_centroids
-    batches = torch.arange(50).split(7)
-    found = compute(_Table(features, logits), batches, "pooled", torch.device("cpu"), _Going)
+    batches, autocast = torch.arange(50).split(7), torch.autocast("cpu", enabled=False)
+    found = compute(_Table(features, logits), batches, "pooled", torch.device("cpu"), autocast, _Going)
     torch.testing.assert_close(found, plain_centroids(features, logits.softmax(1)))
     assert (found[3] == 0).all()
+
+
+def test_centroids_of_many_positions_under_autocast():
+    """float16 ends at 65504: what is summed over positions and batches is float32."""
+    features, logits = torch.ones(2, 4, 250, 250), torch.zeros(2, 3, 250, 250)
+    features[1, 0], logits[0, 0], logits[1, 1] = 3, 9, 9
+    compute = load_script(ROOT / "train_shot.py").compute_centroids
+    found = [
+        compute(_Table(features, logits), torch.arange(2).split(1), "pooled", torch.device("cpu"), autocast, _Going)
+        for autocast in (torch.autocast("cpu", torch.float16), torch.autocast("cpu", enabled=False))
+    ]
+    assert torch.equal(*found)
+    expected = F.normalize(torch.tensor([[1.0, 1, 1, 1, 1], [3, 1, 1, 1, 1], [0, 0, 0, 0, 0]]))
+    torch.testing.assert_close(found[0], expected)
+
+
+def test_labels_at_another_resolution():
+    p, labels = rand(2, 3, 8, 8).softmax(1), torch.tensor([[[0, 1], [2, 1]]])
+    assert at_features(p, torch.zeros(2, 5, 4, 4)).shape == (2, 3, 4, 4)
+    enlarged = at_images(labels, torch.zeros(1, 3, 4, 6))
+    assert enlarged.tolist() == [[[0, 0, 0, 1, 1, 1]] * 2 + [[2, 2, 2, 1, 1, 1]] * 2]
+    assert at_features(p[:, :, 0, 0], torch.zeros(2, 5)) is not None
+    assert torch.equal(at_images(labels.flatten(), torch.zeros(4, 3)), labels.flatten())
+
+
+def test_a_forced_collapse_raises_the_alarm(tmp_path):
+    config = shot_config(tmp_path, optim="{lr: 0.1, schedule: constant}")
+    short = ["steps=120", "log_every=10", "eval_every=1000", "data.batch=16", "centroid_every=1000"]
+    healthy = ["optim.lr=0.005"]
+    assert train("train_shot", config, *short, *healthy, f"out_dir={tmp_path}/healthy") == 0
+    assert summary(tmp_path / "healthy")["collapse_alarms"] == []
+    collapse = ["ent_weight=30", "div_weight=0", "pseudo_weight=0"]
+    assert train("train_shot", config, *short, *collapse, f"out_dir={tmp_path}/collapsed") == 0
+    assert any("vanished" in alarm["reason"] for alarm in summary(tmp_path / "collapsed")["collapse_alarms"])
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -202,21 +236,28 @@ def test_a_signal_while_centroids_are_computed_saves_and_leaves(tmp_path, monkey
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "run")
 
 
-def test_target_labels_do_not_train_or_select(tmp_path, monkeypatch):
-    config = shot_config(tmp_path)
+@pytest.mark.parametrize("task", TASKS)
+def test_target_labels_do_not_train_or_select(tmp_path, monkeypatch, task):
+    config = shot_config(tmp_path, task)
     assert train("train_shot", config, f"out_dir={tmp_path}/plain") == 0
-    open_drawn = data.domains.open_drawn
+    opener = {"classification": "open_drawn", "segmentation": "open_street"}[task]
+    figure = {"classification": "accuracy", "segmentation": "mean_iou"}[task]
+    plain_opener = getattr(data.domains, opener)
 
     def permuted(name, train_split):
-        images = open_drawn(name, train_split)
-        return dataclasses.replace(images, labels=(images.labels + 1) % 10)
+        images = plain_opener(name, train_split)
+        return dataclasses.replace(images, labels=(images.labels + 1) % len(images.classes))
 
-    monkeypatch.setattr(data.domains, "open_drawn", permuted)
+    monkeypatch.setattr(data.domains, opener, permuted)
     assert train("train_shot", config, f"out_dir={tmp_path}/permuted") == 0
     assert differing(weights(tmp_path / "plain"), weights(tmp_path / "permuted")) == 0
     plain, other = (summary(tmp_path / run)["target"] for run in ("plain", "permuted"))
     assert plain["selected"]["step"] == other["selected"]["step"]
-    assert plain["last"]["accuracy"] != other["last"]["accuracy"]  # control
+    assert plain["last"][figure] != other["last"][figure]  # control
+    other_start = ["seed=5", f"out_dir={tmp_path}/source5"]
+    assert train("train_source", tmp_path / "config.yaml", *other_start) == 0  # control: the source model does matter
+    assert train("train_shot", config, f"init_from={tmp_path}/source5", f"out_dir={tmp_path}/control") == 0
+    assert differing(weights(tmp_path / "plain"), weights(tmp_path / "control")) > 1000
 
 
 def test_a_dry_run_writes_nothing(tmp_path, capsys):
