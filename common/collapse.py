@@ -74,12 +74,12 @@ class CollapseMonitor(nn.Module):
             self.labelled.scatter_add_(0, index, torch.ones_like(index))
 
     def report(self, step: int, tell: Callable[[str], None]) -> dict[str, float]:
-        """`vanished`, how many classes have a running share below VANISHED times what is to be expected; `drift`, the
+        """`vanished`, how many classes have a recent share below VANISHED times what is to be expected; `drift`, the
         total variation between recent and running mean prediction. One host sync. What is newly wrong becomes an
         alarm, and is told.
 
-        Expected is the largest share that the class ever had, but no more than its share of the source's labels: an
-        untrained network predicts all classes alike, rare ones too.
+        Expected is the largest running share that the class ever had, but no more than its share of the source's
+        labels: an untrained network predicts all classes alike, rare ones too.
         """
         labelled = self.labelled[:-1].float()
         rows = [self.running.value, self.recent.value, self.largest, labelled / labelled.sum()]
@@ -88,7 +88,7 @@ class CollapseMonitor(nn.Module):
         drift = sum(abs(a - b) for a, b in zip(recent, running, strict=True)) / 2
         reasons = {
             name: f"{name} vanished from the target predictions: {100 * now:.2g} %, expected {100 * share:.2g} %"
-            for name, now, share in zip(self.classes, running, expected, strict=True)
+            for name, now, share in zip(self.classes, recent, expected, strict=True)
             if now < VANISHED * share
         }
         vanished = len(reasons)

@@ -128,11 +128,11 @@ def test_labels_at_another_resolution():
 
 def test_a_forced_collapse_raises_the_alarm(tmp_path):
     config = shot_config(tmp_path, optim="{lr: 0.1, schedule: constant}")
-    short = ["steps=120", "log_every=10", "eval_every=1000", "data.batch=16", "centroid_every=1000"]
+    short = ["steps=160", "log_every=10", "eval_every=1000", "data.batch=16", "centroid_every=1000"]
     healthy = ["optim.lr=0.005"]
     assert train("train_shot", config, *short, *healthy, f"out_dir={tmp_path}/healthy") == 0
     assert summary(tmp_path / "healthy")["collapse_alarms"] == []
-    collapse = ["ent_weight=30", "div_weight=0", "pseudo_weight=0"]
+    collapse = ["ent_weight=3", "div_weight=0", "pseudo_weight=0", "optim.lr=0.02"]
     assert train("train_shot", config, *short, *collapse, f"out_dir={tmp_path}/collapsed") == 0
     assert any("vanished" in alarm["reason"] for alarm in summary(tmp_path / "collapsed")["collapse_alarms"])
 
@@ -246,7 +246,8 @@ def test_target_labels_do_not_train_or_select(tmp_path, monkeypatch, task):
 
     def permuted(name, train_split):
         images = plain_opener(name, train_split)
-        return dataclasses.replace(images, labels=(images.labels + 1) % len(images.classes))
+        labels = images.labels.roll(1, 0) if task == "classification" else (images.labels + 1) % len(images.classes)
+        return dataclasses.replace(images, labels=labels)
 
     monkeypatch.setattr(data.domains, opener, permuted)
     assert train("train_shot", config, f"out_dir={tmp_path}/permuted") == 0
