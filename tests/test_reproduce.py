@@ -381,3 +381,62 @@ def test_the_suites_of_the_repository(path, monkeypatch):
 def test_there_are_suites():
     for name in ("demo", "digits", "digits_paper", "pacs"):
         assert (ROOT / f"configs/suites/{name}.yaml").is_file()
+
+
+AFTER = """title: A test
+runs:
+  - {task: A, method: one, script: train.py, config: one.yaml}
+  - {task: A, method: two, script: train.py, config: two.yaml, init_from: runs/one}
+"""
+
+
+@pytest.fixture
+def starts_from(folder):
+    """The second config starts from the first one's run; the script asks for it."""
+    Path("suite.yaml").write_text(AFTER)
+    text = SCRIPT.replace("    out_dir: str\n", "    out_dir: str\n    init_from: str = None\n").replace(
+        'print("training")',
+        'start = values.get("init_from")\n'
+        '    if start and not (pathlib.Path(start) / "summary.json").is_file():\n'
+        '        sys.exit("error: there is no " + start)\n'
+        '    time.sleep(0.3)\n'
+        '    print("training")',
+    )  # fmt: skip
+    text = text.replace(
+        '(folder / "config.yaml").write_text(config + "seed: %d\\n" % seed)',
+        '(folder / "config.yaml").write_text(\n'
+        '        config + "seed: %d\\n" % seed + ("init_from: %s\\n" % start if start else ""))',
+    )
+    assert text.count("start") == 6
+    Path("train.py").write_text(text)
+    return folder
+
+
+def test_a_run_waits_for_the_one_it_starts_from(starts_from, capfd):
+    assert reproduce.main(["suite.yaml", "--seeds", "0", "1", "--jobs", "4"]) == 0
+    arguments = {tuple(call["argv"][3:]): call["time"] for call in calls()}
+    for seed in (0, 1):
+        first = (f"seed={seed}", f"out_dir=runs/one_seed{seed}", "--resume")
+        second = (f"seed={seed}", f"init_from=runs/one_seed{seed}", f"out_dir=runs/two_seed{seed}", "--resume")
+        assert arguments[second] > arguments[first] + 0.3
+    assert len(arguments) == 4
+    assert cells(capfd.readouterr().out, "two")[2] == "2"
+    assert reproduce.main(["suite.yaml", "--seeds", "0", "1"]) == 0  # finished already, under its own start
+    assert calls() == []
+
+
+def test_a_run_whose_start_failed_fails_too(starts_from, monkeypatch, capfd):
+    monkeypatch.setenv("FAIL_SEED", "0")
+    Path("two.py").write_text(Path("train.py").read_text().replace("FAIL_SEED", "NEVER"))
+    Path("suite.yaml").write_text(AFTER.replace("method: two, script: train.py", "method: two, script: two.py"))
+    assert reproduce.main(["suite.yaml", "--seeds", "0", "--jobs", "2"]) == 1
+    out = capfd.readouterr().out
+    assert "runs/two_seed0: failed" in out
+    assert "there is no runs/one_seed0" in out
+
+
+def test_a_start_that_no_earlier_entry_makes(folder):
+    for name in ("runs/two", "runs/elsewhere"):
+        Path("suite.yaml").write_text(AFTER.replace("runs/one}", f"{name}}}"))
+        with pytest.raises(UserError, match=rf"runs\[1\]\.init_from: {name} is the out_dir of no earlier entry"):
+            reproduce.main(["suite.yaml"])
