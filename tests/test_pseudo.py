@@ -1,7 +1,6 @@
 """Self-training: its kernels against plain versions, and the real command."""
 
 import copy
-import dataclasses
 import math
 import signal
 
@@ -9,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import data.domains
 from common.averages import RunningMean, class_mean, ema_teacher
 from common.collapse import VANISHED, AcceptedShares, CollapseMonitor
 from common.schedules import warm_up
@@ -469,31 +467,7 @@ def test_a_forced_collapse_raises_the_alarm_and_a_healthy_run_does_not(tmp_path,
     assert lines[-1]["vanished"] > 0
 
 
-@pytest.mark.parametrize(
-    ("keys", "select", "part"),
-    [
-        ([], "infomax", True),
-        ([], "entropy", True),
-        ([], "source_val", False),
-        (["pseudo_weight=0", "div_weight=1"], "infomax", True),
-        (["pseudo_weight=0", "div_weight=1"], "entropy", False),
-        (["pseudo_weight=0"], "infomax", False),
-    ],
-)
-def test_what_self_training_trains_is_no_judge_of_it(tmp_path, keys, select, part):
-    assert train("train_pseudo", tiny_config(tmp_path), "steps=1", f"select={select}", *keys) == 0
-    assert summary(tmp_path / "run")["selection"]["part_of_training_loss"] == part
-
-
-def test_a_source_mask_of_void_alone_pastes_nothing(tmp_path, monkeypatch):
-    open_street = data.domains.open_street
-
-    def void(name, train_split):
-        images = open_street(name, train_split)
-        nothing = torch.full_like(images.labels, 255)
-        return dataclasses.replace(images, labels=nothing) if train_split else images
-
-    monkeypatch.setattr(data.domains, "open_street", void)
+def test_a_source_mask_of_void_alone_pastes_nothing(tmp_path, void_streets):
     config = street_config(tmp_path, "train_pseudo")
     assert train("train_pseudo", config, "mix=classmix", "threshold=1.01", "log_every=1") == 0
     lines = [m for m in metrics(tmp_path / "run") if "lr" in m]
