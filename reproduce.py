@@ -52,6 +52,7 @@ class Entry:
             (Path(self.config).is_file(), f"config: there is no file {self.config}"),
             ((self.published is None) == (self.reference is None), "published and reference go together"),
         )
+        self.start = None  # the entry of init_from; set by `Suite`
         self.tree = parse_yaml(Path(self.config).read_text(encoding="utf-8"), self.config)
         named = isinstance(self.tree, dict) and isinstance(self.tree.get("out_dir"), str)
         require((named, f"config: {self.config} names no out_dir"))
@@ -74,8 +75,10 @@ class Suite:
         folders = [os.path.normpath(entry.tree["out_dir"]) for entry in entries]
         lines = [f"{entry.task} / {entry.method}" for entry in entries]
         for i, entry in enumerate(entries):
-            known = entry.init_from is None or os.path.normpath(entry.init_from) in folders[:i]
-            require((known, f"runs[{i}].init_from: {entry.init_from} is the out_dir of no earlier entry"))
+            if entry.init_from:
+                known = os.path.normpath(entry.init_from) in folders[:i]
+                require((known, f"runs[{i}].init_from: {entry.init_from} is the out_dir of no earlier entry"))
+                entry.start = entries[folders.index(os.path.normpath(entry.init_from))]
         for name, values in (("out_dir", folders), ("line", lines)):
             require(*((v not in values[:i], f"runs[{i}] has the {name} {v} of another") for i, v in enumerate(values)))
         self.runs = entries
@@ -106,14 +109,14 @@ class Job:
         return Path(f"{self.entry.tree['out_dir']}_seed{self.seed}")
 
     @property
-    def after(self) -> Path | None:
-        """The folder of the run that must have ended before this one starts."""
-        return Path(f"{self.entry.init_from}_seed{self.seed}") if self.entry.init_from else None
+    def start(self) -> "Job | None":
+        """The job whose run this one starts from."""
+        return Job(self.entry.start, self.seed) if self.entry.start else None
 
     @property
     def settings(self) -> list[str]:
         """What this job overrides of its config, where it writes aside."""
-        return [f"seed={self.seed}", *([f"init_from={self.after}"] if self.after else [])]
+        return [f"seed={self.seed}", *([f"init_from={self.start.folder}"] if self.start else [])]
 
     @property
     def log(self) -> Path:
@@ -124,7 +127,10 @@ class Job:
         return [sys.executable, self.entry.script, "--config", self.entry.config, *settings]
 
     def summary(self) -> dict | None:
-        """summary.json of a run that is finished and was trained under its config as it stands now; else None."""
+        """summary.json of a run that is finished, as is the one it starts from, each under its config as it stands now;
+        else None."""
+        if self.start and not self.start.summary():
+            return None
         try:
             state = json.loads((self.folder / "status.json").read_text())["state"]
             summary = json.loads((self.folder / "summary.json").read_text())
@@ -148,10 +154,14 @@ def run_all(jobs: list[Job], at_once: int) -> tuple[int, int | None]:
         while running or (waiting and not signals):
             while len(running) < at_once and not signals:
                 open_folders = {j.folder for j in waiting} | {j.folder for j, _ in running.values()}
-                job = next((j for j in waiting if j.after not in open_folders), None)
+                job = next((j for j in waiting if not j.start or j.start.folder not in open_folders), None)
                 if job is None:
                     break
                 waiting.remove(job)
+                if job.start and not job.start.summary():
+                    failed += 1
+                    print(f"{job.folder}: failed: {job.start.folder}, which it starts from, is not finished")
+                    continue
                 print(f"{job.folder}: started ({len(jobs) - len(waiting)} of {len(jobs)})", flush=True)
                 job.log.parent.mkdir(parents=True, exist_ok=True)
                 with open(job.log, "a") as log:

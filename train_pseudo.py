@@ -26,7 +26,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import nn
 
-from common.averages import RunningMean, class_mean, ema_teacher
+from common.averages import EMATeacher, RunningMean, class_mean
 from common.collapse import AcceptedShares, CollapseMonitor
 from common.config import RunConfig, parse_args
 from common.evaluation import evaluate
@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
         init_from(model, config.init_from, domains.classes)
     model.to(device).train()
     optimizer = build_optimizer(config.optim, model.param_groups(config.optim.backbone_lr_scale))
-    teacher = ema_teacher(model, config.ema_decay) if config.teacher == "ema" else None
+    teacher = EMATeacher(model, config.ema_decay) if config.teacher == "ema" else None
     labeller = teacher or model  # in eval mode: no dropout, and no statistics of the weak view
     uniform = torch.full((domains.num_classes,), 1 / domains.num_classes)
     mean_p_s, mean_p_t, confidence_s = (RunningMean(value, 0.99) for value in (uniform, uniform, torch.ones(())))

@@ -10,6 +10,7 @@ Every `centroid_every` steps the centroids are computed over the whole target se
 weighted by its predicted probability, then once more over the images nearest to it. They are saved with the run.
 `init_from` is a run of train_source.py of the same `model`. docs/shot.md explains every metric and departure.
 
+    python train_source.py --config configs/demo/source.yaml
     python train_shot.py --config configs/demo/shot.yaml
     python train_shot.py --config configs/demo/shot.yaml seed=1 out_dir=runs/demo/shot_seed1
     python train_shot.py --config configs/demo/shot.yaml --resume

@@ -10,17 +10,25 @@ def decay_at(updates: int, decay: float) -> float:
     return min(1 - 1 / (updates + 1), decay)
 
 
-def ema_teacher(model: nn.Module, decay: float) -> AveragedModel:
-    """A copy of `model`, always in eval mode, whose `update_parameters(model)` follows it.
+class EMATeacher(AveragedModel):
+    """A copy of a model on its device, in eval mode, that follows it by an exponential moving average."""
 
-    Weights become decay_t * theirs + (1 - decay_t) * the model's, with `decay_at`; buffers are copied. Make it once the
-    model is on its device: the count of updates then stays on the CPU, where reading it costs no synchronisation.
-    """
+    def __init__(self, model: nn.Module, decay: float):
+        super().__init__(model)  # n_averaged, the count of updates, stays on the CPU
+        self.decay = decay
+        self.eval().requires_grad_(False)
 
-    def average(teacher: list[torch.Tensor], student: list[torch.Tensor], updates: torch.Tensor) -> None:
-        torch._foreach_lerp_(teacher, student, 1 - decay_at(int(updates), decay))
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module) -> None:
+        """Weights become decay_t * theirs + (1 - decay_t) * the model's, with `decay_at`; buffers are copied.
 
-    return AveragedModel(model, multi_avg_fn=average).eval().requires_grad_(False)
+        torch's own would send its count to the device, and wait for it, at every step.
+        """
+        weight = 1 - decay_at(int(self.n_averaged), self.decay)
+        torch._foreach_lerp_(list(self.module.parameters()), list(model.parameters()), weight)
+        for ours, theirs in zip(self.module.buffers(), model.buffers(), strict=True):
+            ours.copy_(theirs)
+        self.n_averaged += 1
 
 
 def class_mean(p: torch.Tensor) -> torch.Tensor:

@@ -117,12 +117,16 @@ def load(path: Path, **state) -> dict:
 def trained_classes(path: str) -> list[str] | None:
     """The classes of a run, from the summary.json in its folder or beside its model.pt; None where there is none.
 
-    Raises `UserError` where there is no such folder or file, or where the summary is damaged.
+    Raises `UserError` where there is no such folder or file, the run is not finished, or the summary is damaged.
     """
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    file = folder / "summary.json"
     if not Path(path).exists():
-        raise UserError(f"init_from: there is no {path}")
-    file = (Path(path) if Path(path).is_dir() else Path(path).parent) / "summary.json"
+        raise UserError(f"init_from or data.classes_from: there is no {path}")
+    if folder == Path(path) and (folder / "status.json").is_file() and not file.is_file():
+        raise UserError(f"init_from: the run {folder} is not finished; go on with it by --resume, or name its model.pt")
     try:
-        return list(map(str, json.loads(file.read_text())["classes"])) if file.is_file() else None
-    except (OSError, ValueError, LookupError, TypeError):
-        raise UserError(f"init_from: {file} is damaged; it does not name the classes of its run") from None
+        classes = dict(json.loads(file.read_text())).get("classes") if file.is_file() else None
+        return None if classes is None else list(map(str, classes))
+    except (OSError, ValueError, TypeError):
+        raise UserError(f"init_from: {file} is damaged; finish the run again, or remove the file") from None

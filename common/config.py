@@ -125,7 +125,6 @@ class DataConfig:
         root, cache = Path(self.root).resolve(), Path(self.cache).resolve()
         domains = {role: getattr(self, role) for role in ("source", "target", "target_test")}
         require(
-            *self.rules(),
             (self.size > 0, "size must be positive"),
             (self.batch > 0, "batch must be positive"),
             (self.eval_batch > 0, "eval_batch must be positive"),
@@ -147,10 +146,6 @@ class DataConfig:
                 for mistake in check_augment(domain.augment, OPERATIONS[self.task])
             ),
         )
-
-    def rules(self) -> list[tuple[bool, str]]:
-        """(holds, sentence) of what a kind of data asks for besides."""
-        return []
 
     def strong_view_rules(self, strong_augment: dict, mix: str = "none") -> list[tuple[bool, str]]:
         """(holds, sentence) of how the strong view of a target image is made, and mixed with a source image."""
@@ -177,11 +172,8 @@ class DataConfig:
 class TargetDataConfig(DataConfig):
     """`DataConfig` of a method that adapts a trained model without the source's images."""
 
-    source: DomainConfig | None = field(default=None, kw_only=True)  # null: the source's images are not read
+    source: None = field(default=None, kw_only=True)  # null: this method sees no source images
     classes_from: str | None = None  # a run folder, against the working directory: its classes; null: init_from
-
-    def rules(self) -> list[tuple[bool, str]]:
-        return [(self.source is None, "source: this method sees no source images; leave it out")]
 
 
 @dataclass

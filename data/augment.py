@@ -211,7 +211,10 @@ def check_augment(spec: dict, operations: dict, where: str = "augment") -> list[
 
 
 class Augment:
-    """The operations of a `data.augment` mapping: uint8 (N, C, S, S) and a generator -> uint8 (N, C', S', S')."""
+    """The operations of a mapping as `data.augment`: uint8 (N, C, S, S) and a generator -> uint8 (N, C', S', S').
+
+    Those that leave pixels in their place take images of any height and width.
+    """
 
     def __init__(self, spec: dict, size: int):
         self.spec, self.size = spec, size

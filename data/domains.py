@@ -204,7 +204,7 @@ def open_domains(config: DataConfig, seed: int, dry_run: bool = False) -> Domain
         source, source_val, classes = None, None, trained_classes(config.classes_from)
         if classes is None:
             remedy = "name the folder of a finished run in init_from or in data.classes_from"
-            raise UserError(f"{config.classes_from} has no summary.json, which names the classes; {remedy}")
+            raise UserError(f"{config.classes_from} has no summary.json that names the classes; {remedy}")
     else:
         source, source_val = _open_source(config, seed, dry_run)
         classes = source.classes

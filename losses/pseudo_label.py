@@ -70,7 +70,8 @@ class ConfidenceHistogram(nn.Module):
         The lower edge of the bin at which the share is reached, so that at least the portion is kept (Zou et al. 2018,
         ECCV, algorithm 2, which sorts the whole target set). For a class never predicted it is 1.
         """
-        from_top = self.counts.flip(1).cumsum(1)
+        counts = (1024 * self.counts).long()  # on CUDA sums of floats depend on the order of its threads
+        from_top = counts.flip(1).cumsum(1)
         total = from_top[:, -1:]
         bins_below = (from_top < portion * total).sum(1)  # from the top, whose sum falls short of the portion
         edge = 1 - 10 ** ((bins_below + 1 - self.bins) * (self.DIGITS / self.bins))

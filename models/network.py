@@ -102,7 +102,11 @@ def init_from(model: nn.Module, path: str, classes: list[str]) -> None:
     file = Path(path, "model.pt") if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise UserError(f"init_from: there is no {file}")
-    own, saved = model.state_dict(), load_tensors(file)
+    own = model.state_dict()
+    try:
+        saved = load_tensors(file)
+    except UserError as error:
+        raise UserError(f"init_from: {error}") from None
     for problem, names in (
         ("lacks", [name for name in own if name not in saved]),
         ("has too many", [name for name in saved if name not in own]),

@@ -320,6 +320,8 @@ def test_init_from_another_network(config, refused, tmp_path):
     for script in SCRIPTS:
         message = refused(script, config, "init_from=model.pt")
         assert re.search(r"model\.pt does not fit this model: of its tensors it lacks \d+, the first ", message)
+    Path("model.pt").write_text("no weights")
+    assert "init_from: model.pt: is no readable checkpoint" in refused("train_dann", config, "init_from=model.pt")
 
 
 @pytest.mark.parametrize(
@@ -369,11 +371,13 @@ def shot(tmp_path) -> Path:
 @pytest.mark.parametrize(
     ("keys", "match"),
     [
-        (["data.source={name: drawn_digits}"], "data.source: this method sees no source images; leave it out"),
-        (["data.classes_from=elsewhere"], "init_from: there is no elsewhere"),
+        (["data.source={name: drawn_digits}"], "data.source must be null, not {'name': 'drawn_digits'}"),
+        (["data.source=mnist"], "data.source must be null, not 'mnist'"),
+        (["data.source.augment={flip: {}}"], "data.source must be null, not {"),
+        (["data.classes_from=elsewhere"], "init_from or data.classes_from: there is no elsewhere"),
         (["init_from=null"], "init_from is missing: the run of train_source.py to start from"),
-        (["init_from=nowhere"], "init_from: there is no nowhere"),
-        (["init_from=start"], "start has no summary.json, which names the classes; name the folder of a finished run"),
+        (["init_from=nowhere"], "there is no nowhere"),
+        (["init_from=start"], "start has no summary.json that names the classes; name the folder of a finished run"),
         (["model.bottleneck=8"], "does not fit this model: of its tensors it lacks"),
         (["data.target={name: folder, path: photo}", "data.root=images"], "its classes differ from the source's"),
         (["select=source_val"], "select: source_val needs source images, which are not read here"),
@@ -389,7 +393,11 @@ def test_source_free(shot, pictures, refused, keys, match):
 
 def test_source_free_from_a_damaged_summary(shot, refused):
     Path("start/source/summary.json").write_text('{"classes": ')
-    assert "summary.json is damaged; it does not name the classes" in refused("train_shot", shot)
+    assert "summary.json is damaged; finish the run again" in refused("train_shot", shot)
+    Path("start/source/summary.json").write_text("{}")
+    assert "start/source has no summary.json that names the classes" in refused("train_shot", shot)
+    Path("start/source/summary.json").unlink()
+    assert "start/source is not finished; go on with it by --resume" in refused("train_shot", shot)
 
 
 # --- the run folder

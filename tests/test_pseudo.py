@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from common.averages import RunningMean, class_mean, ema_teacher
+from common.averages import EMATeacher, RunningMean, class_mean
 from common.collapse import VANISHED, AcceptedShares, CollapseMonitor
 from common.schedules import warm_up
 from data.classmix import class_mask, classmix
@@ -133,7 +133,7 @@ def test_the_histogram_forgets():
 def test_teacher_against_the_closed_formula():
     """After 100 updates: weight k of the student counts (1 - d_k) times all later decays; buffers are the last ones."""
     student = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Dropout(0.5))
-    teacher = ema_teacher(student, 0.95)
+    teacher = EMATeacher(student, 0.95)
     assert not teacher.training
     assert not any(p.requires_grad for p in teacher.parameters())
     seen = []

@@ -95,6 +95,7 @@ def folder(tmp_path, monkeypatch):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("FIGURES", json.dumps(FIGURES))
     Path("train.py").write_text(SCRIPT)
+    reproduce.script_config.cache_clear()  # it knows scripts by their relative path
     Path("waits.py").write_text(WAITS)
     Path("suite.yaml").write_text(SUITE)
     for name in ("one", "two"):
@@ -431,8 +432,17 @@ def test_a_run_whose_start_failed_fails_too(starts_from, monkeypatch, capfd):
     Path("suite.yaml").write_text(AFTER.replace("method: two, script: train.py", "method: two, script: two.py"))
     assert reproduce.main(["suite.yaml", "--seeds", "0", "--jobs", "2"]) == 1
     out = capfd.readouterr().out
-    assert "runs/two_seed0: failed" in out
-    assert "there is no runs/one_seed0" in out
+    assert "runs/two_seed0: failed: runs/one_seed0, which it starts from, is not finished" in out
+    assert not Path("runs/two_seed0").exists()
+
+
+def test_a_run_is_not_finished_if_its_start_was_edited(starts_from, capfd):
+    assert reproduce.main(["suite.yaml", "--seeds", "0"]) == 0
+    assert cells(capfd.readouterr().out, "two")[2] == "1"
+    with open("one.yaml", "a") as config:
+        config.write("data: {size: 3}\n")
+    assert reproduce.main(["suite.yaml", "--seeds", "0"]) == 0  # the fake script trains again whatever it finds
+    assert [call["argv"][2] for call in calls()][-2:] == ["one.yaml", "two.yaml"]
 
 
 def test_a_start_that_no_earlier_entry_makes(folder):
