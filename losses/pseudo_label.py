@@ -42,13 +42,13 @@ def align_distribution(p: torch.Tensor, mean_s: torch.Tensor, mean_t: torch.Tens
 class ConfidenceHistogram(nn.Module):
     """Running histogram of confidences by predicted class, from which class-balanced thresholds follow (CBST).
 
-    The bins are even in -log10(1 - confidence), from 0 to 7, since most confidences of a trained model lie near 1.
+    The bins are even in log-odds, fine near 1, where a trained model's confidences lie, and near 1/K, where they begin.
     `counts` (K, bins), a buffer, forgets by `decay` at each `add`; with decay 1 it counts all.
     """
 
-    DIGITS = 7  # float32 knows no confidence between 1 - 1e-7 and 1
+    LOW, HIGH = -9.0, 16.0  # log-odds of 1e-4 and of 1 - 1e-7, beyond which float32 knows 1 alone
 
-    def __init__(self, num_classes: int, bins: int = 1400, decay: float = 0.99):
+    def __init__(self, num_classes: int, bins: int = 1000, decay: float = 0.99):
         super().__init__()
         self.bins, self.decay = bins, decay
         self.register_buffer("counts", torch.zeros(num_classes, bins))
@@ -56,8 +56,8 @@ class ConfidenceHistogram(nn.Module):
     @torch.no_grad()
     def add(self, confidence: torch.Tensor, labels: torch.Tensor) -> None:
         """confidence: (N, ...) in [0, 1], labels: (N, ...) int64."""
-        nines = -(1 - confidence.flatten().float()).clamp_min(10.0**-self.DIGITS).log10()
-        bins = (nines * (self.bins / self.DIGITS)).long().clamp_(0, self.bins - 1)
+        log_odds = torch.logit(confidence.flatten().float(), eps=1e-7)
+        bins = ((log_odds - self.LOW) * (self.bins / (self.HIGH - self.LOW))).long().clamp_(0, self.bins - 1)
         index = labels.flatten() * self.bins + bins
         new = torch.zeros(self.counts.numel(), dtype=torch.int64, device=index.device)
         new.scatter_add_(0, index, torch.ones_like(index))
@@ -74,5 +74,5 @@ class ConfidenceHistogram(nn.Module):
         from_top = counts.flip(1).cumsum(1)
         total = from_top[:, -1:]
         bins_below = (from_top < portion * total).sum(1)  # from the top, whose sum falls short of the portion
-        edge = 1 - 10 ** ((bins_below + 1 - self.bins) * (self.DIGITS / self.bins))
+        edge = torch.sigmoid(self.LOW + (self.bins - 1 - bins_below) * ((self.HIGH - self.LOW) / self.bins))
         return torch.where(total[:, 0] > 0, edge, torch.ones_like(edge))
