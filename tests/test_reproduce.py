@@ -201,7 +201,7 @@ def test_a_failed_run_stops_no_other(folder, capfd, monkeypatch):
 
 
 def test_a_run_without_results_has_failed(folder, capfd):
-    Path("train.py").write_text("print('nothing to do')")
+    Path("train.py").write_text("class Config:\n    pass\n\nif __name__ == '__main__':\n    print('nothing to do')\n")
     assert reproduce.main(["suite.yaml", "--seeds", "0"]) == 1
     out = capfd.readouterr().out
     assert "runs/one_seed0: failed after 0 s with exit code 0: no summary.json of this config" in out
