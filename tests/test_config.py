@@ -267,7 +267,10 @@ TOO_LARGE = "data.target.crop [9, 9] is larger than resize [8, 9]"
         ("data.source.image_suffix=x", "data.source.image_suffix goes with name: folder only"),
         ("data.target.mask_suffix=x", "data.target.mask_suffix goes with masks"),
         ("data.target={name: list, path: a, classes: b}", "data.target.classes: the classes of masks are named by ids"),
-        ("data.augment.affine={}", "data.augment: no operation 'affine'; there are zoom, flip, photometric, jitter, blur, cutout"),
+        (
+            "data.augment.affine={}",
+            "data.augment: no operation 'affine'; there are zoom, flip, photometric, jitter, blur, cutout",
+        ),
         ("data.augment.zoom.scale=[0, 1]", "data.augment.zoom.scale must be above 0, not [0, 1]"),
         ("data.augment.jitter.gamma=[0, 1]", "data.augment.jitter.gamma must be above 0, not [0, 1]"),
     ],
