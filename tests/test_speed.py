@@ -66,7 +66,12 @@ def test_too_few_rounds_are_refused(command):
 
 @pytest.mark.parametrize(
     ("method", "overrides", "images"),
-    [("source", [], BATCH), ("dann", ["model.bn=concat"], 2 * BATCH), ("dann", ["model.bn=separate"], 2 * BATCH)],
+    [
+        ("source", [], BATCH),
+        ("dann", ["model.bn=concat"], 2 * BATCH),
+        ("dann", ["model.bn=separate"], 2 * BATCH),
+        ("pseudo", [], 2 * BATCH),  # the teacher's images train nothing
+    ],
 )
 def test_bare_model_sees_as_many_images_as_the_script(method, overrides, images):
     turns = turns_of(method, *overrides)
