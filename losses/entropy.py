@@ -12,6 +12,8 @@ import math
 
 import torch
 
+from common.averages import class_mean
+
 
 def information_map(log_p: torch.Tensor) -> torch.Tensor:
     """-p log p / log K of every class: the weighted self-information (section 3.2), of the shape of `log_p`.
@@ -33,6 +35,6 @@ def diversity_loss(log_p: torch.Tensor) -> torch.Tensor:
     """
     if log_p.numel() == 0:
         return log_p.sum()
-    mean = log_p.exp().transpose(0, 1).flatten(1).mean(1)
+    mean = class_mean(log_p.exp())
     log_mean = mean.clamp_min(torch.finfo(mean.dtype).tiny).log()  # finite for a class of probability 0
     return 1 + (mean * log_mean).sum() / math.log(len(mean))
