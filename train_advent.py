@@ -32,7 +32,7 @@ from common.runtime import exit_with, get_device, seed_everything
 from data import open_domains, train_loader
 from losses.domain import SOURCE, discriminator_accuracy, domain_loss, one_domain_loss
 from losses.entropy import diversity_loss, entropy_loss, information_map
-from losses.supervised import nll_loss
+from losses.supervised import nll_loss, supervised_loss
 from models import build_discriminator, build_model, forward_domains, init_from
 
 
@@ -79,7 +79,7 @@ def main(argv: list[str] | None = None) -> int:
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "float16")
     run = Run(config, args)
     domains = open_domains(config.data, config.seed, args.dry_run)
-    print(domains.describe())
+    run.show(domains)
 
     # --- model
     model = build_model(config, domains.num_classes)
@@ -112,6 +112,9 @@ def main(argv: list[str] | None = None) -> int:
     # --- data
     source = iter(train_loader(domains.source, config.data, config.seed, "source", start, config.steps))
     target = iter(train_loader(domains.target, config.data, config.seed, "target", start, config.steps))
+    labeled = iter(
+        train_loader(domains.target_labeled, config.data, config.seed, "target_labeled", start, config.steps)
+    )
     evaluation = domains.evaluation()
 
     # --- train
@@ -140,6 +143,10 @@ def main(argv: list[str] | None = None) -> int:
                     loss = loss + head.adv_weight * parts["adv_loss"]
                 losses |= {head.name + name: part for name, part in parts.items()}
                 maps.append((log_p_s.detach(), information_t.detach()))
+            if domains.target_labeled:
+                x_l, y_l = (x.to(device, non_blocking=True) for x in next(labeled))
+                losses["target_cls_loss"] = supervised_loss(model(x_l), y_l, config.model.aux_weight)
+                loss = loss + losses["target_cls_loss"]
 
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()

@@ -32,7 +32,7 @@ from common.schedules import progress, reversal_coefficient
 from data import open_domains, train_loader
 from losses.cdan import MultilinearMap, entropy_weights
 from losses.domain import discriminator_accuracy, domain_loss
-from losses.supervised import cross_entropy
+from losses.supervised import cross_entropy, supervised_loss
 from models import DomainDiscriminator, build_model, feature_vectors, forward_domains, gradient_reversal, init_from
 from models.network import check_layers
 
@@ -88,7 +88,7 @@ def main(argv: list[str] | None = None) -> int:
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "float16")
     run = Run(config, args)
     domains = open_domains(config.data, config.seed, args.dry_run)
-    print(domains.describe())
+    run.show(domains)
 
     # --- model
     model = build_model(config, domains.num_classes)
@@ -113,6 +113,9 @@ def main(argv: list[str] | None = None) -> int:
     # --- data
     source = iter(train_loader(domains.source, config.data, config.seed, "source", start, config.steps))
     target = iter(train_loader(domains.target, config.data, config.seed, "target", start, config.steps))
+    labeled = iter(
+        train_loader(domains.target_labeled, config.data, config.seed, "target_labeled", start, config.steps)
+    )
     evaluation = domains.evaluation()
 
     # --- train
@@ -147,6 +150,10 @@ def main(argv: list[str] | None = None) -> int:
             if out_s.aux_logits is not None:
                 losses["aux_cls_loss"] = cross_entropy(out_s.aux_logits, y_s)
                 loss = loss + config.model.aux_weight * losses["aux_cls_loss"]
+            if domains.target_labeled:
+                x_l, y_l = (x.to(device, non_blocking=True) for x in next(labeled))
+                losses["target_cls_loss"] = supervised_loss(model(x_l), y_l, config.model.aux_weight)
+                loss = loss + losses["target_cls_loss"]
 
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()

@@ -39,7 +39,7 @@ from data.classmix import classmix
 from data.order import generator
 from losses.entropy import diversity_loss
 from losses.pseudo_label import ConfidenceHistogram, align_distribution, pseudo_label_loss, pseudo_label_weights
-from losses.supervised import cross_entropy, nll_loss
+from losses.supervised import cross_entropy, nll_loss, supervised_loss
 from models import build_model, forward_domains, init_from
 
 
@@ -87,7 +87,7 @@ def main(argv: list[str] | None = None) -> int:
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "float16")
     run = Run(config, args)
     domains = open_domains(config.data, config.seed, args.dry_run)
-    print(domains.describe())
+    run.show(domains)
 
     # --- model
     model = build_model(config, domains.num_classes)
@@ -108,6 +108,9 @@ def main(argv: list[str] | None = None) -> int:
     source = iter(train_loader(domains.source, config.data, config.seed, "source", start, config.steps))
     views = config.strong_augment
     target = iter(train_loader(domains.target, config.data, config.seed, "target", start, config.steps, views))
+    labeled = iter(
+        train_loader(domains.target_labeled, config.data, config.seed, "target_labeled", start, config.steps)
+    )
     evaluation = domains.evaluation()
 
     # --- train
@@ -156,6 +159,10 @@ def main(argv: list[str] | None = None) -> int:
                 losses["aux_pseudo_loss"] = pseudo_label_loss(aux_log_p_t, labels, weights)
                 aux_loss = losses["aux_cls_loss"] + pseudo_weight * losses["aux_pseudo_loss"]
                 loss = loss + config.model.aux_weight * aux_loss
+            if domains.target_labeled:
+                x_l, y_l = (x.to(device, non_blocking=True) for x in next(labeled))
+                losses["target_cls_loss"] = supervised_loss(model(x_l), y_l, config.model.aux_weight)
+                loss = loss + losses["target_cls_loss"]
 
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()

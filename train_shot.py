@@ -35,7 +35,7 @@ from common.runtime import exit_with, get_device, seed_everything
 from data import open_domains, train_loader
 from losses.entropy import diversity_loss, entropy_loss, information_map
 from losses.shot import CentroidMemory, at_features, at_images, centroid_sums, nearest_centroid, unit_features
-from losses.supervised import nll_loss
+from losses.supervised import nll_loss, supervised_loss
 from models import build_model, init_from
 from models.network import Network
 
@@ -106,7 +106,7 @@ def main(argv: list[str] | None = None) -> int:
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "float16")
     run = Run(config, args)
     domains = open_domains(config.data, config.seed, args.dry_run)
-    print(domains.describe())
+    run.show(domains)
 
     # --- model
     model = build_model(config, domains.num_classes)
@@ -121,6 +121,9 @@ def main(argv: list[str] | None = None) -> int:
     # --- data
     views = config.strong_augment
     target = iter(train_loader(domains.target, config.data, config.seed, "target", start, config.steps, views))
+    labeled = iter(
+        train_loader(domains.target_labeled, config.data, config.seed, "target_labeled", start, config.steps)
+    )
     whole_target = domains.target_pass()
     evaluation = domains.evaluation()
 
@@ -151,6 +154,10 @@ def main(argv: list[str] | None = None) -> int:
             information = config.ent_weight * ent_loss + config.div_weight * div_loss
             loss = math.log(domains.num_classes) * information + config.pseudo_weight * pseudo_loss
             losses = {"ent_loss": ent_loss, "div_loss": div_loss, "pseudo_loss": pseudo_loss}
+            if domains.target_labeled:
+                x_l, y_l = (x.to(device, non_blocking=True) for x in next(labeled))
+                losses["target_cls_loss"] = supervised_loss(model(x_l), y_l, config.model.aux_weight)
+                loss = loss + losses["target_cls_loss"]
 
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()

@@ -24,7 +24,7 @@ from common.optim import build_optimizer, set_rates
 from common.run import Run
 from common.runtime import exit_with, get_device, seed_everything
 from data import open_domains, train_loader
-from losses.supervised import cross_entropy
+from losses.supervised import cross_entropy, supervised_loss
 from models import build_model, init_from
 
 
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> int:
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "float16")
     run = Run(config, args)
     domains = open_domains(config.data, config.seed, args.dry_run)
-    print(domains.describe())
+    run.show(domains)
 
     # --- model
     model = build_model(config, domains.num_classes)
@@ -54,6 +54,9 @@ def main(argv: list[str] | None = None) -> int:
 
     # --- data
     source = iter(train_loader(domains.source, config.data, config.seed, "source", start, config.steps))
+    labeled = iter(
+        train_loader(domains.target_labeled, config.data, config.seed, "target_labeled", start, config.steps)
+    )
     evaluation = domains.evaluation()
 
     # --- train
@@ -69,6 +72,10 @@ def main(argv: list[str] | None = None) -> int:
             if out_s.aux_logits is not None:
                 losses["aux_cls_loss"] = cross_entropy(out_s.aux_logits, y_s)
                 loss = loss + config.model.aux_weight * losses["aux_cls_loss"]
+            if domains.target_labeled:
+                x_l, y_l = (x.to(device, non_blocking=True) for x in next(labeled))
+                losses["target_cls_loss"] = supervised_loss(model(x_l), y_l, config.model.aux_weight)
+                loss = loss + losses["target_cls_loss"]
 
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()

@@ -100,9 +100,10 @@ class DomainConfig:
 
 @dataclass
 class DataConfig:
-    source: DomainConfig  # the labelled domain
+    source: DomainConfig | list[DomainConfig]  # the labelled domain, or several, taken as one
     target: DomainConfig  # the unlabelled domain; its training labels are dropped on loading
     target_test: DomainConfig | None = None  # null: the set's own test split, else the target images (transductive)
+    target_labeled: int | str | None = None  # target labels to train on: images a class (maps: images), or a list file
     task: Literal["classification", "segmentation"] = "classification"  # an image has a class | each pixel has
     root: str | None = None  # null: the variable DA_DATA, else ./datasets
     size: int = 28  # classification: px of the square the network sees
@@ -123,7 +124,10 @@ class DataConfig:
         if self.eval_batch is None:
             self.eval_batch = {"classification": 250, "segmentation": 1}[self.task]
         root, cache = Path(self.root).resolve(), Path(self.cache).resolve()
-        domains = {role: getattr(self, role) for role in ("source", "target", "target_test")}
+        several = len(self.sources) > 1
+        domains = {f"source[{i}]" if several else "source": domain for i, domain in enumerate(self.sources)}
+        domains |= {"target": self.target, "target_test": self.target_test}
+        common = [(domain.crop, domain.augment) for domain in self.sources if domain]
         require(
             (self.size > 0, "size must be positive"),
             (self.batch > 0, "batch must be positive"),
@@ -133,6 +137,15 @@ class DataConfig:
             (self.cache_gb >= 0, "cache_gb must not be negative"),
             (not cache.is_relative_to(root), f"cache {self.cache} lies under root {self.root}; name another folder"),
             (self.iou_classes is None or self.task == "segmentation", "iou_classes is for task: segmentation"),
+            (self.source != [], "source is an empty list; it must name a domain"),
+            (
+                all(own == common[0] for own in common),
+                "source: several sources are one set; give all the same crop and augment",
+            ),
+            (
+                not isinstance(self.target_labeled, int) or self.target_labeled > 0,
+                "target_labeled must be positive, a list file, or null",
+            ),
             *(rule for role, domain in domains.items() if domain for rule in domain.rules(role, self.task)),
             *((False, mistake) for mistake in check_augment(self.augment, OPERATIONS[self.task])),
             (
@@ -152,19 +165,25 @@ class DataConfig:
         from data.augment import IN_PLACE, OPERATIONS, check_augment
 
         maps = self.task == "segmentation"
+        source_crop = self.sources[0].crop if self.sources else None
         operations = IN_PLACE if maps else OPERATIONS[self.task]
         return [
             *((False, mistake) for mistake in check_augment(strong_augment, operations, "strong_augment")),
             (mix == "none" or maps, f"mix: {mix} is for data.task: segmentation"),
             (
-                mix == "none" or not (self.source.crop and self.target.crop) or self.source.crop == self.target.crop,
+                mix == "none" or not (source_crop and self.target.crop) or source_crop == self.target.crop,
                 f"mix: {mix} pastes source onto target images; give data.source and data.target the same crop",
             ),
         ]
 
+    @property
+    def sources(self) -> list[DomainConfig]:
+        """The source domains; none for a method without a source."""
+        return self.source if isinstance(self.source, list) else [] if self.source is None else [self.source]
+
     def augment_of(self, role: str) -> dict:
-        """The augmentation of source or target."""
-        own = getattr(self, role).augment
+        """The augmentation of source, target or target_labeled."""
+        own = (self.sources[0] if role == "source" else self.target).augment
         return self.augment if own is None else own
 
 
@@ -413,6 +432,9 @@ def build(cls, tree, keys: list[str], mistakes: list[str], prefix: str = ""):
                 mistakes.append(f"{name} is missing ({_type_name(hint)})")
             continue
         value = tree.get(spec.name, {})
+        if section and isinstance(value, list) and list[section] in typing.get_args(hint):
+            values[spec.name] = [build(section, item, keys, mistakes, f"{name}[{i}].") for i, item in enumerate(value)]
+            continue
         if section and not (value is None and types.NoneType in typing.get_args(hint)):
             values[spec.name] = build(section, value, keys, mistakes, name + ".")
             continue

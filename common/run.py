@@ -47,6 +47,7 @@ class Run:
         self.config, self.folder, self.dry_run = config, Path(config.out_dir), args.dry_run
         self.resume = args.resume and not args.dry_run
         self.history, self.seconds, self.stopping, self.saved = [], 0.0, None, None
+        self.lists, self.labels = {}, {}
         self.selected = None  # what model.pt holds; kept, since a resumed run must find it as it was at the checkpoint
         if self.dry_run:
             config.steps = 1
@@ -82,6 +83,12 @@ class Run:
             remedy = "undo the change or choose another out_dir"
             raise UserError(f"--resume: {self.folder} was trained under another config ({shown}); {remedy}")
 
+    def show(self, domains) -> None:
+        """Print what the run learns from; `begin` writes the lists of what was drawn, `finish` how much is labelled."""
+        print(domains.describe())
+        self.lists = domains.lists
+        self.labels = {"target_labeled": len(domains.target_labeled)} if domains.target_labeled else {}
+
     def begin(self, **state) -> int:
         """Start or continue the run; returns the number of steps done. `state`: what `save` writes, by name."""
         self.state = {**state, "log": self.log}
@@ -93,6 +100,10 @@ class Run:
             for left in self.folder.rglob(".*.tmp"):  # by a run that was killed while writing
                 left.unlink()
             checkpoint.write_text(self.folder / "config.yaml", dump(self.config))
+            for name, text in self.lists.items():
+                if step > 0 and (self.folder / name).read_text() != text:
+                    raise UserError(f"--resume: {self.folder / name} was drawn from other images; restore them")
+                checkpoint.write_text(self.folder / name, text)
             self._write_status("running", step)
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, self._on_signal)
@@ -223,6 +234,7 @@ class Run:
             "machine": describe_machine(get_device(config.device)),
             "seconds": round(self._values()["seconds"], 1),
             "target": target,
+            **self.labels,
             **facts,
             "source_val": self.history[-1]["source_val"],
             "selection": {"criterion": config.select, "value": value, "part_of_training_loss": part},

@@ -16,9 +16,10 @@ from data.decoded import Decoded, MaskDecoder, check_sizes, decoded_images, deco
 from data.digits import open_digits
 from data.drawn import open_drawn
 from data.drawn_street import open_street
-from data.folder import read_list, read_mask_list, scan_folder, scan_masks
+from data.folder import read_labeled, read_list, read_mask_list, scan_folder, scan_masks
 from data.id_maps import id_map
-from data.image_set import ImageSet, image_set
+from data.image_set import ImageSet, image_set, join
+from data.labeled import draw_labeled, list_labeled, without
 from data.loaders import eval_loader
 from data.order import generator
 
@@ -44,8 +45,14 @@ def _open_classes(domain: DomainConfig, config: DataConfig, train: bool, read_on
     files, labels, classes = (
         scan_folder(domain.path, root) if domain.name == "folder" else read_list(domain.path, domain.classes, root)
     )
+    return _decoded_classes(domain, files, labels, classes, config, read_only)
+
+
+def _decoded_classes(
+    domain: DomainConfig, files: list[Path], labels: list[int] | None, classes, config: DataConfig, read_only: bool
+) -> ImageSet:
     side = domain.resize or round(config.size * 8 / 7)
-    keep = None if read_only else cache, config.cache_gb * 2**30, config.workers > 0
+    keep = None if read_only else Path(config.cache), config.cache_gb * 2**30, config.workers > 0
     return image_set(f"{domain.name} {domain.path}", decoded_images(files, (side, side), *keep), labels, classes)
 
 
@@ -82,15 +89,16 @@ def _open_maps(
     return image_set(f"{domain.name} {domain.path}", images, masks, classes, domain.crop)
 
 
-def open_set(role: str, config: DataConfig, train: bool, read_only: bool) -> ImageSet | None:
+def open_set(
+    domain: DomainConfig, role: str, config: DataConfig, train: bool, read_only: bool, trains: bool = False
+) -> ImageSet | None:
     """The training or test split of a domain; None for the test split of a set that has none.
 
-    role: source, target or target_test. Masks of the source are resized with its images, since they train; those of
-    the target stay as they are, since they measure.
+    role: its place in the config, for messages. Masks that train (`trains`) are resized with their images; others stay
+    as they are, since they measure.
     """
-    domain = getattr(config, role)
     if config.task == "segmentation":
-        return _open_maps(domain, role, config, train, read_only, whole_masks=role != "source")
+        return _open_maps(domain, role, config, train, read_only, whole_masks=not trains)
     return _open_classes(domain, config, train, read_only)
 
 
@@ -118,9 +126,10 @@ class Domains:
     """What a run trains and is measured on. Labels of the target's training images are dropped here.
 
     source, target: training sets, labelled and unlabelled. source_val: held-out source images. Without a source
-    (`TargetDataConfig`) both of its sets are None. target_test: labelled
-    target images for reporting, or None. criteria: unlabelled target training images for model selection.
-    target_test_note says what `target_test` is.
+    (`TargetDataConfig`) both of its sets are None. target_labeled: the images of `data.target_labeled`, which are in no
+    other set of the target, or None. target_test: labelled target images for reporting, or None. criteria: unlabelled
+    target training images for model selection. target_test_note says what `target_test` is. lists: the
+    text of each list of images drawn by the seed, by file name.
     """
 
     config: DataConfig
@@ -128,9 +137,11 @@ class Domains:
     source: ImageSet | None
     source_val: ImageSet | None
     target: ImageSet
+    target_labeled: ImageSet | None
     target_test: ImageSet | None
     criteria: ImageSet
     target_test_note: str
+    lists: dict[str, str]
     dry_run: bool = False
 
     @property
@@ -157,10 +168,12 @@ class Domains:
 
     def describe(self) -> str:
         lines = [f"{self.num_classes} classes: {', '.join(self.classes[:12])}{' ...' if self.num_classes > 12 else ''}"]
-        for role in ("source", "source_val", "target", "target_test"):
+        for role in ("source", "source_val", "target", "target_labeled", "target_test"):
             images = getattr(self, role)
+            if images is None and role == "target_labeled":
+                continue
             if images is None:
-                lines.append(f"{role:12} none{': no target labels' if role == 'target_test' else ''}")
+                lines.append(f"{role:14} none{': no target labels' if role == 'target_test' else ''}")
                 continue
             note = f" ({self.target_test_note})" if role == "target_test" else ""
             kept = (
@@ -168,30 +181,75 @@ class Domains:
                 if isinstance(images.images, Decoded) and not role.startswith("target_")
                 else ""
             )
-            lines.append(f"{role:12} {images.name}: {len(images)} images{note}{kept}")
+            lines.append(f"{role:14} {images.name}: {len(images)} images{note}{kept}")
         sizes = f"3x{self.config.size}x{self.config.size}"
         if self.config.task == "segmentation":
             sets = {role: getattr(self, role) for role in ("source", "target") if getattr(self, role) is not None}
             sizes = ", ".join(f"{role} {_train_size(images)}" for role, images in sets.items())
-        return "\n".join([*lines, f"batch        {self.config.batch} a domain, {sizes}"])
+        return "\n".join([*lines, f"{'batch':14} {self.config.batch} a domain, {sizes}"])
 
 
 def _open_source(config: DataConfig, seed: int, dry_run: bool) -> tuple[ImageSet, ImageSet]:
-    """Training and validation set: the source's own test split, else a tenth held out by `seed`."""
-    source = open_set("source", config, True, dry_run)
-    if source.labels is None:
-        kind = "masks and ids" if config.task == "segmentation" else "a folder per class, or `path label` lines"
-        raise UserError(f"{source.name}: the source needs labels: {kind}")
-    source_val = open_set("source", config, False, dry_run)
-    if source_val is None:
-        if len(source) < 2:
-            raise UserError(f"{source.name}: one image is not enough to train and to validate")
-        source_val, source = _hold_out(source, config.task, seed)
-    return source, source_val
+    """Training and validation set of all sources: of each its own test split, else a tenth held out by `seed`."""
+    trained, held_out = [], []
+    for i, domain in enumerate(config.sources):
+        role = f"source[{i}]" if len(config.sources) > 1 else "source"
+        source = open_set(domain, role, config, True, dry_run, trains=True)
+        if source.labels is None:
+            kind = "masks and ids" if config.task == "segmentation" else "a folder per class, or `path label` lines"
+            raise UserError(f"{source.name}: the source needs labels: {kind}")
+        source_val = open_set(domain, role, config, False, dry_run, trains=True)
+        if source_val is None:
+            if len(source) < 2:
+                raise UserError(f"{source.name}: one image is not enough to train and to validate")
+            source_val, source = _hold_out(source, config.task, seed)
+        trained.append(source)
+        held_out.append(source_val)
+    if config.task == "classification" and len({_side(source) for source in trained}) > 1:
+        sides = ", ".join(f"{source.name} {_side(source)} px" for source in trained)
+        raise UserError(
+            f"data.source: the sources are one set, whose images have one size ({sides}); give each a resize"
+        )
+    return join(trained), join(held_out)
+
+
+def _side(images: ImageSet) -> int:
+    return images.images.shapes[0][-1] if isinstance(images.images, Decoded) else images.images.shape[-1]
+
+
+def _open_labeled(
+    config: DataConfig, target: ImageSet, classes: list[str], seed: int, dry_run: bool
+) -> tuple[ImageSet | None, dict[str, str]]:
+    """The labelled target images, and the list of those that were drawn."""
+    asked, maps, root = config.target_labeled, config.task == "segmentation", Path(config.root)
+    if asked is None:
+        return None, {}
+    if isinstance(asked, int):
+        whole = (
+            open_set(config.target, "target", config, True, dry_run, trains=True).relabelled(classes)
+            if maps
+            else target
+        )
+        labeled = draw_labeled(replace(whole, images=target.images), asked, seed)
+        return labeled, {"target_labeled.txt": list_labeled(labeled, root)}
+    if not isinstance(target.images, Decoded):
+        raise UserError(
+            f"data.target_labeled: {asked} names files, {target.name} has none; give a number of images a class"
+        )
+    if not maps:
+        files, labels = read_labeled(asked, classes, root)
+        listed = replace(config.target, name="list", path=asked)
+        return _decoded_classes(listed, files, labels, classes, config, dry_run), {}
+    listed = replace(config.target, name="list", path=asked, masks=None, image_suffix=None, mask_suffix=None)
+    labeled = open_set(listed, "target", config, True, dry_run, trains=True)
+    if labeled.labels is None:
+        raise UserError(f"data.target_labeled: {asked} names no masks; its lines are `image mask`")
+    return labeled.relabelled(classes), {}
 
 
 def _same_images(config: DataConfig) -> bool:
-    return config.source is not None and replace(config.source, augment=None) == replace(config.target, augment=None)
+    one = len(config.sources) == 1
+    return one and replace(config.sources[0], augment=None) == replace(config.target, augment=None)
 
 
 def open_domains(config: DataConfig, seed: int, dry_run: bool = False) -> Domains:
@@ -200,7 +258,7 @@ def open_domains(config: DataConfig, seed: int, dry_run: bool = False) -> Domain
     Without a source the classes are those of the run `classes_from`. In a dry run nothing is written and every
     evaluation set is one batch.
     """
-    if config.source is None:
+    if not config.sources:
         source, source_val, classes = None, None, trained_classes(config.classes_from)
         if classes is None:
             remedy = "name the folder of a finished run in init_from or in data.classes_from"
@@ -211,15 +269,16 @@ def open_domains(config: DataConfig, seed: int, dry_run: bool = False) -> Domain
     if absent := set(config.iou_classes or ()) - set(classes):
         raise UserError(f"data.iou_classes: no class {sorted(absent)[0]!r}; there are {', '.join(classes)}")
 
-    target = open_set("target", config, True, dry_run).relabelled(classes)
+    target = open_set(config.target, "target", config, True, dry_run).relabelled(classes)
+    target_labeled, lists = _open_labeled(config, target, classes, seed, dry_run)
     if config.target_test is not None:
-        target_test, note = open_set("target_test", config, False, dry_run), "data.target_test"
+        target_test, note = open_set(config.target_test, "target_test", config, False, dry_run), "data.target_test"
         if target_test is None:
-            target_test = open_set("target_test", config, True, dry_run)
+            target_test = open_set(config.target_test, "target_test", config, True, dry_run)
         if target_test.labels is None:
             raise UserError(f"{target_test.name}: target_test needs labels")
     else:
-        target_test, note = open_set("target", config, False, dry_run), "the target's own test split"
+        target_test, note = open_set(config.target, "target", config, False, dry_run), "the target's own test split"
         if target_test is None:
             target_test, note = target, "the target's training images: transductive"
             if target.labels is None:
@@ -228,6 +287,11 @@ def open_domains(config: DataConfig, seed: int, dry_run: bool = False) -> Domain
                 target_test = replace(target, indices=source_val.indices)
                 note = "a held-out tenth of the target"
     target_test = None if target_test is None else target_test.relabelled(classes)
+    if target_labeled is not None:
+        target, target_test = without(target, target_labeled), without(target_test, target_labeled)
+        if len(target) == 0 or (target_test is not None and len(target_test) == 0):
+            left = "unlabelled image" if len(target) == 0 else "image to test on"
+            raise UserError(f"data.target_labeled: {config.target_labeled} leaves no {left}; give fewer labels")
     target = target.unlabelled()
     chosen = torch.randperm(len(target), generator=generator(seed, "criteria"))[: config.select_images].sort().values
     criteria = target.subset(chosen)
@@ -237,4 +301,6 @@ def open_domains(config: DataConfig, seed: int, dry_run: bool = False) -> Domain
             None if images is None else images.subset(first[: len(images)])
             for images in (source_val, criteria, target_test)
         )
-    return Domains(config, classes, source, source_val, target, target_test, criteria, note, dry_run)
+    return Domains(
+        config, classes, source, source_val, target, target_labeled, target_test, criteria, note, lists, dry_run
+    )

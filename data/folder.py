@@ -81,6 +81,27 @@ def _listed(path: str, file: Path, root: Path, where: str) -> Path:
     return found
 
 
+def read_labeled(path: str, names: list[str], root: Path) -> tuple[list[Path], list[int]]:
+    """(files, labels) of a list file whose every line is `path label`, a label being a class of `names` or its number.
+
+    Paths are relative to the list file's folder. Raises `UserError` with file:line.
+    """
+    file, lines = _read_lines(path, root, "path label")
+    longest_first = sorted(names, key=len, reverse=True)  # a name may hold spaces, and end in another
+    files, labels = [], []
+    for where, line in lines:
+        known = (name for name in longest_first if line.endswith((f" {name}", f"\t{name}")))
+        name = next(known, line.rsplit(maxsplit=1)[-1])
+        image = line.removesuffix(name).strip()
+        if not image:
+            raise UserError(f"{where}: has no label; a line is `path label`")
+        files.append(_listed(image, file, root, where))
+        labels.append(_label(name, names, where))
+    if not files:
+        raise UserError(f"list: {file} names no image")
+    return files, labels
+
+
 def read_list(path: str, classes: str | None, root: Path) -> tuple[list[Path], list[int] | None, list[str] | None]:
     """(files, labels, class names) of a list file with `path label` lines, or `path` lines alone.
 

@@ -1,10 +1,36 @@
 """Images with labels by class name."""
 
+import bisect
+import itertools
 from dataclasses import dataclass, replace
 
 import torch
 
 from common.runtime import UserError
+
+
+class Joined:
+    """Several `images` or `masks` end to end: `joined[index]`, with images as three channels."""
+
+    def __init__(self, parts: list, lengths: list[int]):
+        self.parts, self.starts = parts, [0, *itertools.accumulate(lengths)]
+
+    @property
+    def shapes(self) -> list[tuple[int, ...]]:
+        lengths = (b - a for a, b in itertools.pairwise(self.starts))
+        return [s for part, n in zip(self.parts, lengths, strict=True) for s in _shapes(part, n)]
+
+    def __getitem__(self, index: torch.Tensor) -> torch.Tensor:
+        items = []
+        for i in index.tolist():
+            number = bisect.bisect_right(self.starts, i) - 1
+            item = self.parts[number][torch.tensor([i - self.starts[number]])][0]
+            items.append(item.expand(3, -1, -1) if item.dim() == 3 else item)
+        return torch.stack(items)
+
+
+def _shapes(images: object, count: int) -> list[tuple[int, ...]]:
+    return images.shapes if hasattr(images, "shapes") else [tuple(images.shape[1:])] * count
 
 
 class Renumbered:
@@ -64,6 +90,24 @@ class ImageSet:
         return replace(
             self, labels=mapping[self.labels] if whole else Renumbered(self.labels, mapping), classes=classes
         )
+
+
+def join(sets: list[ImageSet]) -> ImageSet:
+    """The labelled sets as one, with classes and crop of the first. Raises `UserError` where classes differ."""
+    if len(sets) == 1:
+        return sets[0]
+    sets = [sets[0], *(images.relabelled(sets[0].classes) for images in sets[1:])]
+    lengths = [len(images.images) for images in sets]
+    starts = [0, *itertools.accumulate(lengths)]
+    labels = [images.labels for images in sets]
+    whole = all(isinstance(part, torch.Tensor) and part.dim() == 1 for part in labels)
+    return replace(
+        sets[0],
+        name=" + ".join(images.name for images in sets),
+        images=Joined([images.images for images in sets], lengths),
+        labels=torch.cat(labels) if whole else Joined(labels, lengths),
+        indices=torch.cat([images.indices + start for images, start in zip(sets, starts, strict=False)]),
+    )
 
 
 def image_set(name: str, images, labels, classes: list[str] | None, crop=None) -> ImageSet:

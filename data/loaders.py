@@ -142,12 +142,20 @@ class EvalMaps(Dataset):
 
 
 def train_loader(
-    images: ImageSet, config: DataConfig, seed: int, domain: str, start: int, steps: int, strong: dict | None = None
+    images: ImageSet | None,
+    config: DataConfig,
+    seed: int,
+    domain: str,
+    start: int,
+    steps: int,
+    strong: dict | None = None,
 ) -> DataLoader:
     """Batches start .. steps - 1 of a domain: uint8 (batch, 3, H, W), with int64 labels where the set has them.
 
-    With `strong`, a mapping as `data.augment`, pairs of a weak and a strong view of unlabelled images.
+    With `strong`, a mapping as `data.augment`, pairs of a weak and a strong view of unlabelled images. None of no set.
     """
+    if images is None:
+        return _batch_loader([], range(0), 0)
     batches = {"classification": TrainBatches, "segmentation": TrainMaps}[config.task](images, config, seed, domain)
     if strong is not None:
         batches = TwoViews(batches, strong)

@@ -21,3 +21,9 @@ def nll_loss(log_p: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """`nll_loss` of float32 `log_softmax(logits)`: logits (N, K, ...), labels (N, ...)."""
     return nll_loss(logits.float().log_softmax(1), labels)
+
+
+def supervised_loss(out, labels: torch.Tensor, aux_weight: float) -> torch.Tensor:
+    """`cross_entropy` of a `ModelOutput`'s logits, and `aux_weight` times that of its auxiliary ones, if it has any."""
+    loss = cross_entropy(out.logits, labels)
+    return loss if out.aux_logits is None else loss + aux_weight * cross_entropy(out.aux_logits, labels)
