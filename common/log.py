@@ -25,14 +25,14 @@ class Log:
 
     def __init__(self, path: Path | None, steps: int):
         self.path, self.steps = path, steps
-        self.sums, self.count = {}, 0
+        self.sums, self.counts = {}, {}
         self.bar, self.printed, self.start = None, -math.inf, 0
 
     def state_dict(self) -> dict:
-        return {"sums": dict(self.sums), "count": self.count}
+        return {"sums": dict(self.sums), "counts": dict(self.counts)}
 
     def load_state_dict(self, state: dict) -> None:
-        self.sums, self.count = dict(state["sums"]), state["count"]
+        self.sums, self.counts = dict(state["sums"]), dict(state["counts"])
 
     def open(self, step: int) -> None:
         """Begin after `step` steps; lines of later steps, left by a broken run, are dropped."""
@@ -54,14 +54,14 @@ class Log:
         for name, value in values.items():
             value = value.detach().float() if isinstance(value, torch.Tensor) else value
             self.sums[name] = self.sums[name] + value if name in self.sums else value
-        self.count += 1
+            self.counts[name] = self.counts.get(name, 0) + 1
         if self.bar is not None:
             self.bar.update()
 
     def write(self, step: int, **values: float | None) -> None:
         """Write the means since the last call, and `values` as they are; `name.class` goes to the file alone."""
         means = self.check_finite(step)
-        self.sums, self.count = {}, 0
+        self.sums, self.counts = {}, {}
         self.record({"step": step, **means, **values})
         shown = "  ".join(f"{name} {value:.4g}" for name, value in {**means, **values}.items() if "." not in name)
         if self.bar is not None:
@@ -79,7 +79,7 @@ class Log:
         totals = dict(self.sums)
         if tensors:  # the one host sync
             totals.update(zip(tensors, torch.stack([t.double() for t in tensors.values()]).tolist(), strict=True))
-        means = {name: total / self.count for name, total in totals.items()}
+        means = {name: total / self.counts[name] for name, total in totals.items()}
         for name, mean in means.items():
             if not math.isfinite(mean):
                 remedy = "lower optim.lr, or use amp: float32, and --resume from the last checkpoint"

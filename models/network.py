@@ -127,11 +127,11 @@ def init_from(model: nn.Module, path: str, classes: list[str]) -> None:
     print(f"started from {file}")
 
 
-def check_layers(model: Network, names: list[str]) -> None:
-    """Raise `UserError` for a feature layer the model does not have."""
+def check_layers(model: Network, names: list[str], key: str = "feature_layers") -> None:
+    """Raise `UserError`, naming the config's `key`, for a feature layer the model does not have."""
     for name in names:
         if name not in model.channels:
-            raise UserError(f"feature_layers: no layer {name!r}; there are {', '.join(model.channels)}")
+            raise UserError(f"{key}: no layer {name!r}; there are {', '.join(model.channels)}")
 
 
 def forward_domains(

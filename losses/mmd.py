@@ -1,0 +1,39 @@
+"""Maximum mean discrepancy with several Gaussian kernels (DAN, Long et al. 2015, arXiv:1502.02791, section 3)."""
+
+import torch
+
+from common.runtime import UserError
+
+WIDTHS = (0.125, 0.25, 0.5, 1.0, 2.0)  # of the kernels, in mean squared distances
+
+
+def mmd_loss(x_s: torch.Tensor, x_t: torch.Tensor, widths: tuple[float, ...] = WIDTHS) -> torch.Tensor:
+    """Unbiased estimate of the squared MMD from N pairs of rows (Gretton et al. 2012, JMLR 13, lemma 6):
+
+        1 / (N (N - 1)) * sum over i != j of k(s_i, s_j) + k(t_i, t_j) - k(s_i, t_j) - k(s_j, t_i)
+
+    i != j holds in the cross terms too, so that equal samples give 0, but for rounding. It may fall below 0.
+
+        k(a, b) = sum over w in widths of exp(-|a - b|^2 / (2 w m))
+
+    with m the mean squared distance between any two of the 2N rows, a constant to the gradient.
+
+    x_s, x_t: (N, D). Returns a float32 scalar; 0, attached to the graph, for N below 2.
+
+    Raises:
+        UserError: x_s and x_t differ in number.
+    """
+    if len(x_s) != len(x_t):
+        raise UserError(
+            f"mmd_loss pairs source and target, of which there are {len(x_s)} and {len(x_t)} feature vectors; "
+            "give data.source and data.target the same crop"
+        )
+    n, x = len(x_s), torch.cat([x_s, x_t]).float()
+    if n < 2:
+        return 0 * x.sum()
+    squared = torch.cdist(x, x).square()  # in float32 under autocast too
+    scale = 2 * squared.detach().mean().clamp_min(torch.finfo(torch.float32).tiny)
+    kernel = sum(torch.exp(-squared / (w * scale)) for w in widths)
+    within, across = kernel[:n, :n] + kernel[n:, n:], kernel[:n, n:]
+    pairs = within - across - across.T
+    return (pairs.sum() - pairs.diagonal().sum()) / (n * (n - 1))
