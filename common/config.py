@@ -196,8 +196,23 @@ class TargetDataConfig(DataConfig):
 
 
 @dataclass
+class LabeledDataConfig(DataConfig):
+    """`DataConfig` of a method that trains on a labelled target alone, a part of which validates."""
+
+    source: None = field(default=None, kw_only=True)  # null: this method sees no source images
+    target_labeled: None = None  # null: all of the target is labelled
+    val_share: float = 0.2  # of each class (maps: of the images), held out by seed where there is no target_test
+
+    def __post_init__(self):
+        super().__post_init__()
+        require((0 < self.val_share < 1, "val_share must lie between 0 and 1"))
+
+
+@dataclass
 class ModelConfig:
-    backbone: Literal["lenet", "resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2"] = "lenet"  # see models/
+    backbone: Literal["lenet", "resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2", "efficientnet_b0"] = (
+        "lenet"  # lenet: digits; the others are torchvision's
+    )
     weights: str | None = None  # null | a name of torchvision's weights enum | a file below data.root
     weights_missing: list[str] = field(default_factory=list)  # tensors (or prefixes) the weights may lack
     batch_norm: bool = True  # lenet only: with or without batch norm
@@ -206,6 +221,7 @@ class ModelConfig:
     bn_affine: Literal["train", "frozen"] = "train"  # scale and shift of batch norm
     channels_last: bool = False  # memory layout; speed only
     bottleneck: int | None = None  # null: none; width of Linear + BN + ReLU between pooling and classifier
+    dropout: float = 0.0  # classification: share of the classifier's inputs
     head: Literal["deeplab_v2", "deeplab_v3"] = "deeplab_v2"  # segmentation: the head on layer4
     output_stride: Literal[8, 16] = 8  # segmentation: px of the image for each of layer4, which is dilated
     aux_weight: float = 0.0  # segmentation: of the cross-entropy of an auxiliary head on layer3; 0: no such head
@@ -215,6 +231,7 @@ class ModelConfig:
             (self.batch_norm or self.backbone == "lenet", "batch_norm: false is for backbone: lenet"),
             (self.bn_running == "both" or self.bn == "separate", "bn_running: target needs bn: separate"),
             (self.bottleneck is None or self.bottleneck > 0, "bottleneck must be positive or null"),
+            (0 <= self.dropout < 1, "dropout must lie in [0, 1)"),
             (self.aux_weight >= 0, "aux_weight must not be negative"),
         )
 
@@ -227,6 +244,7 @@ class ModelConfig:
         return [
             (self.backbone != "lenet", "model.backbone: lenet is for task: classification; choose another"),
             (self.bottleneck is None, "model.bottleneck is for task: classification"),
+            (self.dropout == 0, "model.dropout is for task: classification"),
         ]
 
 

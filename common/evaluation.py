@@ -93,15 +93,18 @@ EXAMPLES = 4  # target images whose predictions `evaluate` hands back
 def evaluate(
     model: nn.Module,
     source_val: Iterable | None,
-    target_train: Iterable,
+    target_train: Iterable | None,
     target_test: Iterable | None,
     classes: list[str],
     measure: Callable[[torch.Tensor], dict],
     device: torch.device,
+    val_loss: bool = False,
 ) -> dict:
     """{"source_val": figures, "target": figures (None without labels), "criteria": label-free values, "examples"}.
 
-    Without `source_val` its figures are None too, and it is no criterion.
+    Without `source_val` its figures are None too, and it is no criterion. Without `target_train` there are no
+    label-free criteria. With `val_loss` minus the mean cross-entropy on the target, in nats, is a criterion: for where
+    the target's labels are there to be used.
 
     The loaders yield (images, labels) and, for `target_train`, images. `measure` makes figures of a confusion matrix.
     Logits are enlarged to labels of another size, never the other way round. `examples` are a few target images, (uint8
@@ -110,6 +113,7 @@ def evaluate(
     was_training, num_classes = model.training, len(classes)
     model.eval()
     result, examples = {}, []
+    nats, labelled = (torch.zeros((), dtype=torch.float64, device=device) for _ in range(2))
 
     def keep_example(loader: Iterable, number: int, images: torch.Tensor, logits: torch.Tensor, labels) -> None:
         step = max(len(loader) // EXAMPLES, 1)
@@ -123,12 +127,17 @@ def evaluate(
             logits = model(images.to(device, non_blocking=True)).logits
             if logits.shape[2:] != labels.shape[1:]:
                 logits = F.interpolate(logits, size=labels.shape[1:], mode="bilinear", align_corners=False)
-            confusion += confusion_matrix(logits, labels.to(device, non_blocking=True), num_classes)
+            labels = labels.to(device, non_blocking=True)
+            confusion += confusion_matrix(logits, labels, num_classes)
+            if val_loss and name == "target":
+                kept = (labels != IGNORE_INDEX) | (num_classes > IGNORE_INDEX)
+                of_label = logits.float().log_softmax(1).gather(1, (labels * kept)[:, None])[:, 0]
+                nats, labelled = nats + (of_label * kept).sum(dtype=torch.float64), labelled + kept.sum()
             if name == "target":
                 keep_example(loader, number, images, logits, labels)
         result[name] = measure(confusion)
     criteria = Criteria(num_classes)
-    for number, images in enumerate(target_train):
+    for number, images in enumerate(target_train or ()):
         logits = model(images.to(device, non_blocking=True)).logits
         criteria.add(logits)
         if target_test is None:
@@ -138,7 +147,16 @@ def evaluate(
         raise UserError(
             "source_val: none of the held-out source images has a labelled pixel; mend its masks or its ids"
         )
-    result["criteria"] = {**({"source_val": source_figure} if source_val is not None else {}), **criteria.values()}
+    result["criteria"] = {
+        **({"source_val": source_figure} if source_val is not None else {}),
+        **(criteria.values() if target_train is not None else {}),
+    }
+    if val_loss:
+        if labelled == 0:
+            raise UserError(
+                "target_test: none of the validation images has a labelled pixel; mend its masks or its ids"
+            )
+        result["criteria"]["val_loss"] = float(nats / labelled)
     result["examples"] = examples
     model.train(was_training)
     return result

@@ -195,9 +195,14 @@ class Run:
             save_pictures(
                 self.folder / "pictures" / f"step_{step:08d}.png", examples, list(metrics["source_val"]["iou"])
             )
-        if choose(self.history, self.config.select)["selected"]["step"] == step and not self.dry_run:
+        if choose(self.history, self.config.select)["selected"]["step"] == step:
             self.selected = {k: v.to("cpu", copy=True) for k, v in model.state_dict().items()}
-            checkpoint.save_tensors(self.folder / "model.pt", self.selected)
+            self.keep_selected("model.pt")
+
+    def keep_selected(self, name: str) -> None:
+        """Write the weights selected so far to the file `name` of the run folder."""
+        if not self.dry_run:
+            checkpoint.save_tensors(self.folder / name, self.selected)
 
     def _read_status(self) -> dict:
         file = self.folder / "status.json"

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 from torchvision.transforms.v2 import functional as F
 
 from common.checkpoint import trained_classes
-from common.config import FILES, DataConfig, DomainConfig
+from common.config import FILES, DataConfig, DomainConfig, LabeledDataConfig
 from common.evaluation import accuracies, ious
 from common.runtime import UserError
 from data.decoded import Decoded, MaskDecoder, check_sizes, decoded_images, decoded_masks
@@ -19,7 +19,7 @@ from data.drawn_street import open_street
 from data.folder import read_labeled, read_list, read_mask_list, scan_folder, scan_masks
 from data.id_maps import id_map
 from data.image_set import ImageSet, image_set, join
-from data.labeled import draw_labeled, list_labeled, without
+from data.labeled import draw_labeled, hold_out_of_each, list_labeled, without
 from data.loaders import eval_loader
 from data.order import generator
 
@@ -102,10 +102,9 @@ def open_set(
     return _open_classes(domain, config, train, read_only)
 
 
-def _hold_out(source: ImageSet, task: str, seed: int) -> tuple[ImageSet, ImageSet]:
-    """(a tenth of the images, the rest) by `seed`: drawn at random, or of maps, which may be frames of a video where
+def _hold_out(source: ImageSet, task: str, seed: int, held: int) -> tuple[ImageSet, ImageSet]:
+    """(`held` of the images, the rest) by `seed`: drawn at random, or of maps, which may be frames of a video where
     neighbours are nearly the same, images that follow each other."""
-    held = max(len(source) // 10, 1)
     random = generator(seed, "source_val")
     if task == "segmentation":
         first = int(torch.randint(len(source) - held + 1, (), generator=random))
@@ -128,18 +127,20 @@ class Domains:
     source, target: training sets, labelled and unlabelled. source_val: held-out source images. Without a source
     (`TargetDataConfig`) both of its sets are None. target_labeled: the images of `data.target_labeled`, which are in no
     other set of the target, or None. target_test: labelled target images for reporting, or None. criteria: unlabelled
-    target training images for model selection. target_test_note says what `target_test` is. lists: the
-    text of each list of images drawn by the seed, by file name.
+    training images for model selection. target_test_note says what `target_test` is. lists: the text of each list of
+    images drawn by the seed, by file name.
+
+    Of a `LabeledDataConfig` there are target_labeled, to train on, and target_test, to validate on, alone.
     """
 
     config: DataConfig
     classes: list[str]
     source: ImageSet | None
     source_val: ImageSet | None
-    target: ImageSet
+    target: ImageSet | None
     target_labeled: ImageSet | None
     target_test: ImageSet | None
-    criteria: ImageSet
+    criteria: ImageSet | None
     target_test_note: str
     lists: dict[str, str]
     dry_run: bool = False
@@ -156,11 +157,24 @@ class Domains:
             measure = functools.partial(ious, classes=self.classes, over=self.config.iou_classes)
         return {
             "source_val": None if self.source_val is None else eval_loader(self.source_val, self.config),
-            "target_train": eval_loader(self.criteria, self.config),
+            "target_train": None if self.criteria is None else eval_loader(self.criteria, self.config),
             "target_test": None if test is None else eval_loader(test, self.config),
             "classes": self.classes,
             "measure": measure,
+            **({"val_loss": True} if isinstance(self.config, LabeledDataConfig) else {}),
         }
+
+    @property
+    def unchanging(self) -> bool:
+        """Whether a labelled target image is the same each time it is trained on, and all are of one size."""
+        images = self.target_labeled.images
+        one_size = isinstance(images, torch.Tensor) or len(set(images.shapes)) == 1
+        return not self.config.augment_of("target") and self.config.target.crop is None and one_size
+
+    def labeled_pass(self) -> DataLoader:
+        """Every labelled target image once, not augmented; in a dry run one batch of them."""
+        images = self.target_labeled
+        return eval_loader(_first_batch(images, self.config) if self.dry_run else images, self.config)
 
     def target_pass(self) -> DataLoader:
         """Every unlabelled target training image once, not augmented; in a dry run one batch of them."""
@@ -168,23 +182,22 @@ class Domains:
 
     def describe(self) -> str:
         lines = [f"{self.num_classes} classes: {', '.join(self.classes[:12])}{' ...' if self.num_classes > 12 else ''}"]
-        for role in ("source", "source_val", "target", "target_labeled", "target_test"):
+        roles = [] if self.target is None else ["source", "source_val", "target"]
+        for role in [*roles, *(["target_labeled"] if self.target_labeled else []), "target_test"]:
             images = getattr(self, role)
-            if images is None and role == "target_labeled":
-                continue
             if images is None:
                 lines.append(f"{role:14} none{': no target labels' if role == 'target_test' else ''}")
                 continue
             note = f" ({self.target_test_note})" if role == "target_test" else ""
             kept = (
                 f", {images.images.describe()}"
-                if isinstance(images.images, Decoded) and not role.startswith("target_")
+                if isinstance(images.images, Decoded) and (role in ("source", "target") or self.target is None)
                 else ""
             )
             lines.append(f"{role:14} {images.name}: {len(images)} images{note}{kept}")
         sizes = f"3x{self.config.size}x{self.config.size}"
         if self.config.task == "segmentation":
-            sets = {role: getattr(self, role) for role in ("source", "target") if getattr(self, role) is not None}
+            sets = {role: getattr(self, role) for role in ("source", "target", "target_labeled") if getattr(self, role)}
             sizes = ", ".join(f"{role} {_train_size(images)}" for role, images in sets.items())
         return "\n".join([*lines, f"{'batch':14} {self.config.batch} a domain, {sizes}"])
 
@@ -202,7 +215,7 @@ def _open_source(config: DataConfig, seed: int, dry_run: bool) -> tuple[ImageSet
         if source_val is None:
             if len(source) < 2:
                 raise UserError(f"{source.name}: one image is not enough to train and to validate")
-            source_val, source = _hold_out(source, config.task, seed)
+            source_val, source = _hold_out(source, config.task, seed, max(len(source) // 10, 1))
         trained.append(source)
         held_out.append(source_val)
     if config.task == "classification" and len({_side(source) for source in trained}) > 1:
@@ -252,12 +265,57 @@ def _same_images(config: DataConfig) -> bool:
     return one and replace(config.sources[0], augment=None) == replace(config.target, augment=None)
 
 
+def _open_test(config: DataConfig, dry_run: bool) -> ImageSet:
+    """The set of `data.target_test`: its own test split, else its images."""
+    test = open_set(config.target_test, "target_test", config, False, dry_run)
+    if test is None:
+        test = open_set(config.target_test, "target_test", config, True, dry_run)
+    if test.labels is None:
+        raise UserError(f"{test.name}: target_test needs labels")
+    return test
+
+
+def _split_labeled(config: LabeledDataConfig, seed: int, dry_run: bool) -> tuple[ImageSet, ImageSet, dict[str, str]]:
+    """(training, validation) set of a labelled target, and their lists where the split is made here."""
+    train = open_set(config.target, "target", config, True, dry_run, trains=True)
+    if train.labels is None:
+        kind = "masks and ids" if config.task == "segmentation" else "a folder per class, or `path label` lines"
+        raise UserError(f"{train.name}: fine-tuning needs labels: {kind}")
+    if config.target_test is not None:
+        return train, _open_test(config, dry_run).relabelled(train.classes), {}
+    whole = open_set(config.target, "target", config, True, dry_run)  # masks as they are
+    if config.task == "segmentation":
+        held = max(round(config.val_share * len(train)), 1)
+        if held >= len(train):
+            raise UserError(f"data.val_share: {config.val_share} of {len(train)} images leaves none to train on")
+        val, train = _hold_out(train, config.task, seed, held)
+    else:
+        val, train = hold_out_of_each(train, config.val_share, seed)
+    val, root = replace(whole, images=train.images, indices=val.indices), Path(config.root)
+    return train, val, {"train.txt": list_labeled(train, root), "val.txt": list_labeled(val, root)}
+
+
+def _criteria(target: ImageSet, config: DataConfig, seed: int) -> ImageSet:
+    """What the label-free criteria see: a sample of the target's training images, by `seed`."""
+    order = torch.randperm(len(target), generator=generator(seed, "criteria"))
+    return target.subset(order[: config.select_images].sort().values)
+
+
+def _first_batch(images: ImageSet | None, config: DataConfig) -> ImageSet | None:
+    return None if images is None else images.subset(torch.arange(config.eval_batch)[: len(images)])
+
+
 def open_domains(config: DataConfig, seed: int, dry_run: bool = False) -> Domains:
     """Open both domains, match their classes by name and make the splits.
 
     Without a source the classes are those of the run `classes_from`. In a dry run nothing is written and every
     evaluation set is one batch.
     """
+    if isinstance(config, LabeledDataConfig):
+        train, val, lists = _split_labeled(config, seed, dry_run)
+        note = "data.target_test" if config.target_test else f"{100 * config.val_share:.4g} % of the target, held out"
+        val = _first_batch(val, config) if dry_run else val
+        return Domains(config, train.classes, None, None, None, train, val, None, note, lists, dry_run)
     if not config.sources:
         source, source_val, classes = None, None, trained_classes(config.classes_from)
         if classes is None:
@@ -272,11 +330,7 @@ def open_domains(config: DataConfig, seed: int, dry_run: bool = False) -> Domain
     target = open_set(config.target, "target", config, True, dry_run).relabelled(classes)
     target_labeled, lists = _open_labeled(config, target, classes, seed, dry_run)
     if config.target_test is not None:
-        target_test, note = open_set(config.target_test, "target_test", config, False, dry_run), "data.target_test"
-        if target_test is None:
-            target_test = open_set(config.target_test, "target_test", config, True, dry_run)
-        if target_test.labels is None:
-            raise UserError(f"{target_test.name}: target_test needs labels")
+        target_test, note = _open_test(config, dry_run), "data.target_test"
     else:
         target_test, note = open_set(config.target, "target", config, False, dry_run), "the target's own test split"
         if target_test is None:
@@ -293,13 +347,10 @@ def open_domains(config: DataConfig, seed: int, dry_run: bool = False) -> Domain
             left = "unlabelled image" if len(target) == 0 else "image to test on"
             raise UserError(f"data.target_labeled: {config.target_labeled} leaves no {left}; give fewer labels")
     target = target.unlabelled()
-    chosen = torch.randperm(len(target), generator=generator(seed, "criteria"))[: config.select_images].sort().values
-    criteria = target.subset(chosen)
+    criteria = _criteria(target, config, seed)
     if dry_run:
-        first = torch.arange(config.eval_batch)
         source_val, criteria, target_test = (
-            None if images is None else images.subset(first[: len(images)])
-            for images in (source_val, criteria, target_test)
+            _first_batch(images, config) for images in (source_val, criteria, target_test)
         )
     return Domains(
         config, classes, source, source_val, target, target_labeled, target_test, criteria, note, lists, dry_run

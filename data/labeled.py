@@ -26,6 +26,25 @@ def without(images: ImageSet | None, labeled: ImageSet) -> ImageSet | None:
     return images if all(kept) else images.subset(torch.tensor(kept))
 
 
+def hold_out_of_each(images: ImageSet, share: float, seed: int) -> tuple[ImageSet, ImageSet]:
+    """(`share` of the images of each class, to the nearest image, the rest) by `seed`.
+
+    Raises:
+        UserError: either would be left without an image of some class.
+    """
+    labels, random, held = images.labels[images.indices], generator(seed, "val"), torch.zeros(len(images), dtype=bool)
+    for k, name in enumerate(images.classes):
+        group = (labels == k).nonzero()[:, 0]
+        count = round(share * len(group))
+        if not 0 < count < len(group):
+            left = "validate" if count == 0 else "train"
+            raise UserError(
+                f"data.val_share: {share} of the {len(group)} images of class {name} leaves none to {left} on"
+            )
+        held[group[torch.randperm(len(group), generator=random)[:count]]] = True
+    return images.subset(held), images.subset(~held)
+
+
 def draw_labeled(target: ImageSet, count: int, seed: int) -> ImageSet:
     """`count` images of each class, or of a set with masks `count` images, by `seed`.
 

@@ -46,7 +46,7 @@ def build_backbone(name: str, batch_norm: bool = True, for_maps: bool = False) -
     """(module, channels by layer name); the module maps images (N, 3, H, W) to a dict of (N, C, H', W').
 
     `for_maps` ends MobileNetV2 before its last 1x1 convolution, at 320 channels in place of 1280, as its paper does for
-    segmentation (Sandler et al. 2018, arXiv:1801.04381, section 6.3).
+    segmentation (Sandler et al. 2018, arXiv:1801.04381, section 6.3), and EfficientNet likewise.
     """
     if name == "lenet":
         return LeNet(batch_norm), dict(zip(LAYERS, (64, 128, 128, 128), strict=True))
@@ -55,16 +55,30 @@ def build_backbone(name: str, batch_norm: bool = True, for_maps: bool = False) -
         stages = {"3": "layer1", "6": "layer2", "13": "layer3", "17" if for_maps else "18": "layer4"}
         channels = dict(zip(LAYERS, (24, 32, 96, 320 if for_maps else 1280), strict=True))
         return IntermediateLayerGetter(network.features, stages), channels
+    if name == "efficientnet_b0":
+        stages = {"2": "layer1", "3": "layer2", "5": "layer3", "7" if for_maps else "8": "layer4"}
+        channels = dict(zip(LAYERS, (24, 40, 112, 320 if for_maps else 1280), strict=True))
+        return IntermediateLayerGetter(network.features, stages), channels
     width = network.fc.in_features
     return IntermediateLayerGetter(network, {k: k for k in LAYERS}), dict(
         zip(LAYERS, (width // 8, width // 4, width // 2, width), strict=True)
     )
 
 
+def backbone_stages(backbone: nn.Module) -> dict[str, list[nn.Module]]:
+    """The backbone's modules by the stage they belong to: all after the stage before, up to its own output."""
+    outputs, stages, modules = getattr(backbone, "return_layers", {}), {}, []
+    for name, module in backbone.named_children():
+        modules.append(module)
+        if stage := outputs.get(name, name if name in LAYERS else None):
+            stages[stage], modules = modules, []
+    return stages
+
+
 def dilate(backbone: nn.Module, output_stride: int) -> None:
     """Let layer4, and at `output_stride` 8 layer3 too, keep the resolution: dilation takes the place of their strides.
 
-    A strided 3x3 convolution becomes dense and reads the dilated map before it; those behind it are dilated once more
+    A strided convolution becomes dense and reads the dilated map before it; those behind it are dilated once more
     (Chen et al. 2017, arXiv:1706.05587, section 3.2), as torchvision's `replace_stride_with_dilation` does.
     """
     stride = dilation = 1
@@ -81,8 +95,9 @@ def dilate(backbone: nn.Module, output_stride: int) -> None:
         elif strided:
             dilation *= 2
             module.stride = (1, 1)
-        if module.kernel_size == (3, 3):
-            module.dilation = module.padding = (before, before)
+        if module.kernel_size > (1, 1):
+            module.dilation, half = (before, before), before * (module.kernel_size[0] // 2)
+            module.padding = (half, half)
 
 
 def load_weights(backbone: nn.Module, name: str, weights: str, root: str, may_miss: list[str]) -> None:
@@ -122,7 +137,8 @@ def load_weights(backbone: nn.Module, name: str, weights: str, root: str, may_mi
             "are they weights of another backbone? What may be missing is named in model.weights_missing"
         )
     foreign = set(state) - set(backbone.state_dict())
-    aside = ("fc.", "classifier.", "18.")  # MobileNetV2's last convolution, which a segmenter leaves out
+    # of MobileNetV2 and EfficientNet the last convolution too, which a segmenter leaves out
+    aside = ("fc.", "classifier.", *{"mobilenet_v2": ["18."], "efficientnet_b0": ["8."]}.get(name, []))
     if extra := [k for k in state if k in foreign and not k.startswith(aside)]:
         raise UserError(
             f"model.weights: {weights} holds {len(extra)} tensors that {name} has not, the first {extra[0]}; "

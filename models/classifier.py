@@ -1,5 +1,7 @@
 """The classification network: backbone, pooled bottleneck, classifier."""
 
+from contextlib import contextmanager
+
 import torch
 from torch import nn
 
@@ -21,22 +23,34 @@ class Classifier(Network):
             width = config.bottleneck
         super().__init__(backbone, {**channels, "pooled": width}, config)
         self.bottleneck = bottleneck
+        self.dropout = nn.Dropout(config.dropout)
         self.head = nn.Linear(width, num_classes)
         self.prepare(config)
 
     def forward(self, images: torch.Tensor) -> ModelOutput:
+        with self._told(len(images)):
+            return super().forward(images)
+
+    def predict(self, features: dict[str, torch.Tensor], size: tuple[int, ...]) -> ModelOutput:
+        with self._told(len(features["layer4"])):
+            pooled = self.bottleneck(features["layer4"].mean((2, 3)))
+        return ModelOutput(self.head(self.dropout(pooled)), {**features, "pooled": pooled})
+
+    def head_inputs(self, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {"layer4": features["layer4"].mean((2, 3), keepdim=True)}
+
+    @contextmanager
+    def _told(self, count: int):
+        """torch's complaint about a batch of one, in this project's words."""
         try:
-            features = self.backbone(self.normalise(images))
-            features["pooled"] = self.bottleneck(features["layer4"].mean((2, 3)))
+            yield
         except ValueError as error:
             if "more than 1 value per channel" not in str(error):
                 raise
             remedy = "" if self.freeze_statistics or len(self.bottleneck) else ", or model.bn: frozen"
             raise UserError(
-                f"data.batch: {len(images)} image gives batch norm one value a channel; "
-                f"use data.batch of 2 or more{remedy}"
+                f"data.batch: {count} image gives batch norm one value a channel; use data.batch of 2 or more{remedy}"
             ) from None
-        return ModelOutput(self.head(features["pooled"]), features)
 
 
 def build_classifier(config: ModelConfig, num_classes: int, root: str) -> Classifier:

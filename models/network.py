@@ -1,5 +1,7 @@
 """What the adapted networks share: output, normalisation of images, batch norm, parameter groups."""
 
+import math
+from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
@@ -10,7 +12,9 @@ from torch import nn
 from common.checkpoint import load_tensors, trained_classes
 from common.config import ModelConfig
 from common.runtime import UserError
+from models.backbones import backbone_stages
 
+HEADS = ("head.", "aux_head.")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
@@ -30,12 +34,14 @@ class Network(nn.Module):
     """A backbone and what a subclass builds on it: uint8 images (N, 3, H, W) -> `ModelOutput`.
 
     Scaling and normalisation of the images happen here, on the device. `channels` gives the width of each feature by
-    name. A subclass builds its modules, then calls `prepare`.
+    name. A subclass builds its modules, then calls `prepare`. It has `predict`, from the backbone's features and the
+    height and width of the images to a `ModelOutput`, and `head_inputs`, what of these features `predict` reads.
     """
 
     def __init__(self, backbone: nn.Module, channels: dict[str, int], config: ModelConfig):
         super().__init__()
         self.backbone, self.channels, self.freeze_statistics = backbone, channels, config.bn == "frozen"
+        self.fixed_affine = config.bn_affine == "frozen"
         self.frozen: tuple[str, ...] = ()
         self.memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
         self.register_buffer("mean", 255 * torch.tensor(IMAGENET_MEAN).view(3, 1, 1), persistent=False)
@@ -44,7 +50,7 @@ class Network(nn.Module):
     def prepare(self, config: ModelConfig) -> None:
         self.to(memory_format=self.memory_format)
         for module in self._batch_norms():
-            module.requires_grad_(config.bn_affine == "train")
+            module.requires_grad_(not self.fixed_affine)
         self.train()  # frozen statistics are frozen from the start
 
     def _batch_norms(self):
@@ -60,12 +66,37 @@ class Network(nn.Module):
             self.get_submodule(name).eval()
         return self
 
+    def forward(self, images: torch.Tensor) -> ModelOutput:
+        return self.predict(self.backbone(self.normalise(images)), images.shape[2:])
+
     def freeze(self, *names: str) -> None:
         """Fix submodules: parameters without gradient, statistics and dropout in eval mode whatever `train` says."""
         self.frozen = tuple(name for name in names if getattr(self, name, None) is not None)
         for name in self.frozen:
             self.get_submodule(name).requires_grad_(False)
         self.train(self.training)
+
+    def unfreeze(self, part: list[str] | float) -> None:
+        """Let stages of a frozen backbone learn again, by name, or its last share of the layers with weights.
+
+        Its statistics and dropout stay in eval mode. A stage is all that follows the one before: layer1 has the stem.
+
+        Raises:
+            UserError: no such stage.
+        """
+        if isinstance(part, float):
+            layers = [m for m in self.backbone.modules() if m._parameters]
+            modules = layers[-math.ceil(part * len(layers)) :]
+        else:
+            stages = backbone_stages(self.backbone)
+            if unknown := [name for name in part if name not in stages]:
+                raise UserError(f"unfreeze: no stage {unknown[0]!r}; there are {', '.join(stages)}")
+            modules = [module for name in part for module in stages[name]]
+        for module in modules:
+            module.requires_grad_(True)
+        for module in self._batch_norms():
+            if self.fixed_affine:
+                module.requires_grad_(False)
 
     def normalise(self, images: torch.Tensor) -> torch.Tensor:
         return images.to(torch.float32, memory_format=self.memory_format, copy=True).sub_(self.mean).div_(self.std)
@@ -93,11 +124,12 @@ class Network(nn.Module):
         ]
 
 
-def init_from(model: nn.Module, path: str, classes: list[str]) -> None:
+def init_from(model: nn.Module, path: str, classes: list[str], new_head: bool = False) -> None:
     """Load `model.pt` of a run (the file or its folder).
 
     Raises `UserError` unless every tensor fits, and the classes of the run's summary.json, where there is one, are
-    `classes`, in this order.
+    `classes`, in this order. With `new_head` the classes may be others: the heads of `model` then stay as they are,
+    which is said, and the rest must fit.
     """
     file = Path(path, "model.pt") if Path(path).is_dir() else Path(path)
     if not file.is_file():
@@ -107,6 +139,13 @@ def init_from(model: nn.Module, path: str, classes: list[str]) -> None:
         saved = load_tensors(file)
     except UserError as error:
         raise UserError(f"init_from: {error}") from None
+    trained, aside = trained_classes(path), ()
+    if new_head and (
+        trained not in (None, classes)
+        or any(k in saved and saved[k].shape != own[k].shape for k in own if k.startswith(HEADS))
+    ):
+        aside = tuple(k for k in own if k.startswith(HEADS) and k in saved)
+        saved |= {k: own[k] for k in aside}
     for problem, names in (
         ("lacks", [name for name in own if name not in saved]),
         ("has too many", [name for name in saved if name not in own]),
@@ -117,14 +156,30 @@ def init_from(model: nn.Module, path: str, classes: list[str]) -> None:
                 f"init_from: {file} does not fit this model: of its tensors it {problem} {len(names)}, the first "
                 f"{names[0]}; is it a run of another `model` or of other classes?"
             )
-    if (trained := trained_classes(path)) not in (None, classes):
+    if trained not in (None, classes) and not aside:
         i = next((i for i, (a, b) in enumerate(zip(trained, classes, strict=False)) if a != b), 0)
         raise UserError(
             f"init_from: {file} was trained on other classes, or in another order: its class {i} is {trained[i]!r}, "
             f"here it is {classes[i]!r}"
         )
     model.load_state_dict(saved)
-    print(f"started from {file}")
+    print(f"started from {file}" + (f", with a new head for {len(classes)} classes" if aside else ""))
+
+
+@torch.no_grad()
+def head_features(
+    model: Network, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], device: torch.device
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """What the heads read of every labelled image, by layer name, for `model.predict`; and the labels. On `device`.
+
+    With the backbone frozen and the images unchanging, training on these is training on the images.
+    """
+    features, labels = [], []
+    for x, y in batches:
+        found = model.backbone(model.normalise(x.to(device, non_blocking=True)))
+        features.append(model.head_inputs(found))
+        labels.append(y.to(device, non_blocking=True))
+    return {name: torch.cat([part[name] for part in features]) for name in features[0]}, torch.cat(labels)
 
 
 def check_layers(model: Network, names: list[str], key: str = "feature_layers") -> None:

@@ -60,14 +60,15 @@ class Segmenter(Network):
         self.aux_head = aux_head(channels["layer3"], num_classes) if config.aux_weight > 0 else None
         self.prepare(config)
 
-    def forward(self, images: torch.Tensor) -> ModelOutput:
-        features = self.backbone(self.normalise(images))
-
+    def predict(self, features: dict[str, torch.Tensor], size: tuple[int, ...]) -> ModelOutput:
         def enlarged(logits: torch.Tensor) -> torch.Tensor:
-            return F.interpolate(logits, size=images.shape[2:], mode="bilinear", align_corners=False)
+            return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
 
         aux_logits = None if self.aux_head is None else enlarged(self.aux_head(features["layer3"]))
         return ModelOutput(enlarged(self.head(features["layer4"])), features, aux_logits)
+
+    def head_inputs(self, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {name: features[name] for name in (["layer4"] if self.aux_head is None else ["layer3", "layer4"])}
 
 
 def build_segmenter(config: ModelConfig, num_classes: int, root: str) -> Segmenter:
