@@ -5,8 +5,8 @@
                               minimise adv_loss = mean BCE(D(M_t(x_t)), 1) over the target encoder M_t
 
 M_t starts as a copy of M_s. From then on M_s and C stay as they are: D learns to tell the two encoders' features apart,
-and M_t, under inverted labels, to have its own taken for the source's. `model` is C on M_t; `init_from` a run of
-train_source.py takes the place of the first part (`source_steps: 0`). docs/adda.md explains every metric and departure.
+and M_t, under inverted labels, to have its own taken for the source's. `model` is C on M_t. `init_from`, a run of
+train_source.py, takes the place of the first part. docs/adda.md explains every metric and departure.
 
     python train_adda.py --config configs/demo/adda.yaml
     python train_adda.py --config configs/demo/adda.yaml seed=1 out_dir=runs/demo/adda_seed1
@@ -28,7 +28,7 @@ from common.run import Run
 from common.runtime import exit_with, get_device, seed_everything
 from data import open_domains, train_loader
 from losses.domain import SOURCE, discriminator_accuracy, domain_loss, one_domain_loss
-from losses.supervised import supervised_loss
+from losses.supervised import cross_entropy, supervised_loss
 from models import DomainDiscriminator, build_model, feature_vectors, init_from
 from models.network import check_layers
 
@@ -36,7 +36,9 @@ from models.network import check_layers
 @dataclass
 class Config(RunConfig):
     method: ClassVar[str] = "adda"
-    source_steps: int = 0  # of the run's steps, how many train the source encoder and the classifier first
+    source_steps: int | None = (
+        None  # of `steps`, how many train the source model first; null: half, or 0 with init_from
+    )
     feature_layer: str = "pooled"  # layer1..layer4, pooled: what the discriminator reads
     feature_locations: bool = False  # judge every location of a feature map, not the mean over its positions
     target_lr: float = 2e-4  # of the target encoder: Adam (0.5, 0.999), constant
@@ -44,13 +46,18 @@ class Config(RunConfig):
     disc_hidden: int = 500  # width of the discriminator's two hidden layers
     disc_norm: Literal["batch", "dropout", "none"] = "none"  # after each hidden layer
 
+    def __post_init__(self):
+        if self.source_steps is None:
+            self.source_steps = 0 if self.init_from else self.steps // 2
+        super().__post_init__()
+
     def rules(self):
         return [
             *super().rules(),
             (0 <= self.source_steps < self.steps, "source_steps must be at least 0 and less than steps"),
             (
-                (self.source_steps == 0) == (self.init_from is not None),
-                "source_steps or init_from: either train the source model first, or name the run that did",
+                self.init_from is not None or self.source_steps > 0,
+                "source_steps: 0 needs init_from, a source model to adapt",
             ),
             (min(self.target_lr, self.disc_lr) > 0, "target_lr and disc_lr must be positive"),
             (self.disc_hidden > 0, "disc_hidden must be positive"),
@@ -111,16 +118,20 @@ def main(argv: list[str] | None = None) -> int:
         if step <= config.source_steps:
             rates = {"lr": set_rates(source_optimizer, config.optim, step - 1, config.source_steps)}
             with autocast:
-                cls_loss = supervised_loss(source_model(x_s), y_s, config.model.aux_weight)
-            losses = {"cls_loss": cls_loss}
+                out_s = source_model(x_s)
+                cls_loss = cross_entropy(out_s.logits, y_s)
+                loss, losses = cls_loss, {"cls_loss": cls_loss}
+                if out_s.aux_logits is not None:
+                    losses["aux_cls_loss"] = cross_entropy(out_s.aux_logits, y_s)
+                    loss = loss + config.model.aux_weight * losses["aux_cls_loss"]
 
             source_optimizer.zero_grad(set_to_none=True)
-            scaler.scale(cls_loss).backward()
+            scaler.scale(loss).backward()
             scaler.step(source_optimizer)
             if step == config.source_steps:
                 model.load_state_dict(source_model.state_dict())
         else:
-            rates = {"target_lr": config.target_lr, "disc_lr": config.disc_lr}
+            rates = {"lr": config.target_lr, "disc_lr": config.disc_lr}
             x_t = next(target).to(device, non_blocking=True)
             source_model.eval()
 

@@ -12,7 +12,8 @@ import torch
 from common import log
 
 ROOT = Path(__file__).resolve().parents[1]
-SCRIPTS = ("train_source", "train_dann", "train_advent", "train_pseudo")  # train_shot: `shot_config`
+# of one config; train_shot: `shot_config`, finetune: `finetune_config`
+SCRIPTS = ("train_source", "train_dann", "train_advent", "train_pseudo", "train_mmd", "train_adda")
 SOURCE_STREET = "source: {name: drawn_street, crop: [64, 64]}, "
 TASKS = ("classification", "segmentation")
 
@@ -57,6 +58,8 @@ def street_config(folder: Path, script: str, **changes) -> Path:
     }
     own = {
         "train_dann": {"feature_layers": "[layer3, layer4]", "layer_weights": "[0.5, 1]", "disc_hidden": 32},
+        "train_mmd": {"feature_layers": "[layer3, layer4]", "coral_weight": 1},
+        "train_adda": {"feature_layer": "layer4", "feature_locations": "true", "disc_hidden": 32},
         "train_pseudo": {"mix": "classmix", "strong_augment": "{jitter: {gamma: [0.7, 1.5]}, cutout: {}}"},
     }
     lines |= own.get(script, {})
@@ -85,6 +88,19 @@ def shot_config(folder: Path, task: str = "classification", **changes) -> Path:
     kept = [line for line in plain.splitlines() if line.split(":")[0] not in lines]
     text = "\n".join([*kept, *(f"{key}: {value}" for key, value in lines.items())]).replace(domain, "")
     file = folder / "shot.yaml"
+    file.write_text(text)
+    return file
+
+
+def finetune_config(folder: Path, task: str = "classification", **changes) -> Path:
+    """Up to ten steps of finetune.py, four of them on the head, on the target's images."""
+    plain = config_of(task, folder, "finetune").read_text()
+    domain = {"classification": "source: {name: drawn_digits}, ", "segmentation": SOURCE_STREET}[task]
+    assert domain in plain
+    file = folder / "finetune.yaml"
+    lines = {"head_steps": 4, "finetune_lr": 0.01, "patience": 20, **changes}
+    kept = [line for line in plain.splitlines() if line.split(":")[0] not in lines]
+    text = "\n".join([*kept, *(f"{key}: {value}" for key, value in lines.items())]).replace(domain, "")
     file.write_text(text)
     return file
 

@@ -11,7 +11,7 @@ from tests.helpers import ROOT, metrics, tiny_config, train, weights
 
 PACKAGES = [ROOT / folder for folder in ("common", "data", "losses", "models")]
 MODULES = [file for folder in PACKAGES for file in sorted(folder.glob("*.py"))]
-TRAINING = [*sorted(ROOT.glob("train_*.py"))]
+TRAINING = [*sorted(ROOT.glob("train_*.py")), ROOT / "finetune.py"]
 ALLOWED = {"torch", "torchvision", "numpy", "tqdm", "yaml", "PIL"}  # PIL comes with torchvision
 
 
@@ -74,7 +74,7 @@ def test_a_script_reads_top_to_bottom(script):
     assert "torchrun" in docstring
 
 
-@pytest.mark.parametrize(("name", "own"), [("dann", 8), ("pseudo", 11)])
+@pytest.mark.parametrize(("name", "own"), [("dann", 8), ("pseudo", 11), ("mmd", 4)])
 def test_the_scripts_differ_by_the_method_only(name, own):
     """Every line of train_source.py stands in another script, but for its own words."""
     source, other = (

@@ -6,10 +6,17 @@ import pytest
 import torch
 
 from common.evaluation import IGNORE_INDEX
+from common.runtime import UserError
 from losses.cdan import MultilinearMap, entropy_weights
+from losses.coral import coral_loss
 from losses.domain import SOURCE, TARGET, discriminator_accuracy, domain_loss, one_domain_loss
 from losses.entropy import diversity_loss, entropy_loss, information_map
+from losses.mmd import mmd_loss
 from losses.supervised import cross_entropy, nll_loss
+
+
+def randn(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
 def _softplus(x: float) -> float:
@@ -249,3 +256,100 @@ def test_cross_entropy_of_many_classes_and_of_half_precision():
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(2e4, rel=1e-3)
     assert large.grad.isfinite().all()
+
+
+# --- statistics of features
+
+
+def plain_mmd(x_s: torch.Tensor, x_t: torch.Tensor, widths=(0.125, 0.25, 0.5, 1.0, 2.0)) -> float:
+    """The U-statistic over pairs, term by term."""
+    rows, n = [*x_s.double(), *x_t.double()], len(x_s)
+    mean = sum(float((a - b).square().sum()) for a in rows for b in rows) / len(rows) ** 2
+
+    def k(a, b) -> float:
+        return sum(math.exp(-float((a - b).square().sum()) / (2 * w * mean)) for w in widths)
+
+    s, t = rows[:n], rows[n:]
+    pairs = [(i, j) for i in range(n) for j in range(n) if i != j]
+    return sum(k(s[i], s[j]) + k(t[i], t[j]) - k(s[i], t[j]) - k(s[j], t[i]) for i, j in pairs) / (n * (n - 1))
+
+
+def plain_coral(x_s: torch.Tensor, x_t: torch.Tensor) -> float:
+    def covariance(x):
+        mean, d = x.mean(0), x.shape[1]
+        return [
+            [sum((r[i] - mean[i]) * (r[j] - mean[j]) for r in x) / (len(x) - 1) for j in range(d)] for i in range(d)
+        ]
+
+    a, b, d = covariance(x_s.double()), covariance(x_t.double()), x_s.shape[1]
+    return float(sum((a[i][j] - b[i][j]) ** 2 for i in range(d) for j in range(d)) / (4 * d**2))
+
+
+@pytest.mark.parametrize("n", [2, 7, 40])
+def test_mmd_against_a_loop(n):
+    x_s, x_t = randn(n, 5), 0.5 + 2 * randn(n, 5, seed=1)
+    assert float(mmd_loss(x_s, x_t)) == pytest.approx(plain_mmd(x_s, x_t), abs=1e-5)
+    assert float(mmd_loss(x_s, x_t, (1.0,))) == pytest.approx(plain_mmd(x_s, x_t, (1.0,)), abs=1e-5)
+    assert float(mmd_loss(x_t, x_s)) == pytest.approx(float(mmd_loss(x_s, x_t)), abs=1e-6)
+    assert abs(float(mmd_loss(x_s, x_t))) > 0.1  # control
+
+
+@pytest.mark.parametrize("n", [3, 64])
+def test_equal_samples_have_no_distance(n):
+    x = randn(n, 6)
+    assert float(mmd_loss(x, x)) == pytest.approx(0, abs=1e-5)
+    assert float(coral_loss(x, x)) == 0
+    assert float(mmd_loss(x, x + 3)) > 1
+    assert float(coral_loss(x, 3 * x)) > 0.1
+
+
+def test_mmd_is_unbiased():
+    """Over many pairs of samples of one distribution its mean is 0, and it takes both signs."""
+    values = torch.stack([mmd_loss(randn(8, 3, seed=2 * i), randn(8, 3, seed=2 * i + 1)) for i in range(400)])
+    assert abs(float(values.mean())) < 3 * float(values.std()) / 20
+    assert values.min() < 0 < values.max()
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 2), (9, 6)])
+def test_coral_against_a_loop(n, m):
+    x_s, x_t = randn(n, 4), 2 * randn(m, 4, seed=1)
+    assert float(coral_loss(x_s, x_t)) == pytest.approx(plain_coral(x_s, x_t), rel=1e-5)
+
+
+@pytest.mark.parametrize("loss", [mmd_loss, coral_loss])
+def test_statistics_of_little_or_nothing(loss):
+    for n in (0, 1):
+        x = randn(n, 4).requires_grad_()
+        value = loss(x, x.detach())
+        value.backward()
+        assert value.item() == 0
+        assert (x.grad == 0).all()
+    same = torch.ones(5, 4, requires_grad=True)  # rows all alike: no width to the kernel
+    loss(same, same.detach()).backward()
+    assert same.grad.isfinite().all()
+
+
+def test_mmd_of_unequal_numbers_is_refused():
+    with pytest.raises(UserError, match="mmd_loss pairs source and target, of which there are 4 and 5"):
+        mmd_loss(randn(4, 2), randn(5, 2))
+
+
+@pytest.mark.parametrize("loss", [mmd_loss, coral_loss])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_statistics_are_as_exact_under_autocast(loss, dtype):
+    x_s, x_t = randn(20, 6), 1 + randn(20, 6, seed=1)
+    with torch.autocast("cpu", dtype):
+        low = loss(x_s, x_t)
+        assert (x_s @ x_t.T).dtype == dtype  # control: autocast was on
+    assert low.dtype == torch.float32
+    assert torch.equal(low, loss(x_s, x_t))
+
+
+@pytest.mark.parametrize("loss", [mmd_loss, coral_loss])
+def test_descent_matches_the_statistics(loss):
+    x_s, x_t = randn(32, 3), (2 + 3 * randn(32, 3, seed=1)).requires_grad_()
+    first = float(loss(x_s, x_t))
+    for _ in range(100):
+        (gradient,) = torch.autograd.grad(loss(x_s, x_t), x_t)
+        x_t = (x_t - 20 * gradient / gradient.norm() / 20).detach().requires_grad_()
+    assert float(loss(x_s, x_t)) < 0.2 * first

@@ -16,6 +16,7 @@ MAP_RECIPES = [file for file in CONFIGS if file.parent.name == "gta5_cityscapes"
 def _script(config) -> str:
     scripts = dict.fromkeys(("source", "upper"), "train_source")  # upper: trained on the labelled target
     scripts |= dict.fromkeys(("minent", "advent"), "train_advent") | {"pseudo": "train_pseudo", "shot": "train_shot"}
+    scripts |= dict.fromkeys(("mmd", "coral"), "train_mmd") | {"adda": "train_adda", "finetune": "finetune"}
     return scripts.get(config.stem.split("_")[0], "train_dann")
 
 

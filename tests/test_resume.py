@@ -21,6 +21,8 @@ DROPOUT = {  # dropout: the random state must be kept too
     "train_source": [],
     "train_dann": ["disc_norm=dropout"],
     "train_advent": ["adv_weight=0.5", "div_weight=0.5"],
+    "train_mmd": ["coral_weight=1"],
+    "train_adda": ["disc_norm=dropout"],
     "train_pseudo": ["threshold_mode=class_balanced", "distribution_alignment=true", "pseudo_warmup=0"],
 }
 

@@ -57,6 +57,7 @@ def test_every_trainable_parameter_moves(tmp_path, script, arguments):
 @pytest.mark.parametrize("amp", ["float16", "bfloat16"])
 def test_mixed_precision_trains(tmp_path, script, amp):
     short = ["steps=20", "log_every=5", "eval_every=1000", "data.eval_batch=10", "optim.lr=0.05"]
+    short += ["source_steps=15"] if script == "train_adda" else []
     assert train(script, tiny_config(tmp_path), f"amp={amp}", *short) == 0
     losses = [line["cls_loss"] for line in metrics(tmp_path / "run") if "cls_loss" in line]
     assert losses[-1] < losses[0]

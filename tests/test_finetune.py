@@ -1,0 +1,448 @@
+"""Two-stage fine-tuning: what is frozen, when it switches, what is kept."""
+
+import math
+
+import pytest
+import torch
+
+import common.run
+import data.domains
+from common.config import DomainConfig, LabeledDataConfig, ModelConfig
+from common.runtime import UserError
+from common.stages import Stages
+from data import open_domains
+from models import build_classifier, build_segmenter, head_features
+from models.backbones import backbone_stages
+from tests.helpers import (
+    TASKS,
+    differing,
+    finetune_config,
+    metrics,
+    stop_after,
+    summary,
+    tiny_config,
+    train,
+    weights,
+)
+
+LAST = "checkpoints/step_00000010.pt"
+
+
+def moved(a: dict, b: dict) -> set[str]:
+    return {name for name in a if not torch.equal(a[name], b[name])}
+
+
+def at(folder, step: int) -> dict:
+    return weights(folder, f"checkpoints/step_{step:08d}.pt")
+
+
+# --- what is frozen
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("augment", [True, False])
+def test_frozen_is_frozen_to_the_bit(tmp_path, monkeypatch, task, augment):
+    """Stage 1 moves the head alone; stage 2 the head and layer4, not its statistics. On features or on images."""
+    monkeypatch.setattr(common.run, "KEEP", 20)
+    keys = [] if augment else ["data.augment={}", "data.target.crop=null"]
+    assert train("finetune", finetune_config(tmp_path, task), *keys, "save_every=1") == 0
+    saved = {step: at(tmp_path / "run", step)["model"] for step in (1, 3, 4, 5, 10)}
+
+    def is_head(name: str) -> bool:
+        return name.startswith(("head.", "aux_head."))
+
+    def is_statistic(name: str) -> bool:
+        return "running" in name or "num_batches" in name
+
+    parts = [f"backbone.{k}." for k in range(14, 18)] if task == "segmentation" else ["backbone.layer4."]
+    layer4 = {name for name in saved[1] if name.startswith(tuple(parts))}
+    assert moved(saved[1], saved[3])
+    for step in (3, 4):  # 4 is the last of stage 1
+        assert all(map(is_head, moved(saved[1], saved[step])))
+    stage2 = moved(saved[4], saved[10])
+    assert all(is_head(name) or name in layer4 for name in stage2)
+    assert {name for name in layer4 if not is_statistic(name)} <= stage2
+    assert not any(is_statistic(name) for name in stage2 & layer4)
+
+
+def optimized(state: dict) -> int:
+    return sum(len(group["params"]) for group in state["param_groups"])
+
+
+def test_frozen_parameters_are_in_no_optimizer(tmp_path):
+    assert train("finetune", finetune_config(tmp_path), "model.bottleneck=16") == 0
+    state = weights(tmp_path / "run", LAST)
+    assert optimized(state["head_optimizer"]) == 2 + 4  # Linear; Linear and batch norm of the bottleneck
+    assert optimized(state["optimizer"]) == 2 + 4 + 3  # and convolution and batch norm of layer4
+    assert state["optimizer"]["param_groups"][0]["lr"] != state["head_optimizer"]["param_groups"][0]["lr"]
+
+
+def build(backbone: str, task: str = "classification", **keys):
+    if task == "segmentation":
+        return build_segmenter(ModelConfig(backbone=backbone, **keys), 3, ".")
+    return build_classifier(ModelConfig(backbone=backbone, **keys), 3, ".")
+
+
+def learning(model) -> set[str]:
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+@pytest.mark.parametrize("backbone", ["lenet", "resnet18", "resnet50", "mobilenet_v2", "efficientnet_b0"])
+def test_stages_of_every_family(backbone):
+    model = build(backbone)
+    stages = backbone_stages(model.backbone)
+    assert list(stages) == ["layer1", "layer2", "layer3", "layer4"]
+    counts = [sum(p.numel() for m in modules for p in m.parameters()) for modules in stages.values()]
+    assert min(counts) > 0
+    assert sum(counts) == sum(p.numel() for p in model.backbone.parameters())  # each in one stage
+    model.freeze("backbone")
+    assert learning(model) == {"head.weight", "head.bias"}
+    model.unfreeze(["layer4"])
+    learnt = sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and name.startswith("backbone"))
+    assert learnt == counts[3]
+    model.train()
+    assert not any(m.training for m in model.backbone.modules())
+    assert model.head.training
+
+
+def test_the_last_share_of_the_layers():
+    model = build("resnet18")
+    model.freeze("backbone")
+    model.unfreeze(0.3)
+    layers = [name for name, m in model.backbone.named_modules() if m._parameters]
+    expected = layers[-math.ceil(0.3 * len(layers)) :]
+    assert {name.rsplit(".", 1)[0] for name in learning(model) if name.startswith("backbone.")} == {
+        f"backbone.{name}" for name in expected
+    }
+    model.unfreeze(1.0)
+    assert len(learning(model)) == len(list(model.parameters()))
+    model = build("resnet18", bn_affine="frozen")
+    model.freeze("backbone")
+    model.unfreeze(["layer4"])
+    assert not any(".bn" in name for name in learning(model))
+    assert any("layer4.0.conv1" in name for name in learning(model))
+    with pytest.raises(UserError, match="unfreeze: no stage 'layer5'; there are layer1, layer2, layer3, layer4"):
+        model.unfreeze(["layer5"])
+
+
+def test_dropout_is_of_the_head_and_of_training(tmp_path):
+    model, x = build("lenet", dropout=0.5), torch.randint(256, (4, 3, 28, 28), dtype=torch.uint8)
+    model.freeze("backbone")
+    model.train()
+    assert not torch.equal(model(x).logits, model(x).logits)
+    model.eval()
+    assert torch.equal(model(x).logits, model(x).logits)
+    assert list(model.state_dict()) == list(build("lenet").state_dict())
+
+
+# --- the features of stage 1
+
+
+@pytest.mark.parametrize(("backbone", "task"), [("lenet", "classification"), ("efficientnet_b0", "classification"),
+                         ("mobilenet_v2", "segmentation")])  # fmt: skip
+def test_features_predict_what_images_do(backbone, task):
+    torch.manual_seed(0)
+    maps = task == "segmentation"
+    model = build(backbone, task, **({"aux_weight": 0.1, "output_stride": 16} if maps else {}))
+    model.freeze("backbone")
+    model.eval()
+    x = torch.randint(256, (7, 3, 64, 64), dtype=torch.uint8)
+    y = torch.arange(7) if not maps else torch.zeros(7, 64, 64, dtype=torch.int64)
+    features, labels = head_features(model, list(zip(x.split(3), y.split(3), strict=True)), torch.device("cpu"))
+    assert torch.equal(labels, y)
+    assert all(not f.requires_grad for f in features.values())
+    out, cached = model(x), model.predict(features, y.shape[1:])
+    torch.testing.assert_close(cached.logits, out.logits, rtol=1e-4, atol=1e-5)
+    if maps:
+        torch.testing.assert_close(cached.aux_logits, out.aux_logits, rtol=1e-4, atol=1e-5)
+    else:
+        assert {name: f.shape for name, f in features.items()} == {"layer4": (7, model.channels["layer4"], 1, 1)}
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_cache_gives_the_losses_of_the_full_forward(tmp_path, monkeypatch, task):
+    config = finetune_config(tmp_path, task, log_every=1, head_steps=8, patience=20)
+    keys = ["data.augment={}", "data.target.crop=null"]
+    passes = []
+    labeled_pass = data.domains.Domains.labeled_pass
+    monkeypatch.setattr(data.domains.Domains, "labeled_pass", lambda d: passes.append(1) or labeled_pass(d))
+    assert train("finetune", config, *keys) == 0
+    assert len(passes) == 1
+    monkeypatch.setattr(data.domains.Domains, "unchanging", False)
+    assert train("finetune", config, *keys, f"out_dir={tmp_path}/full") == 0
+    assert len(passes) == 1
+    cached, full = ([m["cls_loss"] for m in metrics(tmp_path / run) if "lr" in m] for run in ("run", "full"))
+    assert cached == pytest.approx(full, rel=1e-4)
+    assert len(set(full)) == 10  # control
+
+
+def test_augmented_images_are_not_cached(tmp_path, monkeypatch):
+    monkeypatch.setattr(data.domains.Domains, "labeled_pass", None)
+    assert train("finetune", finetune_config(tmp_path)) == 0
+    with pytest.raises(TypeError):
+        train("finetune", finetune_config(tmp_path), "data.augment={}", f"out_dir={tmp_path}/control")
+
+
+# --- the stages
+
+
+def stages_of(losses: list[float], head_steps: int = 100, **keys) -> list[tuple[int, bool]]:
+    """(stage, whether it ended) after each of the validation losses, ten steps apart."""
+    told: list[str] = []
+    stages = Stages(head_steps, **{"patience": 2, "min_delta": 0.1, "max_jump": 0.5, **keys})
+    seen = []
+    for i, loss in enumerate(losses, 1):
+        end = stages.end(10 * i, loss, told.append)
+        seen.append((stages.number, end))
+        if end and stages.number == 1:
+            stages.begin_second(10 * i)
+        restored = Stages(head_steps, 2, 0.1, 0.5)
+        restored.load_state_dict(stages.state_dict())
+        stages = restored
+    return seen, stages, told
+
+
+def test_a_stage_ends_when_its_loss_is_flat():
+    seen, stages, told = stages_of([2.0, 1.5, 1.45, 1.0, 0.95, 0.93, 0.9, 0.5, 0.45, 0.45])
+    assert seen == [(1, False)] * 5 + [(1, True)] + [(2, False)] * 3 + [(2, True)]
+    assert (stages.switch, stages.began_with) == (60, 0.93)
+    assert told == []
+    assert stages.jump == 0  # below all along
+
+
+def test_slow_progress_counts_in_the_end():
+    """min_delta is to the best loss that counted, not to the one before."""
+    seen, _, _ = stages_of([1.0, 0.94, 0.88, 0.82, 0.76])
+    assert not any(end for _, end in seen)
+
+
+def test_stage_1_ends_with_its_steps():
+    seen, stages, _ = stages_of([3, 2, 1], head_steps=30)
+    assert seen == [(1, False), (1, False), (1, True)]
+    assert stages.switch == 30
+
+
+def test_a_jump_is_told_once_with_its_remedy():
+    _, stages, told = stages_of([1.0, 1.0, 1.0, 1.4, 1.6, 2.0])
+    assert stages.jump == pytest.approx(1.0)
+    (told,) = told
+    assert "step 50: after unfreezing the validation loss rose from 1.000 to 1.600" in told
+    assert "lower finetune_lr or unfreeze less. stage1.pt" in told
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_run(tmp_path, command, task):
+    config = finetune_config(tmp_path, task)
+    code, _, err = command("finetune", "--config", config)
+    assert (code, err) == (0, ""), err
+    result, figure = summary(tmp_path / "run"), {"classification": "accuracy", "segmentation": "mean_iou"}[task]
+    assert result["method"] == "finetune"
+    assert result["target_test"] == "20 % of the target, held out"
+    assert (result["stage1"]["steps"], result["stage2"]["steps"]) == (4, 6)
+    assert result["stage1"]["step"] == 4
+    assert result["stage2"]["step"] in (8, 10)
+    assert result["stage1"][figure] is not None
+    history = {m["step"]: m for m in metrics(tmp_path / "run") if "criteria.val_loss" in m}
+    assert list(history) == [4, 8, 10]
+    lowest = max(history, key=lambda step: history[step]["criteria.val_loss"])
+    assert result["target"]["selected"]["step"] == lowest
+    assert result["selection"] == {"criterion": "val_loss", "value": history[lowest]["criteria.val_loss"],
+                                   "part_of_training_loss": False}  # fmt: skip
+    jump = max(0, *(-history[s]["criteria.val_loss"] + history[4]["criteria.val_loss"] for s in (8, 10)))
+    assert result["stage2"]["jump"] == pytest.approx(jump)
+    train_list, val_list = ((tmp_path / f"run/{name}.txt").read_text().splitlines() for name in ("train", "val"))
+    assert not set(train_list) & set(val_list)
+    total = {"classification": 4000, "segmentation": 300}[task]
+    assert len(train_list) + len(val_list) == total
+    lines = [m for m in metrics(tmp_path / "run") if "lr" in m]
+    assert [(m["stage"], m["lr"]) for m in lines] == [(1, pytest.approx(0.02 / (1 + 7.5) ** 0.75)),
+        (2, pytest.approx(0.01 / (1 + 5.0) ** 0.75)), (2, pytest.approx(0.01 / (1 + 10 * 5 / 6) ** 0.75))]  # fmt: skip
+
+
+def test_the_best_of_stage_1_goes_on_and_is_kept(tmp_path):
+    """A rate that ruins stage 2: told, and stage1.pt and model.pt hold what was before."""
+    config = finetune_config(tmp_path, max_jump=0.01, eval_every=1, save_every=1)
+    assert train("finetune", config, "finetune_lr=5", "patience=3", "steps=20") == 0
+    result = summary(tmp_path / "run")
+    assert result["stage2"]["jump"] > 0.01
+    assert result["target"]["selected"]["step"] <= 4
+    assert differing(weights(tmp_path / "run"), weights(tmp_path / "run", "stage1.pt")) == 0
+    assert result["stage1"]["step"] == result["target"]["selected"]["step"]
+
+
+def test_a_jump_is_printed(tmp_path, capsys):
+    assert train("finetune", finetune_config(tmp_path, max_jump=0.01), "finetune_lr=5") == 0
+    assert "lower finetune_lr or unfreeze less" in capsys.readouterr().out
+    assert train("finetune", finetune_config(tmp_path), "finetune_lr=1e-6", f"out_dir={tmp_path}/calm") == 0
+    assert "lower finetune_lr" not in capsys.readouterr().out
+
+
+def test_the_head_alone_and_no_head_first(tmp_path):
+    config = finetune_config(tmp_path)
+    assert train("finetune", config, "unfreeze=[]", "head_steps=10", f"out_dir={tmp_path}/head") == 0
+    result = summary(tmp_path / "head")
+    assert result["stage2"] is None
+    assert result["stage1"]["steps"] == 10
+    assert train("finetune", config, "head_steps=0", f"out_dir={tmp_path}/direct") == 0
+    result = summary(tmp_path / "direct")
+    assert result["stage1"] is None
+    assert result["stage2"]["steps"] == 10
+    assert not (tmp_path / "direct/stage1.pt").exists()
+
+
+def test_each_stage_learns(tmp_path):
+    keys = ["steps=80", "eval_every=20", "data.batch=16", f"out_dir={tmp_path}/source"]
+    assert train("train_source", tiny_config(tmp_path, optim="{lr: 0.05}"), *keys) == 0
+    config = finetune_config(
+        tmp_path, head_steps=40, optim="{lr: 0.05, schedule: constant}", init_from=tmp_path / "source"
+    )
+    assert train("finetune", config, *keys[:3], "finetune_lr=0.02", f"out_dir={tmp_path}/run") == 0
+    before = summary(tmp_path / "source")["target"]["selected"]["accuracy"]
+    result = summary(tmp_path / "run")
+    assert result["stage1"]["accuracy"] > before + 5
+    assert result["stage2"]["accuracy"] > result["stage1"]["accuracy"] + 5
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(("stop", "augment"), [(2, True), (3, False), (4, True), (7, False)])
+def test_resume_is_exact_on_either_side_of_the_switch(tmp_path, monkeypatch, task, stop, augment):
+    dropout = ["model.dropout=0.5"] if task == "classification" else []
+    keys = dropout if augment else [*dropout, "data.augment={}", "data.target.crop=null"]
+    config = finetune_config(tmp_path, task, eval_every=3)
+    assert train("finetune", config, *keys, f"out_dir={tmp_path}/whole") == 0
+    with monkeypatch.context() as patch:
+        stop_after(patch, stop)
+        assert train("finetune", config, *keys) == 143
+    assert train("finetune", config, *keys, "--resume") == 0
+    whole, resumed = (weights(tmp_path / run, LAST) for run in ("whole", "run"))
+    del whole["seconds"], resumed["seconds"]
+    assert differing(whole, resumed) == 0
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "run")
+    for file in ("model.pt", "stage1.pt"):
+        assert differing(weights(tmp_path / "whole", file), weights(tmp_path / "run", file)) == 0
+
+
+def test_a_run_that_ends_early_is_finished(tmp_path, capsys):
+    config = finetune_config(tmp_path, steps=200, head_steps=100, eval_every=2, log_every=1)
+    assert train("finetune", config, "min_delta=100", "patience=2") == 0
+    result = summary(tmp_path / "run")
+    # 2 counts as better than nothing, 4 and 6 do not
+    assert (result["stage1"]["steps"], result["stage2"]["steps"]) == (6, 6)
+    assert (tmp_path / "run/checkpoints/step_00000012.pt").is_file()
+    capsys.readouterr()
+    assert train("finetune", config, "min_delta=100", "patience=2", "--resume") == 0
+    assert "finished already" in capsys.readouterr().out
+
+
+# --- where it starts
+
+
+def test_a_head_of_other_classes_is_replaced_and_said(tmp_path, capsys, pictures):
+    assert train("train_source", tiny_config(tmp_path), f"out_dir={tmp_path}/digits", "steps=4") == 0
+    pictures("fruit", {"apple": 8, "pear": 8, "plum": 8})
+    data = f"{{target: {{name: folder, path: fruit}}, size: 28, batch: 4, root: {tmp_path}/images}}"
+    config = finetune_config(tmp_path, data=data, unfreeze="[]", head_steps=10)
+    capsys.readouterr()
+    assert train("finetune", config, f"init_from={tmp_path}/digits") == 0
+    assert "digits/model.pt, with a new head for 3 classes" in capsys.readouterr().out
+    digits, fruit = weights(tmp_path / "digits"), weights(tmp_path / "run")
+    assert fruit["head.weight"].shape == (3, 128)
+    assert all(torch.equal(digits[k], fruit[k]) for k in digits if k.startswith("backbone."))
+
+
+def test_a_head_of_the_same_classes_stays(tmp_path, capsys):
+    assert train("train_source", tiny_config(tmp_path), f"out_dir={tmp_path}/digits", "steps=4") == 0
+    capsys.readouterr()
+    config = finetune_config(tmp_path)
+    assert train("finetune", config, f"init_from={tmp_path}/digits", "optim.lr=1e-30", "optim.weight_decay=0") == 0
+    assert "new head" not in capsys.readouterr().out
+    digits, own = weights(tmp_path / "digits"), weights(tmp_path / "run", "stage1.pt")
+    assert torch.equal(digits["head.weight"], own["head.weight"])
+
+
+def test_as_many_classes_of_other_names_get_a_new_head(tmp_path, capsys, pictures):
+    for name, classes in (("a", ("x", "y")), ("b", ("cat", "dog"))):
+        pictures(name, dict.fromkeys(classes, 8))
+    root = f"size: 28, batch: 4, root: {tmp_path}/images}}"
+    source = tiny_config(tmp_path, data="{source: {name: folder, path: a}, target: {name: folder, path: a}, " + root)
+    assert train("train_source", source, f"out_dir={tmp_path}/first", "steps=2") == 0
+    capsys.readouterr()
+    config = finetune_config(tmp_path, data="{target: {name: folder, path: b}, " + root)
+    assert train("finetune", config, f"init_from={tmp_path}/first") == 0
+    assert "with a new head for 2 classes" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("keys", "match"),
+    [
+        (["init_from=nowhere"], "init_from: there is no nowhere"),
+        (["init_from=digits", "model.bottleneck=8"], "does not fit this model: .* it lacks 7, the first bottleneck"),
+        (["init_from=digits", "model={backbone: resnet18}"], "does not fit this model: of its tensors it lacks"),
+        (["unfreeze=[layer5]"], "unfreeze: no stage 'layer5'; there are layer1, layer2, layer3, layer4"),
+        (["unfreeze=1.5"], r"unfreeze must be stages such as \[layer4\], or a share in \(0, 1\]"),
+        (["unfreeze=[]", "head_steps=0"], "unfreeze: .* is stage 1 alone, and head_steps: 0 leaves it out"),
+        (["head_steps=11"], "head_steps must be at least 0 and at most steps"),
+        (["data.val_share=1.0"], "data.val_share must lie between 0 and 1"),
+        (["data.val_share=0.01"], "data.val_share: 0.01 of the .* images of class 0 leaves none to validate on"),
+        (["data.val_share=0.99"], "data.val_share: 0.99 of the .* images of class 0 leaves none to train on"),
+        (["data.source={name: drawn_digits}"], "data.source must be null"),
+        (["patience=0"], "patience must be positive"),
+        (["model.dropout=1.0"], r"dropout must lie in \[0, 1\)"),
+        (["select=infomax"], "select must be val_loss"),
+    ],
+)  # fmt: skip
+def test_bad_input(tmp_path, keys, match):
+    if "init_from=digits" in keys:
+        assert train("train_source", tiny_config(tmp_path), f"out_dir={tmp_path}/digits", "steps=1") == 0
+    with pytest.raises(UserError, match=match):
+        train("finetune", finetune_config(tmp_path), *keys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_images_without_labels(tmp_path, pictures):
+    pictures("flat", 6)
+    data = f"{{target: {{name: folder, path: flat}}, root: {tmp_path}/images}}"
+    with pytest.raises(UserError, match="folder flat: fine-tuning needs labels: a folder per class"):
+        train("finetune", finetune_config(tmp_path, data=data))
+
+
+# --- the split
+
+
+def test_a_share_of_each_class_validates(tmp_path, pictures):
+    pictures("fruit", {"apple": 10, "pear": 5, "plum": 20})
+    config = LabeledDataConfig(target=DomainConfig("folder", path="fruit"), root=str(tmp_path / "images"))
+    domains = open_domains(config, 0)
+    for images, counts in ((domains.target_labeled, [8, 4, 16]), (domains.target_test, [2, 1, 4])):
+        assert torch.bincount(images.labels[images.indices]).tolist() == counts
+    assert domains.lists["val.txt"] != open_domains(config, 1).lists["val.txt"]
+    (tmp_path / "images/train.txt").write_text(domains.lists["train.txt"])
+    (tmp_path / "images/val.txt").write_text(domains.lists["val.txt"])
+    (tmp_path / "images/classes.txt").write_text("apple\npear\nplum\n")
+    train_set, val_set = (DomainConfig("list", path=f"{name}.txt", classes="classes.txt") for name in ("train", "val"))
+    given = open_domains(LabeledDataConfig(target=train_set, target_test=val_set, root=str(tmp_path / "images")), 5)
+    assert given.lists == {}
+    assert given.target_test_note == "data.target_test"
+    for role in ("target_labeled", "target_test"):
+        one, other = getattr(domains, role), getattr(given, role)
+        assert [one.images.paths[i] for i in one.indices] == [other.images.paths[i] for i in other.indices]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_dry_run_writes_nothing(tmp_path, capsys, task):
+    for keys in ([], ["data.augment={}", "data.target.crop=null"], ["head_steps=1"], ["head_steps=0"]):
+        assert train("finetune", finetune_config(tmp_path, task), "--dry-run", *keys) == 0
+        assert "nothing was written" in capsys.readouterr().out
+        assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("amp", ["float16", "bfloat16"])
+@pytest.mark.parametrize("augment", [True, False])
+def test_mixed_precision(tmp_path, amp, augment):
+    config = finetune_config(tmp_path, log_every=1)
+    keys = [] if augment else ["data.augment={}"]
+    for precision in (amp, "float32"):
+        assert train("finetune", config, *keys, f"amp={precision}", f"out_dir={tmp_path}/{precision}") == 0
+    low, full = ([m["cls_loss"] for m in metrics(tmp_path / p) if "lr" in m] for p in (amp, "float32"))
+    assert low != full
+    assert low[0] == pytest.approx(full[0], rel=0.05)
