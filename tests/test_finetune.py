@@ -296,11 +296,13 @@ def test_each_stage_learns(tmp_path):
     config = finetune_config(
         tmp_path, head_steps=40, optim="{lr: 0.05, schedule: constant}", init_from=tmp_path / "source"
     )
-    assert train("finetune", config, *keys[:3], "finetune_lr=0.02", f"out_dir={tmp_path}/run") == 0
-    before = summary(tmp_path / "source")["target"]["selected"]["accuracy"]
+    assert train("finetune", config, *keys[:3], "finetune_lr=0.005", "unfreeze=1.0") == 0
+    loss = {m["step"]: -m["criteria.val_loss"] for m in metrics(tmp_path / "run") if "criteria.val_loss" in m}
+    assert loss[40] < loss[20] - 0.03
+    assert loss[80] < loss[40] - 0.2
     result = summary(tmp_path / "run")
-    assert result["stage1"]["accuracy"] > before + 5
-    assert result["stage2"]["accuracy"] > result["stage1"]["accuracy"] + 5
+    before = summary(tmp_path / "source")["target"]["selected"]["accuracy"]
+    assert result["stage2"]["accuracy"] > result["stage1"]["accuracy"] > before + 5
 
 
 @pytest.mark.parametrize("task", TASKS)
