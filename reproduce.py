@@ -208,11 +208,17 @@ def metric(summary: dict) -> str:
     return main_metric(summary["target"]["last"])
 
 
-def criteria(found: list[tuple[str, dict]]) -> str:
-    """What picked the selected steps of (method, summary) pairs, and for which methods it is no judge."""
-    names = distinct(summary["selection"]["criterion"] for _, summary in found)
+def selection(found: list[tuple[str, dict]]) -> str:
+    """What picked the selected steps of (method, summary) pairs, and for which methods it is no judge: sentences."""
+    names = {summary["selection"]["criterion"] for _, summary in found}
     part = [method for method, summary in found if summary["selection"]["part_of_training_loss"]]
-    return names + (f", which for {distinct(part)} is part of the training loss and no judge" if part else "")
+    sentences = []
+    if names != {"val_loss"}:
+        no_judge = f", which for {distinct(part)} is part of the training loss and no judge" if part else ""
+        sentences.append(f"Selected without target labels by {distinct(names - {'val_loss'})}{no_judge}.")
+    if "val_loss" in names:
+        sentences.append("Selected by val_loss, on the labels of the very images the figures are of: no test figures.")
+    return " ".join(sentences)
 
 
 def distinct(values: Iterable) -> str:
@@ -238,7 +244,7 @@ def table(suite: Suite, seeds: list[int], argv: list[str]) -> str:
         "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines),
         f"Target {distinct(map(metric, everything))} in percent on {distinct(s['target_test'] for s in everything)}: "
         "mean +- sample standard deviation over the seeds. "
-        f"Selected without target labels by {criteria(pairs)}. Seconds are a run's mean.",
+        f"{selection(pairs)} Seconds are a run's mean.",
         *([suite.note.strip()] if suite.note else []),
         f"Written by `{shlex.join(['python', 'reproduce.py', *argv])}`: seeds {' '.join(map(str, seeds))}; "
         f"steps {distinct(s['steps'] for s in everything)}; on {machines}.",

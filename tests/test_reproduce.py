@@ -376,7 +376,19 @@ def test_a_signal_reaches_the_runs_and_starts_no_more(folder):
 def test_the_suites_of_the_repository(path, monkeypatch):
     monkeypatch.chdir(ROOT)
     suite = load_config(reproduce.Suite, str(path))
-    assert all(entry.script.startswith("train_") for entry in suite.runs)
+    assert all(entry.script.startswith(("train_", "finetune")) for entry in suite.runs)
+
+
+def test_what_selected_is_said():
+    def run(criterion: str, part: bool = False) -> dict:
+        return {"selection": {"criterion": criterion, "part_of_training_loss": part}}
+
+    free = "Selected without target labels by entropy, infomax, which for b is part of the training loss and no judge."
+    assert reproduce.selection([("a", run("entropy")), ("b", run("infomax", True))]) == free
+    labels = "Selected by val_loss, on the labels of the very images the figures are of: no test figures."
+    assert reproduce.selection([("a", run("val_loss"))]) == labels
+    both = "Selected without target labels by entropy. " + labels
+    assert reproduce.selection([("a", run("val_loss")), ("b", run("entropy"))]) == both
 
 
 def test_there_are_suites():
