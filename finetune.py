@@ -39,12 +39,16 @@ class Config(RunConfig):
     method: ClassVar[str] = "finetune"
     data: LabeledDataConfig
     select: Literal["val_loss"] = "val_loss"  # the lowest validation loss picks model.pt
-    head_steps: int = 2000  # of `steps`, how many stage 1 may take; 0: no stage 1
+    head_steps: int | None = None  # of `steps`, how many stage 1 may take; null: half; 0: no stage 1
     patience: int = 5  # evaluations without a lower validation loss that end a stage
     min_delta: float = 0.001  # nats; what counts as lower
     unfreeze: list[str] | float = field(default_factory=lambda: ["layer4"])  # stages, or the last share of the layers
     finetune_lr: float | None = None  # rate of stage 2; null: a hundredth of optim.lr
     max_jump: float = 0.1  # nats; a validation loss that rises by more in stage 2 is reported
+
+    def __post_init__(self):
+        self.head_steps = self.steps // 2 if self.head_steps is None else self.head_steps
+        super().__post_init__()
 
     def rules(self):
         share = self.unfreeze if isinstance(self.unfreeze, float) else 0.5
@@ -57,6 +61,10 @@ class Config(RunConfig):
             (
                 self.unfreeze != [] or self.head_steps > 0,
                 "unfreeze: [] is stage 1 alone, and head_steps: 0 leaves it out",
+            ),
+            (
+                self.unfreeze == [] or self.optim.backbone_lr_scale > 0,
+                "unfreeze needs an optim.backbone_lr_scale above 0",
             ),
             (self.finetune_lr is None or self.finetune_lr > 0, "finetune_lr must be positive or null"),
         ]
@@ -92,16 +100,21 @@ def main(argv: list[str] | None = None) -> int:
 
     # --- data
     evaluation, features = domains.evaluation(), None
-    labeled = iter(
-        train_loader(domains.target_labeled, config.data, config.seed, "target_labeled", start, config.steps)
-    )
     if stages.number == 1 and domains.unchanging:
         with autocast:
-            features, labels = head_features(model, domains.labeled_pass(), device)
-        order = Order(config.seed, "target_labeled", len(labels))
+            features = head_features(model, domains.labeled_pass(), config.data.cache_gb, device)
+    if features is None:
+        labeled = iter(
+            train_loader(domains.target_labeled, config.data, config.seed, "target_labeled", start, config.steps)
+        )
+    else:
+        features, labels = features
+        positions = Order(config.seed, "target_labeled", len(labels)).positions
+        batch, left = config.data.batch, config.head_steps - start
+        rows = positions(start * batch, left * batch).to(device).split(batch)  # of stage 1, moved at once
 
     # --- train
-    for step in range(start + 1, config.steps + 1):
+    for step in range(start + 1, (start if stages.over else config.steps) + 1):
         if stages.number == 1:
             trained, lr = head_optimizer, set_rates(head_optimizer, config.optim, step - 1, config.head_steps)
         else:
@@ -111,8 +124,8 @@ def main(argv: list[str] | None = None) -> int:
         if features is None:
             x, y = (tensor.to(device, non_blocking=True) for tensor in next(labeled))
         else:
-            rows = order.positions((step - 1) * config.data.batch, config.data.batch).to(device)
-            x, y = {name: feature[rows] for name, feature in features.items()}, labels[rows]
+            x = {name: feature[rows[step - 1 - start]] for name, feature in features.items()}
+            y = labels[rows[step - 1 - start]]
         with autocast:
             out = model(x) if features is None else model.predict(x, y.shape[1:])
             cls_loss = supervised_loss(out, y, config.model.aux_weight)
@@ -128,27 +141,28 @@ def main(argv: list[str] | None = None) -> int:
         if run.due(step, config.eval_every) or stages.due(step):
             with autocast:
                 metrics = evaluate(model, **evaluation, device=device)
-            run.evaluated(step, metrics, model)
-            if stages.end(step, -metrics["criteria"]["val_loss"], run.log.print):
-                if stages.number == 2 or not config.unfreeze:
-                    run.save(step)
-                    break
+            ended = stages.end(step, -metrics["criteria"]["val_loss"], run.log.print)
+            stages.over = ended and (stages.number == 2 or not config.unfreeze)
+            run.evaluated(step, metrics, model, last=stages.over)
+            if ended and not stages.over:
                 model.load_state_dict(run.selected)
                 run.keep_selected("stage1.pt")
                 model.unfreeze(config.unfreeze)
                 stages.begin_second(step)
-                features, labeled = (
-                    None,
-                    iter(
+                if features is not None:
+                    features, loader = (
+                        None,
                         train_loader(
                             domains.target_labeled, config.data, config.seed, "target_labeled", step, config.steps
-                        )
-                    ),
-                )
-        if run.due(step, config.save_every):
+                        ),
+                    )
+                    labeled = iter(loader)
+        if run.due(step, config.save_every) or stages.over:
             run.save(step)
         if run.stopping:
             return run.stopped(step)
+        if stages.over:
+            break
 
     entries = stages.entries(run.history, config.select)
     run.finish(target_test=domains.target_test_note, classes=domains.classes, **entries)

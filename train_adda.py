@@ -76,6 +76,7 @@ def main(argv: list[str] | None = None) -> int:
     run.show(domains)
 
     # --- model
+    source_steps = 0 if args.dry_run else config.source_steps  # a dry run takes a step of the second part
     source_model = build_model(config, domains.num_classes)
     if config.init_from:
         init_from(source_model, config.init_from, domains.classes)
@@ -103,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
 
     # --- data
     source = iter(train_loader(domains.source, config.data, config.seed, "source", start, config.steps))
-    adapted = max(start, config.source_steps)
+    adapted = max(start, source_steps)
     target = iter(train_loader(domains.target, config.data, config.seed, "target", adapted, config.steps))
     labeled = iter(
         train_loader(domains.target_labeled, config.data, config.seed, "target_labeled", adapted, config.steps)
@@ -115,8 +116,8 @@ def main(argv: list[str] | None = None) -> int:
         x_s, y_s = next(source)
         x_s, y_s = x_s.to(device, non_blocking=True), y_s.to(device, non_blocking=True)
 
-        if step <= config.source_steps:
-            rates = {"lr": set_rates(source_optimizer, config.optim, step - 1, config.source_steps)}
+        if step <= source_steps:
+            rates = {"lr": set_rates(source_optimizer, config.optim, step - 1, source_steps)}
             with autocast:
                 out_s = source_model(x_s)
                 cls_loss = cross_entropy(out_s.logits, y_s)
@@ -128,7 +129,7 @@ def main(argv: list[str] | None = None) -> int:
             source_optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
             scaler.step(source_optimizer)
-            if step == config.source_steps:
+            if step == source_steps:
                 model.load_state_dict(source_model.state_dict())
         else:
             rates = {"lr": config.target_lr, "disc_lr": config.disc_lr}
@@ -172,11 +173,10 @@ def main(argv: list[str] | None = None) -> int:
         run.log.add(**losses)
         if run.due(step, config.log_every):
             run.log.write(step, **rates)
-        if run.due(step, config.eval_every):
-            trained = source_model if step <= config.source_steps else model
+        if run.due(step, config.eval_every) and step > source_steps:
             with autocast:
-                metrics = evaluate(trained, **evaluation, device=device)
-            run.evaluated(step, metrics, trained)
+                metrics = evaluate(model, **evaluation, device=device)
+            run.evaluated(step, metrics, model)
         if run.due(step, config.save_every):
             run.save(step)
         if run.stopping:

@@ -139,6 +139,10 @@ class DataConfig:
             (self.iou_classes is None or self.task == "segmentation", "iou_classes is for task: segmentation"),
             (self.source != [], "source is an empty list; it must name a domain"),
             (
+                self.target_labeled is None or not self.target_is_source(),
+                "target_labeled: the target is a source too, and all of its labels are trained on; leave it out",
+            ),
+            (
                 all(own == common[0] for own in common),
                 "source: several sources are one set; give all the same crop and augment",
             ),
@@ -181,6 +185,11 @@ class DataConfig:
         """The source domains; none for a method without a source."""
         return self.source if isinstance(self.source, list) else [] if self.source is None else [self.source]
 
+    def target_is_source(self) -> bool:
+        """Whether the target's images are those of a source."""
+        plain = [dataclasses.replace(domain, augment=None) for domain in (*self.sources, self.target) if domain]
+        return self.target is not None and plain[-1] in plain[:-1]
+
     def augment_of(self, role: str) -> dict:
         """The augmentation of source, target or target_labeled."""
         own = (self.sources[0] if role == "source" else self.target).augment
@@ -200,12 +209,23 @@ class LabeledDataConfig(DataConfig):
     """`DataConfig` of a method that trains on a labelled target alone, a part of which validates."""
 
     source: None = field(default=None, kw_only=True)  # null: this method sees no source images
+    target: DomainConfig = field(kw_only=True)  # the labelled images
+    target_test: DomainConfig | None = None  # the validation set; null: val_share of the target
     target_labeled: None = None  # null: all of the target is labelled
-    val_share: float = 0.2  # of each class (maps: of the images), held out by seed where there is no target_test
+    batch: int = 64  # images a step
+    val_share: float | None = (
+        None  # of each class (maps: of the images), held out by seed; null: 0.2 without target_test
+    )
 
     def __post_init__(self):
         super().__post_init__()
-        require((0 < self.val_share < 1, "val_share must lie between 0 and 1"))
+        if self.val_share is None and self.target_test is None:
+            self.val_share = 0.2
+        both = self.val_share is not None and self.target_test is not None
+        require(
+            (self.val_share is None or 0 < self.val_share < 1, "val_share must lie between 0 and 1"),
+            (not both, "val_share is for a target without target_test; leave one of them out"),
+        )
 
 
 @dataclass

@@ -101,9 +101,10 @@ class Run:
                 left.unlink()
             checkpoint.write_text(self.folder / "config.yaml", dump(self.config))
             for name, text in self.lists.items():
-                if step > 0 and (self.folder / name).read_text() != text:
-                    raise UserError(f"--resume: {self.folder / name} was drawn from other images; restore them")
-                checkpoint.write_text(self.folder / name, text)
+                file = self.folder / name
+                if step > 0 and file.is_file() and file.read_text() != text:
+                    raise UserError(f"--resume: {file} was drawn from other images; restore them")
+                checkpoint.write_text(file, text)
             self._write_status("running", step)
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, self._on_signal)
@@ -180,8 +181,9 @@ class Run:
             for left in (file, file.with_name(file.name + ".sha256")):
                 left.unlink(missing_ok=True)
 
-    def evaluated(self, step: int, metrics: dict, model: torch.nn.Module) -> None:
-        """Record an evaluation; keep the weights if they are the best so far by `select`."""
+    def evaluated(self, step: int, metrics: dict, model: torch.nn.Module, last: bool = False) -> None:
+        """Record an evaluation; keep the weights if they are the best so far by `select`. `last`: of a run that ends
+        before `steps`."""
         examples = metrics.pop("examples")
         for name, value in metrics["criteria"].items():
             if not math.isfinite(value):
@@ -191,7 +193,8 @@ class Run:
         self.log.record({"step": step, **flat})
         shown = {k: v for k, v in flat.items() if v is not None and ".iou." not in k}
         self.log.print(f"step {step}  " + "  ".join(f"{name} {value:.4g}" for name, value in shown.items()))
-        if examples and not self.dry_run and (self.config.pictures == "every" or step == self.config.steps):
+        last = last or step == self.config.steps
+        if examples and not self.dry_run and (self.config.pictures == "every" or last):
             save_pictures(
                 self.folder / "pictures" / f"step_{step:08d}.png", examples, list(metrics["source_val"]["iou"])
             )
@@ -228,13 +231,13 @@ class Run:
     def finish(self, **facts) -> None:
         """Write summary.json, with `facts` about the data; `target_test` says what the target is measured on."""
         self.log.close()
-        config, target = self.config, choose(self.history, self.config.select)
+        config, target, steps = self.config, choose(self.history, self.config.select), self.history[-1]["step"]
         value = next(e["criteria"][config.select] for e in self.history if e["step"] == target["selected"]["step"])
         part = config.select in config.trained_criteria()
         summary = {
             "method": type(config).method,
             "seed": config.seed,
-            "steps": config.steps,
+            "steps": steps,
             "device": get_device(config.device).type,
             "machine": describe_machine(get_device(config.device)),
             "seconds": round(self._values()["seconds"], 1),
@@ -248,7 +251,7 @@ class Run:
             print("dry run: one step of training and of evaluation passed, nothing was written")
             return
         checkpoint.write_text(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-        self._write_status("finished", config.steps)
+        self._write_status("finished", steps)
         for name, entry in target.items():
             figures = "  ".join(f"{k} {v:.2f}" for k, v in entry.items() if k != "step" and isinstance(v, float))
             print(f"target {name:8} step {entry['step']}  {figures or 'no target labels'}")

@@ -9,15 +9,17 @@ from common.evaluation import choose
 class Stages:
     """Stage 1 until its validation loss is flat or for `head_steps`, then stage 2 until its own is flat.
 
-    Flat: `patience` evaluations in a row without a loss more than `min_delta` below the best of the stage.
+    Flat: `patience` evaluations in a row without a loss more than `min_delta` below the best that counted in the stage.
 
-    Attributes: number, 1 or 2; switch, the step stage 2 began after, or None; jump, by how much the validation loss of
-    stage 2 has been above the one it began with, at most, or None.
+    Attributes: number, 1 or 2; switch, the step stage 2 began after, or None; over, whether the run ended before its
+    last step; jump, by how much the validation loss was above the one at the switch until it first came below, at most,
+    or None.
     """
 
     def __init__(self, head_steps: int, patience: int, min_delta: float, max_jump: float):
         self.head_steps, self.patience, self.min_delta, self.max_jump = head_steps, patience, min_delta, max_jump
-        self.switch, self.began_with, self.jump = None if head_steps > 0 else 0, None, None
+        self.switch = None if head_steps > 0 else 0
+        self.over, self.recovered, self.jump, self.began_with = False, False, None, None
         self.best, self.lowest, self.waited = math.inf, math.inf, 0
 
     @property
@@ -25,7 +27,8 @@ class Stages:
         return 1 if self.switch is None else 2
 
     def state_dict(self) -> dict:
-        return {name: getattr(self, name) for name in ("switch", "began_with", "jump", "best", "lowest", "waited")}
+        names = ("switch", "over", "recovered", "jump", "began_with", "best", "lowest", "waited")
+        return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict) -> None:
         self.__dict__.update(state)
@@ -37,22 +40,23 @@ class Stages:
     def end(self, step: int, loss: float, tell: Callable[[str], None]) -> bool:
         """Take the validation loss after `step`; whether the stage ends here. A jump beyond `max_jump` is told once."""
         self.lowest = min(self.lowest, loss)
-        if self.began_with is not None:
-            told, self.jump = (
-                self.jump is not None and self.jump > self.max_jump,
-                max(loss - self.began_with, self.jump or 0),
-            )
-            if self.jump > self.max_jump and not told:
-                tell(
-                    f"warning: step {step}: after unfreezing the validation loss rose from {self.began_with:.3f} to "
-                    f"{loss:.3f}, by more than max_jump; lower finetune_lr or unfreeze less. stage1.pt holds what was "
-                    "there before"
-                )
+        if self.began_with is not None and not self.recovered:
+            self._watch(step, loss, tell)
         if loss < self.best - self.min_delta:
             self.best, self.waited = loss, 0
         else:
             self.waited += 1
         return self.waited >= self.patience or self.due(step)
+
+    def _watch(self, step: int, loss: float, tell: Callable[[str], None]) -> None:
+        before, now = self.jump or 0.0, max(loss - self.began_with, 0.0)
+        self.jump, self.recovered = max(before, now), loss < self.began_with
+        if before <= self.max_jump < now:
+            tell(
+                f"warning: step {step}: after unfreezing the validation loss rose from {self.began_with:.3f} to "
+                f"{loss:.3f}, by more than max_jump; lower finetune_lr or unfreeze less. The weights of before are in "
+                "stage1.pt"
+            )
 
     def begin_second(self, step: int) -> None:
         """Stage 2 begins after `step`, with the weights of the lowest validation loss."""

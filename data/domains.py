@@ -199,7 +199,7 @@ class Domains:
         if self.config.task == "segmentation":
             sets = {role: getattr(self, role) for role in ("source", "target", "target_labeled") if getattr(self, role)}
             sizes = ", ".join(f"{role} {_train_size(images)}" for role, images in sets.items())
-        return "\n".join([*lines, f"{'batch':14} {self.config.batch} a domain, {sizes}"])
+        return "\n".join([*lines, f"{'batch':14} {self.config.batch}{' a domain' if self.target else ''}, {sizes}"])
 
 
 def _open_source(config: DataConfig, seed: int, dry_run: bool) -> tuple[ImageSet, ImageSet]:
@@ -260,11 +260,6 @@ def _open_labeled(
     return labeled.relabelled(classes), {}
 
 
-def _same_images(config: DataConfig) -> bool:
-    one = len(config.sources) == 1
-    return one and replace(config.sources[0], augment=None) == replace(config.target, augment=None)
-
-
 def _open_test(config: DataConfig, dry_run: bool) -> ImageSet:
     """The set of `data.target_test`: its own test split, else its images."""
     test = open_set(config.target_test, "target_test", config, False, dry_run)
@@ -282,9 +277,15 @@ def _split_labeled(config: LabeledDataConfig, seed: int, dry_run: bool) -> tuple
         kind = "masks and ids" if config.task == "segmentation" else "a folder per class, or `path label` lines"
         raise UserError(f"{train.name}: fine-tuning needs labels: {kind}")
     if config.target_test is not None:
-        return train, _open_test(config, dry_run).relabelled(train.classes), {}
-    whole = open_set(config.target, "target", config, True, dry_run)  # masks as they are
+        test = _open_test(config, dry_run).relabelled(train.classes, "target")
+        if shared := len(test) - len(without(test, train)):
+            raise UserError(
+                f"data.target_test: {shared} of its {len(test)} images are in data.target too; keep them apart"
+            )
+        return train, test, {}
+    whole = train
     if config.task == "segmentation":
+        whole = open_set(config.target, "target", config, True, dry_run)  # masks as they are
         held = max(round(config.val_share * len(train)), 1)
         if held >= len(train):
             raise UserError(f"data.val_share: {config.val_share} of {len(train)} images leaves none to train on")
@@ -305,6 +306,11 @@ def _first_batch(images: ImageSet | None, config: DataConfig) -> ImageSet | None
     return None if images is None else images.subset(torch.arange(config.eval_batch)[: len(images)])
 
 
+def _check_iou_classes(config: DataConfig, classes: list[str]) -> None:
+    if absent := set(config.iou_classes or ()) - set(classes):
+        raise UserError(f"data.iou_classes: no class {sorted(absent)[0]!r}; there are {', '.join(classes)}")
+
+
 def open_domains(config: DataConfig, seed: int, dry_run: bool = False) -> Domains:
     """Open both domains, match their classes by name and make the splits.
 
@@ -313,6 +319,7 @@ def open_domains(config: DataConfig, seed: int, dry_run: bool = False) -> Domain
     """
     if isinstance(config, LabeledDataConfig):
         train, val, lists = _split_labeled(config, seed, dry_run)
+        _check_iou_classes(config, train.classes)
         note = "data.target_test" if config.target_test else f"{100 * config.val_share:.4g} % of the target, held out"
         val = _first_batch(val, config) if dry_run else val
         return Domains(config, train.classes, None, None, None, train, val, None, note, lists, dry_run)
@@ -324,9 +331,7 @@ def open_domains(config: DataConfig, seed: int, dry_run: bool = False) -> Domain
     else:
         source, source_val = _open_source(config, seed, dry_run)
         classes = source.classes
-    if absent := set(config.iou_classes or ()) - set(classes):
-        raise UserError(f"data.iou_classes: no class {sorted(absent)[0]!r}; there are {', '.join(classes)}")
-
+    _check_iou_classes(config, classes)
     target = open_set(config.target, "target", config, True, dry_run).relabelled(classes)
     target_labeled, lists = _open_labeled(config, target, classes, seed, dry_run)
     if config.target_test is not None:
@@ -337,7 +342,9 @@ def open_domains(config: DataConfig, seed: int, dry_run: bool = False) -> Domain
             target_test, note = target, "the target's training images: transductive"
             if target.labels is None:
                 target_test, note = None, "none: no target labels"
-            elif _same_images(config):  # the upper bound: not measured on what it trains on
+            elif config.target_is_source():  # the upper bound: not measured on what it trains on
+                if len(config.sources) > 1:
+                    raise UserError("data.source: one of several is the target, which leaves no image to test on")
                 target_test = replace(target, indices=source_val.indices)
                 note = "a held-out tenth of the target"
     target_test = None if target_test is None else target_test.relabelled(classes)

@@ -64,13 +64,13 @@ def _class_names(path: str, root: Path) -> list[str]:
     return names
 
 
-def _read_lines(path: str, root: Path, expected: str) -> tuple[Path, list[tuple[str, str]]]:
+def _read_lines(path: str, root: Path, expected: str, key: str = "list") -> tuple[Path, list[tuple[str, str]]]:
     """(the list file, its lines that are not empty as (file:line, text))."""
-    file = _inside(Path(path), root, root, "list")
+    file = _inside(Path(path), root, root, key)
     try:
         lines = file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError):
-        raise UserError(f"list: {file} cannot be read; it should hold a line `{expected}` per image") from None
+        raise UserError(f"{key}: {file} cannot be read; it should hold a line `{expected}` per image") from None
     return file, [(f"{file}:{number}", line.strip()) for number, line in enumerate(lines, 1) if line.strip()]
 
 
@@ -86,20 +86,30 @@ def read_labeled(path: str, names: list[str], root: Path) -> tuple[list[Path], l
 
     Paths are relative to the list file's folder. Raises `UserError` with file:line.
     """
-    file, lines = _read_lines(path, root, "path label")
-    longest_first = sorted(names, key=len, reverse=True)  # a name may hold spaces, and end in another
+    file, lines = _read_lines(path, root, "path label", "data.target_labeled")
     files, labels = [], []
     for where, line in lines:
-        known = (name for name in longest_first if line.endswith((f" {name}", f"\t{name}")))
-        name = next(known, line.rsplit(maxsplit=1)[-1])
-        image = line.removesuffix(name).strip()
-        if not image:
+        image, *label = _split_label(line, names)
+        if not label:
             raise UserError(f"{where}: has no label; a line is `path label`")
         files.append(_listed(image, file, root, where))
-        labels.append(_label(name, names, where))
+        labels.append(_label(label[0], names, where, "the source"))
+        if files[-1] in files[:-1]:
+            raise UserError(f"{where}: names {files[-1]} again; an image has one label")
     if not files:
-        raise UserError(f"list: {file} names no image")
+        raise UserError(f"data.target_labeled: {file} names no image")
     return files, labels
+
+
+def _split_label(line: str, names: list[str] | None) -> list[str]:
+    """[path, label] of a list's line, or [path]; a class name may hold spaces, and end in another one."""
+    for name in sorted(names or [], key=len, reverse=True):
+        if line.endswith((f" {name}", f"\t{name}")):
+            return [line.removesuffix(name).rstrip(), name]
+    image, *label = line.rsplit(maxsplit=1)
+    if label and _is_image(Path(line)) and not _is_image(Path(image)):
+        return [line]  # an unlabelled path with a space
+    return [image, *label]
 
 
 def read_list(path: str, classes: str | None, root: Path) -> tuple[list[Path], list[int] | None, list[str] | None]:
@@ -112,9 +122,7 @@ def read_list(path: str, classes: str | None, root: Path) -> tuple[list[Path], l
     names = _class_names(classes, root) if classes else None
     files, labels = [], []
     for where, line in lines:
-        image, *label = line.rsplit(maxsplit=1)
-        if label and _is_image(Path(line)) and not _is_image(Path(image)):
-            image, label = line, []  # an unlabelled path with a space
+        image, *label = _split_label(line, names)
         files.append(_listed(image, file, root, where))
         labels += [_label(label[0], names, where)] if label else []
         if labels and len(labels) < len(files):
@@ -136,16 +144,15 @@ def read_list(path: str, classes: str | None, root: Path) -> tuple[list[Path], l
     return files, labels, names
 
 
-def _label(text: str, names: list[str] | None, where: str) -> int:
+def _label(text: str, names: list[str] | None, where: str, named_by: str = "the classes file") -> int:
     if names and text in names:
         return names.index(text)
     if not text.isascii() or not text.isdecimal():
         raise UserError(
-            f"{where}: label {text!r} is no class number"
-            + ("" if names is None else " and no name in the classes file")
+            f"{where}: label {text!r} is no class number" + ("" if names is None else f" and no name in {named_by}")
         )
     if names and int(text) >= len(names):
-        raise UserError(f"{where}: label {text} is unknown, the classes file has numbers 0 to {len(names) - 1}")
+        raise UserError(f"{where}: label {text} is unknown, {named_by} has numbers 0 to {len(names) - 1}")
     return int(text)
 
 

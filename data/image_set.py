@@ -14,11 +14,7 @@ class Joined:
 
     def __init__(self, parts: list, lengths: list[int]):
         self.parts, self.starts = parts, [0, *itertools.accumulate(lengths)]
-
-    @property
-    def shapes(self) -> list[tuple[int, ...]]:
-        lengths = (b - a for a, b in itertools.pairwise(self.starts))
-        return [s for part, n in zip(self.parts, lengths, strict=True) for s in _shapes(part, n)]
+        self.shapes = [s for part, n in zip(parts, lengths, strict=True) for s in _shapes(part, n)]
 
     def __getitem__(self, index: torch.Tensor) -> torch.Tensor:
         items = []
@@ -30,6 +26,7 @@ class Joined:
 
 
 def _shapes(images: object, count: int) -> list[tuple[int, ...]]:
+    images = images.masks if isinstance(images, Renumbered) else images
     return images.shapes if hasattr(images, "shapes") else [tuple(images.shape[1:])] * count
 
 
@@ -75,15 +72,19 @@ class ImageSet:
     def unlabelled(self) -> "ImageSet":
         return replace(self, labels=None)
 
-    def relabelled(self, classes: list[str]) -> "ImageSet":
-        """The same set with labels into `classes`, matched by name. Raises `UserError` where the names differ."""
+    def relabelled(self, classes: list[str], of: str = "source") -> "ImageSet":
+        """The same set with labels into `classes`, those `of` another set, matched by name.
+
+        Raises:
+            UserError: the names differ.
+        """
         if self.labels is None or self.classes == classes:
             return self
         if set(classes) != set(self.classes):
             extra, lacking = sorted(set(self.classes) - set(classes)), sorted(set(classes) - set(self.classes))
             raise UserError(
-                f"{self.name}: its classes differ from the source's: "
-                f"only here: {', '.join(extra) or 'none'}; only in the source: {', '.join(lacking) or 'none'}"
+                f"{self.name}: its classes differ from the {of}'s: "
+                f"only here: {', '.join(extra) or 'none'}; only in the {of}: {', '.join(lacking) or 'none'}"
             )
         mapping = torch.tensor([classes.index(name) for name in self.classes])
         whole = isinstance(self.labels, torch.Tensor) and self.labels.dim() == 1

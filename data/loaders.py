@@ -102,7 +102,7 @@ class TrainMaps(Dataset):
         if any(image.shape != images[0].shape for image in images):
             raise UserError(
                 f"{self.set.name}: its images differ in size, and a batch has one size; "
-                f"set data.{self.domain}.crop or resize, or data.batch: 1"
+                f"set data.{self.domain.removesuffix('_labeled')}.crop or resize, or data.batch: 1"
             )
         images = torch.stack(images)
         return images if self.set.labels is None else (images, torch.stack(masks).long())

@@ -31,6 +31,7 @@ def mmd_loss(x_s: torch.Tensor, x_t: torch.Tensor, widths: tuple[float, ...] = W
     n, x = len(x_s), torch.cat([x_s, x_t]).float()
     if n < 2:
         return 0 * x.sum()
+    x = x - x.detach().mean(0)  # cdist loses digits far from the origin
     squared = torch.cdist(x, x).square()  # in float32 under autocast too
     scale = 2 * squared.detach().mean().clamp_min(torch.finfo(torch.float32).tiny)
     kernel = sum(torch.exp(-squared / (w * scale)) for w in widths)

@@ -1,13 +1,13 @@
 """What the adapted networks share: output, normalisation of images, batch norm, parameter groups."""
 
 import math
-from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from common.checkpoint import load_tensors, trained_classes
 from common.config import ModelConfig
@@ -77,7 +77,7 @@ class Network(nn.Module):
         self.train(self.training)
 
     def unfreeze(self, part: list[str] | float) -> None:
-        """Let stages of a frozen backbone learn again, by name, or its last share of the layers with weights.
+        """Let stages of a frozen backbone learn again, by name, or its last share of convolutions.
 
         Its statistics and dropout stay in eval mode. A stage is all that follows the one before: layer1 has the stem.
 
@@ -86,7 +86,8 @@ class Network(nn.Module):
         """
         if isinstance(part, float):
             layers = [m for m in self.backbone.modules() if m._parameters]
-            modules = layers[-math.ceil(part * len(layers)) :]
+            learnt = [i for i, m in enumerate(layers) if m.weight.dim() > 1]
+            modules = layers[learnt[-math.ceil(part * len(learnt))] :]
         else:
             stages = backbone_stages(self.backbone)
             if unknown := [name for name in part if name not in stages]:
@@ -168,18 +169,29 @@ def init_from(model: nn.Module, path: str, classes: list[str], new_head: bool = 
 
 @torch.no_grad()
 def head_features(
-    model: Network, batches: Iterable[tuple[torch.Tensor, torch.Tensor]], device: torch.device
-) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    model: Network, batches: DataLoader, limit_gb: float, device: torch.device
+) -> tuple[dict[str, torch.Tensor], torch.Tensor] | None:
     """What the heads read of every labelled image, by layer name, for `model.predict`; and the labels. On `device`.
 
-    With the backbone frozen and the images unchanging, training on these is training on the images.
+    With the backbone frozen and the images unchanging, training on these is training on the images. None, which is
+    said, where they take more than `limit_gb`.
     """
-    features, labels = [], []
+    count, done, kept = len(batches.dataset.set), 0, {}
     for x, y in batches:
-        found = model.backbone(model.normalise(x.to(device, non_blocking=True)))
-        features.append(model.head_inputs(found))
-        labels.append(y.to(device, non_blocking=True))
-    return {name: torch.cat([part[name] for part in features]) for name in features[0]}, torch.cat(labels)
+        found = model.head_inputs(model.backbone(model.normalise(x.to(device, non_blocking=True))))
+        parts = {**found, "labels": y.to(device, non_blocking=True)}
+        if not kept:
+            size = sum(part.element_size() * part[0].numel() for part in parts.values()) * count / 2**30
+            if size > limit_gb:
+                print(
+                    f"features of {count} images take {size:.1f} GiB, more than data.cache_gb: computed anew each step"
+                )
+                return None
+            kept = {name: part.new_empty(count, *part.shape[1:]) for name, part in parts.items()}
+        for name, part in parts.items():
+            kept[name][done : done + len(part)] = part
+        done += len(x)
+    return kept, kept.pop("labels")
 
 
 def check_layers(model: Network, names: list[str], key: str = "feature_layers") -> None:

@@ -59,7 +59,7 @@ def street_config(folder: Path, script: str, **changes) -> Path:
     own = {
         "train_dann": {"feature_layers": "[layer3, layer4]", "layer_weights": "[0.5, 1]", "disc_hidden": 32},
         "train_mmd": {"feature_layers": "[layer3, layer4]", "coral_weight": 1},
-        "train_adda": {"feature_layer": "layer4", "feature_locations": "true", "disc_hidden": 32},
+        "train_adda": {"feature_layer": "layer4", "feature_locations": "true", "disc_hidden": 32, "source_steps": 3},
         "train_pseudo": {"mix": "classmix", "strong_augment": "{jitter: {gamma: [0.7, 1.5]}, cutout: {}}"},
     }
     lines |= own.get(script, {})

@@ -79,13 +79,13 @@ def test_the_discriminator_can_learn_and_can_be_fooled(tmp_path):
     assert last["0.002"]["adv_loss"] < last["1e-30"]["adv_loss"]
 
 
-@pytest.mark.parametrize("stop", [3, 5, 8])
-def test_resume_is_exact_on_either_side_of_the_switch(tmp_path, monkeypatch, stop):
+@pytest.mark.parametrize(("stop", "workers"), [(3, 2), (5, 0), (8, 2)])
+def test_resume_is_exact_on_either_side_of_the_switch(tmp_path, monkeypatch, stop, workers):
     config, keys = tiny_config(tmp_path, log_every=3), ["source_steps=5", "disc_norm=dropout"]
     assert train("train_adda", config, *keys, f"out_dir={tmp_path}/whole") == 0
     with monkeypatch.context() as patch:
         stop_after(patch, stop)
-        assert train("train_adda", config, *keys) == 143
+        assert train("train_adda", config, *keys, f"data.workers={workers}") == 143
     assert train("train_adda", config, *keys, "--resume") == 0
     whole, resumed = (weights(tmp_path / run, LAST) for run in ("whole", "run"))
     del whole["seconds"], resumed["seconds"]
@@ -117,3 +117,14 @@ def test_what_is_asked_of_the_steps(tmp_path):
     assert train("train_adda", config) == 0
     assert "source_steps: 5" in (tmp_path / "run/config.yaml").read_text()  # null is half of the steps
     assert summary(tmp_path / "run")["method"] == "adda"
+
+
+def test_a_dry_run_takes_a_turn_of_both(tmp_path, capsys):
+    assert train("train_adda", tiny_config(tmp_path), "--dry-run") == 0
+    assert "disc_loss" in capsys.readouterr().out
+
+
+def test_the_unadapted_model_is_not_selected(tmp_path):
+    config = tiny_config(tmp_path, eval_every=1, source_steps=5)
+    assert train("train_adda", config) == 0
+    assert [m["step"] for m in metrics(tmp_path / "run") if "criteria.infomax" in m] == [6, 7, 8, 9, 10]

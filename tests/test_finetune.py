@@ -1,6 +1,7 @@
 """Two-stage fine-tuning: what is frozen, when it switches, what is kept."""
 
 import math
+import types
 
 import pytest
 import torch
@@ -110,7 +111,9 @@ def test_the_last_share_of_the_layers():
     model.freeze("backbone")
     model.unfreeze(0.3)
     layers = [name for name, m in model.backbone.named_modules() if m._parameters]
-    expected = layers[-math.ceil(0.3 * len(layers)) :]
+    convolutions = [name for name in layers if "conv" in name or name.endswith("downsample.0")]
+    first = convolutions[-math.ceil(0.3 * len(convolutions))]
+    expected = layers[layers.index(first) :]
     assert {name.rsplit(".", 1)[0] for name in learning(model) if name.startswith("backbone.")} == {
         f"backbone.{name}" for name in expected
     }
@@ -139,7 +142,7 @@ def test_dropout_is_of_the_head_and_of_training(tmp_path):
 
 
 @pytest.mark.parametrize(("backbone", "task"), [("lenet", "classification"), ("efficientnet_b0", "classification"),
-                         ("mobilenet_v2", "segmentation")])  # fmt: skip
+                         ("mobilenet_v2", "segmentation"), ("efficientnet_b0", "segmentation")])  # fmt: skip
 def test_features_predict_what_images_do(backbone, task):
     torch.manual_seed(0)
     maps = task == "segmentation"
@@ -148,7 +151,12 @@ def test_features_predict_what_images_do(backbone, task):
     model.eval()
     x = torch.randint(256, (7, 3, 64, 64), dtype=torch.uint8)
     y = torch.arange(7) if not maps else torch.zeros(7, 64, 64, dtype=torch.int64)
-    features, labels = head_features(model, list(zip(x.split(3), y.split(3), strict=True)), torch.device("cpu"))
+
+    class Batches(list):
+        dataset = types.SimpleNamespace(set=x)
+
+    batches, cpu = Batches(zip(x.split(3), y.split(3), strict=True)), torch.device("cpu")
+    features, labels = head_features(model, batches, 1.0, cpu)
     assert torch.equal(labels, y)
     assert all(not f.requires_grad for f in features.values())
     out, cached = model(x), model.predict(features, y.shape[1:])
@@ -174,6 +182,16 @@ def test_the_cache_gives_the_losses_of_the_full_forward(tmp_path, monkeypatch, t
     cached, full = ([m["cls_loss"] for m in metrics(tmp_path / run) if "lr" in m] for run in ("run", "full"))
     assert cached == pytest.approx(full, rel=1e-4)
     assert len(set(full)) == 10  # control
+
+
+def test_features_too_large_are_computed_anew(tmp_path, capsys):
+    config = finetune_config(tmp_path, log_every=1)
+    keys = ["data.augment={}", "data.cache_gb=0"]
+    assert train("finetune", config, *keys) == 0
+    assert "features of 160 images take 0.0 GiB, more than data.cache_gb: computed anew" in capsys.readouterr().out
+    assert train("finetune", config, keys[0], f"out_dir={tmp_path}/cached") == 0
+    anew, cached = ([m["cls_loss"] for m in metrics(tmp_path / run) if "lr" in m] for run in ("run", "cached"))
+    assert anew == pytest.approx(cached, rel=1e-4)
 
 
 def test_augmented_images_are_not_cached(tmp_path, monkeypatch):
@@ -227,7 +245,13 @@ def test_a_jump_is_told_once_with_its_remedy():
     assert stages.jump == pytest.approx(1.0)
     (told,) = told
     assert "step 50: after unfreezing the validation loss rose from 1.000 to 1.600" in told
-    assert "lower finetune_lr or unfreeze less. stage1.pt" in told
+    assert "lower finetune_lr or unfreeze less. The weights of before are in stage1.pt" in told
+
+
+def test_overfitting_after_a_good_switch_is_no_jump():
+    _, stages, told = stages_of([1.0, 1.0, 1.0, 1.2, 0.8, 2.0])
+    assert stages.jump == pytest.approx(0.2)
+    assert told == []
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -248,7 +272,9 @@ def test_a_run(tmp_path, command, task):
     assert result["target"]["selected"]["step"] == lowest
     assert result["selection"] == {"criterion": "val_loss", "value": history[lowest]["criteria.val_loss"],
                                    "part_of_training_loss": False}  # fmt: skip
-    jump = max(0, *(-history[s]["criteria.val_loss"] + history[4]["criteria.val_loss"] for s in (8, 10)))
+    jump = max(0, history[4]["criteria.val_loss"] - history[8]["criteria.val_loss"])
+    if jump > 0:
+        jump = max(jump, history[4]["criteria.val_loss"] - history[10]["criteria.val_loss"])
     assert result["stage2"]["jump"] == pytest.approx(jump)
     train_list, val_list = ((tmp_path / f"run/{name}.txt").read_text().splitlines() for name in ("train", "val"))
     assert not set(train_list) & set(val_list)
@@ -306,33 +332,81 @@ def test_each_stage_learns(tmp_path):
 
 
 @pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize(("stop", "augment"), [(2, True), (3, False), (4, True), (7, False)])
-def test_resume_is_exact_on_either_side_of_the_switch(tmp_path, monkeypatch, task, stop, augment):
+@pytest.mark.parametrize(("stop", "augment", "workers"), [(2, True, 2), (3, False, 2), (4, True, 0), (7, False, 0)])
+def test_resume_is_exact_on_either_side_of_the_switch(tmp_path, monkeypatch, task, stop, augment, workers):
     dropout = ["model.dropout=0.5"] if task == "classification" else []
     keys = dropout if augment else [*dropout, "data.augment={}", "data.target.crop=null"]
     config = finetune_config(tmp_path, task, eval_every=3)
     assert train("finetune", config, *keys, f"out_dir={tmp_path}/whole") == 0
     with monkeypatch.context() as patch:
         stop_after(patch, stop)
-        assert train("finetune", config, *keys) == 143
+        assert train("finetune", config, *keys, f"data.workers={workers}") == 143
     assert train("finetune", config, *keys, "--resume") == 0
-    whole, resumed = (weights(tmp_path / run, LAST) for run in ("whole", "run"))
-    del whole["seconds"], resumed["seconds"]
-    assert differing(whole, resumed) == 0
-    assert metrics(tmp_path / "whole") == metrics(tmp_path / "run")
+    assert_same(tmp_path / "whole", tmp_path / "run", LAST)
+
+
+def assert_same(whole, resumed, last: str) -> None:
+    states = [weights(folder, last) for folder in (whole, resumed)]
+    for state in states:
+        del state["seconds"]
+    assert differing(*states) == 0
+    assert metrics(whole) == metrics(resumed)
     for file in ("model.pt", "stage1.pt"):
-        assert differing(weights(tmp_path / "whole", file), weights(tmp_path / "run", file)) == 0
+        assert differing(weights(whole, file), weights(resumed, file)) == 0
+
+
+EARLY = {
+    "steps": 200,
+    "head_steps": 100,
+    "eval_every": 2,
+    "save_every": 2,
+    "log_every": 1,
+    "patience": 2,
+    "min_delta": 100,
+}
+
+
+@pytest.mark.parametrize("stop", [3, 5, 6, 7, 11])
+def test_resume_is_exact_where_patience_decides(tmp_path, monkeypatch, stop):
+    """min_delta leaves the first evaluation of a stage the best: it ends at the third, after six steps."""
+    config = finetune_config(tmp_path, **EARLY)
+    assert train("finetune", config, f"out_dir={tmp_path}/whole") == 0
+    with monkeypatch.context() as patch:
+        stop_after(patch, stop)
+        assert train("finetune", config) == 143
+    assert train("finetune", config, "--resume") == 0
+    assert_same(tmp_path / "whole", tmp_path / "run", "checkpoints/step_00000012.pt")
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_run_that_ended_early_is_only_finished(tmp_path, monkeypatch, task):
+    """Killed between its last checkpoint and its summary, it takes no further step."""
+    config = finetune_config(tmp_path, task, **EARLY)
+    assert train("finetune", config, f"out_dir={tmp_path}/whole") == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(common.run.Run, "finish", lambda self, **facts: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train("finetune", config)
+    assert not (tmp_path / "run/summary.json").exists()
+    assert train("finetune", config, "--resume") == 0
+    assert_same(tmp_path / "whole", tmp_path / "run", "checkpoints/step_00000012.pt")
+    one, other = (summary(tmp_path / run) for run in ("whole", "run"))
+    del one["seconds"], other["seconds"]
+    assert one == other
+    assert one["steps"] == 12
+    if task == "segmentation":
+        assert [file.name for file in (tmp_path / "run/pictures").iterdir()] == ["step_00000012.png"]
 
 
 def test_a_run_that_ends_early_is_finished(tmp_path, capsys):
-    config = finetune_config(tmp_path, steps=200, head_steps=100, eval_every=2, log_every=1)
-    assert train("finetune", config, "min_delta=100", "patience=2") == 0
+    config = finetune_config(tmp_path, **EARLY)
+    assert train("finetune", config) == 0
     result = summary(tmp_path / "run")
     # 2 counts as better than nothing, 4 and 6 do not
     assert (result["stage1"]["steps"], result["stage2"]["steps"]) == (6, 6)
     assert (tmp_path / "run/checkpoints/step_00000012.pt").is_file()
     capsys.readouterr()
-    assert train("finetune", config, "min_delta=100", "patience=2", "--resume") == 0
+    assert train("finetune", config, "--resume") == 0
     assert "finished already" in capsys.readouterr().out
 
 
@@ -388,6 +462,8 @@ def test_as_many_classes_of_other_names_get_a_new_head(tmp_path, capsys, picture
         (["data.val_share=0.01"], "data.val_share: 0.01 of the .* images of class 0 leaves none to validate on"),
         (["data.val_share=0.99"], "data.val_share: 0.99 of the .* images of class 0 leaves none to train on"),
         (["data.source={name: drawn_digits}"], "data.source must be null"),
+        (["data.target_test={name: drawn_digits}", "data.val_share=0.3"], "val_share is for a target without target_test"),
+        (["optim.backbone_lr_scale=0"], "unfreeze needs an optim.backbone_lr_scale above 0"),
         (["patience=0"], "patience must be positive"),
         (["model.dropout=1.0"], r"dropout must lie in \[0, 1\)"),
         (["select=infomax"], "select must be val_loss"),
@@ -399,6 +475,39 @@ def test_bad_input(tmp_path, keys, match):
     with pytest.raises(UserError, match=match):
         train("finetune", finetune_config(tmp_path), *keys)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_validation_set_of_training_images(tmp_path, pictures):
+    pictures("fruit", {"apple": 6, "pear": 6})
+    data = f"{{target: {{name: folder, path: fruit}}, target_test: {{name: folder, path: fruit}}, root: {tmp_path}/images}}"
+    with pytest.raises(
+        UserError, match=r"data\.target_test: 12 of its 12 images are in data\.target too; keep them apart"
+    ):
+        train("finetune", finetune_config(tmp_path, data=data))
+
+
+def test_a_validation_set_of_other_classes(tmp_path, pictures):
+    pictures("fruit", {"apple": 6, "pear": 6})
+    pictures("pets", {"cat": 6, "dog": 6})
+    data = (
+        f"{{target: {{name: folder, path: fruit}}, target_test: {{name: folder, path: pets}}, root: {tmp_path}/images}}"
+    )
+    with pytest.raises(
+        UserError, match="folder pets: its classes differ from the target's: only here: cat, dog; only in"
+    ):
+        train("finetune", finetune_config(tmp_path, data=data))
+
+
+def test_an_unknown_class_of_the_mean(tmp_path):
+    with pytest.raises(UserError, match=r"data\.iou_classes: no class 'sea'; there are sky, road"):
+        train("finetune", finetune_config(tmp_path, "segmentation"), "data.iou_classes=[sea]")
+
+
+def test_half_of_the_steps_are_the_heads_by_default(tmp_path):
+    text = finetune_config(tmp_path).read_text().replace("head_steps: 4", "head_steps: null")
+    (tmp_path / "half.yaml").write_text(text)
+    assert train("finetune", tmp_path / "half.yaml") == 0
+    assert summary(tmp_path / "run")["stage1"]["steps"] == 5
 
 
 def test_images_without_labels(tmp_path, pictures):

@@ -4,12 +4,28 @@ import pytest
 import torch
 
 from common import log
-from tests.helpers import SCRIPTS, TASKS, config_of, differing, metrics, shot_config, stop_after, train, weights
+from tests.helpers import (
+    SCRIPTS,
+    TASKS,
+    config_of,
+    differing,
+    finetune_config,
+    metrics,
+    shot_config,
+    stop_after,
+    train,
+    weights,
+)
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no CUDA device"),
 ]
+
+
+def configured(script: str, task: str, tmp_path, **changes):
+    make = {"train_shot": shot_config, "finetune": finetune_config}.get(script)
+    return make(tmp_path, task, **changes) if make else config_of(task, tmp_path, script, **changes)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -34,6 +50,11 @@ def test_every_precision_trains(tmp_path, script, amp, task):
         ("train_pseudo", ["threshold_mode=class_balanced", "distribution_alignment=true"]),
         ("train_pseudo", ["threshold_mode=relative", "weighting=confident_fraction"]),
         ("train_shot", ["centroid_every=20"]),
+        ("train_mmd", ["coral_weight=1"]),
+        ("train_adda", ["source_steps=10"]),
+        ("train_dann", ["data.target_labeled=1"]),
+        ("finetune", ["head_steps=20", "data.augment={}", "data.target.crop=null"]),
+        ("finetune", ["head_steps=0"]),
     ],
 )
 @pytest.mark.parametrize("task", TASKS)
@@ -49,9 +70,7 @@ def test_no_host_sync_between_log_steps(tmp_path, monkeypatch, script, keys, amp
     if task == "segmentation" and "conditional=cdan_e" in keys:
         keys = ["disc_locations=true"]  # in its place: conditioning is for one vector an image
     rare = {"eval_every": 20, "save_every": 20, "log_every": 20}
-    config = (
-        shot_config(tmp_path, task, **rare) if script == "train_shot" else config_of(task, tmp_path, script, **rare)
-    )
+    config = configured(script, task, tmp_path, **rare)
     monkeypatch.setattr(log.Log, "add", watch)
     try:
         assert train(script, config, "device=cuda", f"amp={amp}", "steps=20", *keys) == 0
@@ -61,9 +80,9 @@ def test_no_host_sync_between_log_steps(tmp_path, monkeypatch, script, keys, amp
 
 
 @pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("script", [*SCRIPTS, "train_shot"])
+@pytest.mark.parametrize("script", [*SCRIPTS, "train_shot", "finetune"])
 def test_resume_is_exact(tmp_path, monkeypatch, script, task):
-    config = shot_config(tmp_path, task) if script == "train_shot" else config_of(task, tmp_path, script)
+    config = configured(script, task, tmp_path)
     arguments = ["device=cuda"] + (["disc_norm=dropout"] if script == "train_dann" else [])
     assert train(script, config, *arguments, f"out_dir={tmp_path}/whole") == 0
     with monkeypatch.context() as patch:

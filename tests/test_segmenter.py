@@ -23,7 +23,7 @@ def images(n: int = 2, height: int = 64, width: int = 96) -> torch.Tensor:
     return torch.randint(256, (n, 3, height, width), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
 
-@pytest.mark.parametrize("backbone", ["resnet18", "resnet50", "mobilenet_v2"])
+@pytest.mark.parametrize("backbone", ["resnet18", "resnet50", "mobilenet_v2", "efficientnet_b0"])
 @pytest.mark.parametrize(("output_stride", "strides"), [(8, (4, 8, 8, 8)), (16, (4, 8, 16, 16))])
 def test_layers_keep_their_resolution_from_the_output_stride_on(backbone, output_stride, strides):
     out = build(backbone=backbone, output_stride=output_stride).eval()(images(1, 64, 128))
