@@ -99,14 +99,12 @@ def main(argv: list[str] | None = None) -> int:
     model.train()
 
     # --- data
-    evaluation, features = domains.evaluation(), None
+    images, evaluation, features = domains.target_labeled, domains.evaluation(), None
     if stages.number == 1 and domains.unchanging:
         with autocast:
             features = head_features(model, domains.labeled_pass(), config.data.cache_gb, device)
     if features is None:
-        labeled = iter(
-            train_loader(domains.target_labeled, config.data, config.seed, "target_labeled", start, config.steps)
-        )
+        labeled = iter(train_loader(images, config.data, config.seed, "target_labeled", start, config.steps))
     else:
         features, labels = features
         positions = Order(config.seed, "target_labeled", len(labels)).positions
@@ -150,13 +148,8 @@ def main(argv: list[str] | None = None) -> int:
                 model.unfreeze(config.unfreeze)
                 stages.begin_second(step)
                 if features is not None:
-                    features, loader = (
-                        None,
-                        train_loader(
-                            domains.target_labeled, config.data, config.seed, "target_labeled", step, config.steps
-                        ),
-                    )
-                    labeled = iter(loader)
+                    features = None
+                    labeled = iter(train_loader(images, config.data, config.seed, "target_labeled", step, config.steps))
         if run.due(step, config.save_every) or stages.over:
             run.save(step)
         if run.stopping:
