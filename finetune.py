@@ -39,15 +39,17 @@ class Config(RunConfig):
     method: ClassVar[str] = "finetune"
     data: LabeledDataConfig
     select: Literal["val_loss"] = "val_loss"  # the lowest validation loss picks model.pt
-    head_steps: int | None = None  # of `steps`, how many stage 1 may take; null: half; 0: no stage 1
+    head_steps: int | None = None  # of `steps`, how many stage 1 may take; null: half, or all if it is alone; 0: none
     patience: int = 5  # evaluations without a lower validation loss that end a stage
     min_delta: float = 0.001  # nats; what counts as lower
-    unfreeze: list[str] | float = field(default_factory=lambda: ["layer4"])  # stages, or the last share of the layers
+    unfreeze: list[str] | float = field(default_factory=lambda: ["layer4"])  # stages, or last share of convolutions
     finetune_lr: float | None = None  # rate of stage 2; null: a hundredth of optim.lr
     max_jump: float = 0.1  # nats; a validation loss that rises by more in stage 2 is reported
+    feature_gb: float = 2.0  # stage 1 keeps the features of unchanging images on the device up to this; 0: never
 
     def __post_init__(self):
-        self.head_steps = self.steps // 2 if self.head_steps is None else self.head_steps
+        if self.head_steps is None:
+            self.head_steps = self.steps if self.unfreeze == [] else -(-self.steps // 2)
         super().__post_init__()
 
     def rules(self):
@@ -56,14 +58,17 @@ class Config(RunConfig):
             *super().rules(),
             (0 <= self.head_steps <= self.steps, "head_steps must be at least 0 and at most steps"),
             (self.patience > 0, "patience must be positive"),
-            (min(self.min_delta, self.max_jump) >= 0, "min_delta and max_jump must not be negative"),
+            (
+                min(self.min_delta, self.max_jump, self.feature_gb) >= 0,
+                "min_delta, max_jump and feature_gb must not be negative",
+            ),
             (0 < share <= 1, "unfreeze must be stages such as [layer4], or a share in (0, 1]"),
             (
                 self.unfreeze != [] or self.head_steps > 0,
                 "unfreeze: [] is stage 1 alone, and head_steps: 0 leaves it out",
             ),
             (
-                self.unfreeze == [] or self.optim.backbone_lr_scale > 0,
+                self.unfreeze == [] or not self.optim or self.optim.backbone_lr_scale > 0,
                 "unfreeze needs an optim.backbone_lr_scale above 0",
             ),
             (self.finetune_lr is None or self.finetune_lr > 0, "finetune_lr must be positive or null"),
@@ -100,9 +105,9 @@ def main(argv: list[str] | None = None) -> int:
 
     # --- data
     images, evaluation, features = domains.target_labeled, domains.evaluation(), None
-    if stages.number == 1 and domains.unchanging:
+    if stages.number == 1 and not stages.over and domains.unchanging:
         with autocast:
-            features = head_features(model, domains.labeled_pass(), config.data.cache_gb, device)
+            features = head_features(model, domains.labeled_pass(), config.feature_gb, device)
     if features is None:
         labeled = iter(train_loader(images, config.data, config.seed, "target_labeled", start, config.steps))
     else:
@@ -150,6 +155,8 @@ def main(argv: list[str] | None = None) -> int:
                 if features is not None:
                     features = None
                     labeled = iter(train_loader(images, config.data, config.seed, "target_labeled", step, config.steps))
+        if stages.over and run.log.sums:
+            run.log.write(step, stage=stages.number, lr=lr)
         if run.due(step, config.save_every) or stages.over:
             run.save(step)
         if run.stopping:

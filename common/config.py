@@ -150,6 +150,7 @@ class DataConfig:
                 not isinstance(self.target_labeled, int) or self.target_labeled > 0,
                 "target_labeled must be positive, a list file, or null",
             ),
+            *self.own_rules(),
             *(rule for role, domain in domains.items() if domain for rule in domain.rules(role, self.task)),
             *((False, mistake) for mistake in check_augment(self.augment, OPERATIONS[self.task])),
             (
@@ -163,6 +164,10 @@ class DataConfig:
                 for mistake in check_augment(domain.augment, OPERATIONS[self.task])
             ),
         )
+
+    def own_rules(self) -> list[tuple[bool, str]]:
+        """(holds, sentence) of what a subclass asks for."""
+        return []
 
     def strong_view_rules(self, strong_augment: dict, mix: str = "none") -> list[tuple[bool, str]]:
         """(holds, sentence) of how the strong view of a target image is made, and mixed with a source image."""
@@ -187,8 +192,12 @@ class DataConfig:
 
     def target_is_source(self) -> bool:
         """Whether the target's images are those of a source."""
-        plain = [dataclasses.replace(domain, augment=None) for domain in (*self.sources, self.target) if domain]
-        return self.target is not None and plain[-1] in plain[:-1]
+        if self.target is None:
+            return False
+        images = [
+            (domain.name, os.path.realpath(Path(self.root, domain.path or ""))) for domain in self.sources if domain
+        ]
+        return (self.target.name, os.path.realpath(Path(self.root, self.target.path or ""))) in images
 
     def augment_of(self, role: str) -> dict:
         """The augmentation of source, target or target_labeled."""
@@ -213,19 +222,19 @@ class LabeledDataConfig(DataConfig):
     target_test: DomainConfig | None = None  # the validation set; null: val_share of the target
     target_labeled: None = None  # null: all of the target is labelled
     batch: int = 64  # images a step
-    val_share: float | None = (
-        None  # of each class (maps: of the images), held out by seed; null: 0.2 without target_test
-    )
+    val_share: float | None = None  # of each class (maps: of all), held out by seed; null: 0.2 without target_test
 
     def __post_init__(self):
-        super().__post_init__()
         if self.val_share is None and self.target_test is None:
             self.val_share = 0.2
+        super().__post_init__()
+
+    def own_rules(self):
         both = self.val_share is not None and self.target_test is not None
-        require(
+        return [
             (self.val_share is None or 0 < self.val_share < 1, "val_share must lie between 0 and 1"),
             (not both, "val_share is for a target without target_test; leave one of them out"),
-        )
+        ]
 
 
 @dataclass

@@ -2,6 +2,8 @@
 
 config.yaml  metrics.jsonl  status.json  summary.json  model.pt  checkpoints/step_00000080.pt
 pictures/step_00000080.png  for segmentation
+stage1.pt  of fine-tuning
+target_labeled.txt, train.txt, val.txt  where images were drawn by the seed
 """
 
 import json
@@ -99,12 +101,13 @@ class Run:
         if not self.dry_run:
             for left in self.folder.rglob(".*.tmp"):  # by a run that was killed while writing
                 left.unlink()
+            for name in self.lists if step > 0 else ():
+                file = self.folder / name
+                if not file.is_file() or file.read_text(encoding="utf-8") != self.lists[name]:
+                    raise UserError(f"--resume: {file} is gone, or was drawn from other images; restore them")
             checkpoint.write_text(self.folder / "config.yaml", dump(self.config))
             for name, text in self.lists.items():
-                file = self.folder / name
-                if step > 0 and file.is_file() and file.read_text() != text:
-                    raise UserError(f"--resume: {file} was drawn from other images; restore them")
-                checkpoint.write_text(file, text)
+                checkpoint.write_text(self.folder / name, text)
             self._write_status("running", step)
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, self._on_signal)

@@ -277,12 +277,7 @@ def _split_labeled(config: LabeledDataConfig, seed: int, dry_run: bool) -> tuple
         kind = "masks and ids" if config.task == "segmentation" else "a folder per class, or `path label` lines"
         raise UserError(f"{train.name}: fine-tuning needs labels: {kind}")
     if config.target_test is not None:
-        test = _open_test(config, dry_run).relabelled(train.classes, "target")
-        if shared := len(test) - len(without(test, train)):
-            raise UserError(
-                f"data.target_test: {shared} of its {len(test)} images are in data.target too; keep them apart"
-            )
-        return train, test, {}
+        return train, _open_test(config, dry_run).relabelled(train.classes, "target"), {}
     whole = train
     if config.task == "segmentation":
         whole = open_set(config.target, "target", config, True, dry_run)  # masks as they are
@@ -320,6 +315,11 @@ def open_domains(config: DataConfig, seed: int, dry_run: bool = False) -> Domain
     if isinstance(config, LabeledDataConfig):
         train, val, lists = _split_labeled(config, seed, dry_run)
         _check_iou_classes(config, train.classes)
+        if shared := len(val) - len(without(val, train)):
+            raise UserError(
+                f"{val.name}: {shared} of {len(val)} validation images are trained on too; name each image once, in one"
+                " set"
+            )
         note = "data.target_test" if config.target_test else f"{100 * config.val_share:.4g} % of the target, held out"
         val = _first_batch(val, config) if dry_run else val
         return Domains(config, train.classes, None, None, None, train, val, None, note, lists, dry_run)
@@ -344,7 +344,9 @@ def open_domains(config: DataConfig, seed: int, dry_run: bool = False) -> Domain
                 target_test, note = None, "none: no target labels"
             elif config.target_is_source():  # the upper bound: not measured on what it trains on
                 if len(config.sources) > 1:
-                    raise UserError("data.source: one of several is the target, which leaves no image to test on")
+                    raise UserError(
+                        "data.source: one of several is the target, which leaves no test; set data.target_test"
+                    )
                 target_test = replace(target, indices=source_val.indices)
                 note = "a held-out tenth of the target"
     target_test = None if target_test is None else target_test.relabelled(classes)

@@ -87,18 +87,18 @@ def read_labeled(path: str, names: list[str], root: Path) -> tuple[list[Path], l
     Paths are relative to the list file's folder. Raises `UserError` with file:line.
     """
     file, lines = _read_lines(path, root, "path label", "data.target_labeled")
-    files, labels = [], []
+    found: dict[Path, int] = {}
     for where, line in lines:
         image, *label = _split_label(line, names)
         if not label:
             raise UserError(f"{where}: has no label; a line is `path label`")
-        files.append(_listed(image, file, root, where))
-        labels.append(_label(label[0], names, where, "the source"))
-        if files[-1] in files[:-1]:
-            raise UserError(f"{where}: names {files[-1]} again; an image has one label")
-    if not files:
+        path = _listed(image, file, root, where)
+        if path in found:
+            raise UserError(f"{where}: names {path} again; an image has one label")
+        found[path] = _label(label[0], names, where, "the source")
+    if not found:
         raise UserError(f"data.target_labeled: {file} names no image")
-    return files, labels
+    return list(found), list(found.values())
 
 
 def _split_label(line: str, names: list[str] | None) -> list[str]:

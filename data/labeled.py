@@ -77,4 +77,8 @@ def list_labeled(images: ImageSet, root: Path) -> str:
             return [name, os.path.relpath(masks.paths[i], root)]
         return [name, images.classes[masks[i]]] if masks.dim() == 1 else [name]
 
-    return "".join(" ".join(words(i)) + "\n" for i in images.indices.tolist())
+    lines = [" ".join(words(i)) + "\n" for i in images.indices.tolist()]
+    for line in lines:
+        if not line.isprintable() and line != line.encode(errors="replace").decode():
+            raise UserError(f"{images.name}: the name {line.strip()!r} is no utf-8 text; rename the file")
+    return "".join(lines)

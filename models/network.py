@@ -183,9 +183,7 @@ def head_features(
         if not kept:
             size = sum(part.element_size() * part[0].numel() for part in parts.values()) * count / 2**30
             if size > limit_gb:
-                print(
-                    f"features of {count} images take {size:.1f} GiB, more than data.cache_gb: computed anew each step"
-                )
+                print(f"features of {count} images take {size:.1f} GiB, more than feature_gb: computed anew each step")
                 return None
             kept = {name: part.new_empty(count, *part.shape[1:]) for name, part in parts.items()}
         for name, part in parts.items():

@@ -186,9 +186,9 @@ def test_the_cache_gives_the_losses_of_the_full_forward(tmp_path, monkeypatch, t
 
 def test_features_too_large_are_computed_anew(tmp_path, capsys):
     config = finetune_config(tmp_path, log_every=1)
-    keys = ["data.augment={}", "data.cache_gb=0"]
+    keys = ["data.augment={}", "feature_gb=0"]
     assert train("finetune", config, *keys) == 0
-    assert "features of 160 images take 0.0 GiB, more than data.cache_gb: computed anew" in capsys.readouterr().out
+    assert "features of 160 images take 0.0 GiB, more than feature_gb: computed anew" in capsys.readouterr().out
     assert train("finetune", config, keys[0], f"out_dir={tmp_path}/cached") == 0
     anew, cached = ([m["cls_loss"] for m in metrics(tmp_path / run) if "lr" in m] for run in ("run", "cached"))
     assert anew == pytest.approx(cached, rel=1e-4)
@@ -351,7 +351,9 @@ def assert_same(whole, resumed, last: str) -> None:
         del state["seconds"]
     assert differing(*states) == 0
     assert metrics(whole) == metrics(resumed)
-    for file in ("model.pt", "stage1.pt"):
+    files = sorted(file.name for file in whole.glob("*.pt"))
+    assert files == sorted(file.name for file in resumed.glob("*.pt"))
+    for file in files:
         assert differing(weights(whole, file), weights(resumed, file)) == 0
 
 
@@ -378,17 +380,28 @@ def test_resume_is_exact_where_patience_decides(tmp_path, monkeypatch, stop):
     assert_same(tmp_path / "whole", tmp_path / "run", "checkpoints/step_00000012.pt")
 
 
+def test_the_last_steps_of_a_run_that_ends_early_are_logged(tmp_path):
+    config = finetune_config(tmp_path, **{**EARLY, "log_every": 5})
+    assert train("finetune", config) == 0
+    assert [m["step"] for m in metrics(tmp_path / "run") if "lr" in m] == [5, 10, 12]
+
+
+ALONE = {"unfreeze": [], "head_steps": 12, "steps": 12, "patience": 20}
+
+
+@pytest.mark.parametrize("stages", [EARLY, {**EARLY, **ALONE}])
 @pytest.mark.parametrize("task", TASKS)
-def test_a_run_that_ended_early_is_only_finished(tmp_path, monkeypatch, task):
+def test_a_run_that_ended_is_only_finished(tmp_path, monkeypatch, task, stages):
     """Killed between its last checkpoint and its summary, it takes no further step."""
-    config = finetune_config(tmp_path, task, **EARLY)
-    assert train("finetune", config, f"out_dir={tmp_path}/whole") == 0
+    keys = [] if stages == EARLY else ["data.augment={}", "data.target.crop=null"]  # from the features too
+    config = finetune_config(tmp_path, task, **stages)
+    assert train("finetune", config, *keys, f"out_dir={tmp_path}/whole") == 0
     with monkeypatch.context() as patch:
         patch.setattr(common.run.Run, "finish", lambda self, **facts: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            train("finetune", config)
+            train("finetune", config, *keys)
     assert not (tmp_path / "run/summary.json").exists()
-    assert train("finetune", config, "--resume") == 0
+    assert train("finetune", config, *keys, "--resume") == 0
     assert_same(tmp_path / "whole", tmp_path / "run", "checkpoints/step_00000012.pt")
     one, other = (summary(tmp_path / run) for run in ("whole", "run"))
     del one["seconds"], other["seconds"]
@@ -465,6 +478,7 @@ def test_as_many_classes_of_other_names_get_a_new_head(tmp_path, capsys, picture
         (["data.target_test={name: drawn_digits}", "data.val_share=0.3"], "val_share is for a target without"),
         (["optim.backbone_lr_scale=0"], "unfreeze needs an optim.backbone_lr_scale above 0"),
         (["patience=0"], "patience must be positive"),
+        (["optim.lr=0"], "optim.lr must be positive"),
         (["model.dropout=1.0"], r"dropout must lie in \[0, 1\)"),
         (["select=infomax"], "select must be val_loss"),
     ],
@@ -480,7 +494,7 @@ def test_bad_input(tmp_path, keys, match):
 @pytest.mark.parametrize(
     ("path", "match"),
     [
-        ("fruit", r"data\.target_test: 12 of its 12 images are in data\.target too; keep them apart"),
+        ("fruit", "folder fruit: 12 of 12 validation images are trained on too; name each image once, in one set"),
         (
             "pets",
             "folder pets: its classes differ from the target's: only here: cat, dog; only in the target: apple, pear",
@@ -506,6 +520,22 @@ def test_half_of_the_steps_are_the_heads_by_default(tmp_path):
     (tmp_path / "half.yaml").write_text(text)
     assert train("finetune", tmp_path / "half.yaml") == 0
     assert summary(tmp_path / "run")["stage1"]["steps"] == 5
+    assert train("finetune", tmp_path / "half.yaml", "unfreeze=[]", f"out_dir={tmp_path}/alone") == 0
+    assert summary(tmp_path / "alone")["stage1"]["steps"] == 10
+
+
+def test_an_image_listed_twice(tmp_path, pictures):
+    folder = pictures("fruit", {"apple": 6, "pear": 6})
+    lines = [f"{name}/{i:03d}.png {k}\n" for k, name in enumerate(("apple", "pear")) for i in range(6)]
+    (folder / "list.txt").write_text("".join(2 * lines))
+    data = f"{{target: {{name: list, path: fruit/list.txt}}, val_share: 0.4, root: {tmp_path}/images}}"
+    with pytest.raises(UserError, match="validation images are trained on too; name each image once"):
+        train("finetune", finetune_config(tmp_path, data=data))
+
+
+def test_every_mistake_is_told_at_once(tmp_path):
+    with pytest.raises(UserError, match=r"(?s)batch must be positive.*val_share must lie between"):
+        train("finetune", finetune_config(tmp_path), "data.batch=0", "data.val_share=2")
 
 
 def test_images_without_labels(tmp_path, pictures):
