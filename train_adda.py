@@ -36,9 +36,7 @@ from models.network import check_layers
 @dataclass
 class Config(RunConfig):
     method: ClassVar[str] = "adda"
-    source_steps: int | None = (
-        None  # of `steps`, how many train the source model first; null: half, or 0 with init_from
-    )
+    source_steps: int | None = None  # of `steps`, for the source model first; null: half, with init_from none
     feature_layer: str = "pooled"  # layer1..layer4, pooled: what the discriminator reads
     feature_locations: bool = False  # judge every location of a feature map, not the mean over its positions
     target_lr: float = 2e-4  # of the target encoder: Adam (0.5, 0.999), constant

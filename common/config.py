@@ -237,11 +237,12 @@ class LabeledDataConfig(DataConfig):
         ]
 
 
+Backbone = Literal["lenet", "resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2", "efficientnet_b0"]
+
+
 @dataclass
 class ModelConfig:
-    backbone: Literal["lenet", "resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2", "efficientnet_b0"] = (
-        "lenet"  # lenet: digits; the others are torchvision's
-    )
+    backbone: Backbone = "lenet"  # lenet: for digits; the others are torchvision's
     weights: str | None = None  # null | a name of torchvision's weights enum | a file below data.root
     weights_missing: list[str] = field(default_factory=list)  # tensors (or prefixes) the weights may lack
     batch_norm: bool = True  # lenet only: with or without batch norm

@@ -8,6 +8,7 @@ import yaml
 
 from common.config import all_keys, changed_keys, dump, load_config, parse_args, parse_yaml
 from common.runtime import UserError
+from tests.helpers import ROOT, load_script
 from train_dann import Config
 
 MINIMAL = "out_dir: run\ndata: {source: {name: drawn_digits}, target: {name: drawn_digits_shifted}}\n"
@@ -437,14 +438,16 @@ def test_a_dumped_config_reads_back_the_same(word):
     assert list(again.data.augment) == ["photometric", "affine"]  # the order is part of it
 
 
-def test_help_lists_every_key_with_its_comment(capsys):
+@pytest.mark.parametrize("script", sorted(file.stem for file in [*ROOT.glob("train_*.py"), ROOT / "finetune.py"]))
+def test_help_lists_every_key_with_its_comment(capsys, script):
+    own = load_script(ROOT / f"{script}.py").Config
     with pytest.raises(SystemExit) as stop:
-        parse_args(Config, "About this script.", ["--help"])
+        parse_args(own, "About this script.", ["--help"])
     assert stop.value.code == 0
     shown = capsys.readouterr().out
     assert "About this script." in shown
     assert all(option in shown for option in ("--config", "--resume", "--dry-run"))
-    keys = [key for key in all_keys(Config) if not key.startswith("data.target_test.")]
+    keys = [key for key in all_keys(own) if not key.startswith("data.target_test.")]
     sections = ("data", "data.source", "data.target", "model", "optim")
     bare = [
         key for key in keys
