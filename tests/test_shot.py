@@ -142,7 +142,7 @@ def test_a_run(tmp_path, command, task):
     config = shot_config(tmp_path, task, log_every=1)
     code, out, err = command("train_shot", "--config", config)
     assert (code, err) == (0, ""), err
-    assert "source       none" in out
+    assert "source         none" in out
     result = summary(tmp_path / "run")
     assert result["method"] == "shot"
     assert result["classes"] == summary(tmp_path / "source")["classes"]
