@@ -1,11 +1,13 @@
-.PHONY: demo test style
+.PHONY: demo test
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
+DIGITS = --config configs/demo/digits.yaml
 
 demo: .venv/.installed
-	.venv/bin/python train_source.py --config configs/demo/source.yaml seed=0 out_dir=runs/demo/source_seed0 --resume
-	.venv/bin/python train_dann.py --config configs/demo/dann.yaml seed=0 out_dir=runs/demo/dann_seed0 --resume
+	.venv/bin/python train_source.py $(DIGITS) seed=0 out_dir=runs/demo/digits_seed0 --resume
+	.venv/bin/python train_dann.py $(DIGITS) configs/demo/dann.yaml \
+		seed=0 out_dir=runs/demo/digits_dann_seed0 --resume
 	.venv/bin/python reproduce.py configs/suites/demo.yaml --seeds 0
 
 test: .venv/.installed

@@ -1,19 +1,22 @@
-"""Run a suite over several seeds, then write a table of mean and spread beside the published numbers.
+"""Run a suite under several seeds and write a table of the results beside the published figures.
 
     python reproduce.py configs/suites/demo.yaml --seeds 0 1 2
     python reproduce.py configs/suites/digits.yaml --seeds 0 1 2 --jobs 2 --out docs/results.md
     python reproduce.py configs/suites/digits.yaml --seeds 0 1 2 --list > commands.txt
 
-Each config runs once a seed, by the plain command that --list prints, in the folder <out_dir>_seed<K>; what it prints
-goes to <out_dir>_seed<K>.log. Finished runs are skipped and broken ones resumed: the same command goes on after a stop.
+Each entry of the suite runs once per seed, by the plain command that --list prints, in the folder
+<out_dir>_seed<K>. What the run prints goes to <out_dir>_seed<K>.log. Finished runs are skipped and
+interrupted ones are resumed: after a stop, the same command goes on.
 
-Exit codes: 0 done; 1 a run failed; 2 suite or arguments; 5 disk; 130 / 143 stopped by signal after the runs have saved.
+Exit codes: 0 done; 1 a run failed; 2 mistake in the suite or in the arguments; 5 disk;
+130 and 143 stopped by a signal, after the runs have saved.
 """
 
 import argparse
 import functools
 import json
 import os
+import re
 import runpy
 import shlex
 import signal
@@ -22,45 +25,102 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
-from common.checkpoint import write_text
-from common.config import all_keys, build, changed_keys, load_config, parse_yaml, require
-from common.evaluation import main_metric
-from common.runtime import UserError, exit_with
+from common.config import all_keys, build, changed_keys, dump_value, load_config
+from common.errors import UserError, exit_with, require
+from common.files import write_text
+from common.metrics import main_metric
+from training.config import FREE_AT_RESUME, load_run_config
 
 ORACLE = "oracle (chosen on target test labels: no result)"
 COLUMNS = ("task", "method", "seeds", "last", "selected", ORACLE, "seconds", "published")
+UNKNOWN_COMMIT = "an unknown commit"
+
+
+# --- the suite
+
+
+@functools.cache
+def script_config(script: str) -> type:
+    """The class `Config` of a training script.
+
+    Raises:
+        UserError: the script cannot be imported, or has no such class.
+    """
+    folder = str(Path(script).resolve().parent)
+    sys.path.insert(0, folder)  # as `python script` has it
+    try:
+        config = runpy.run_path(script)["Config"]
+        if "out_dir" not in getattr(config, "__dataclass_fields__", ()):
+            raise TypeError("it is not a RunConfig")
+        return config
+    except Exception as error:
+        raise UserError(
+            f"{script}: its Config cannot be read ({type(error).__name__}: {error})"
+        ) from None
+    finally:
+        sys.path.remove(folder)
 
 
 @dataclass
 class Entry:
-    """One line of the table. Paths are against the working directory."""
+    """One row of the table. Paths are relative to the working directory."""
 
     task: str  # first column, such as MNIST -> USPS
     method: str  # second column, such as DANN
     script: str
-    config: str
-    init_from: str | None = None  # the out_dir of an earlier entry, whose run of the same seed this one starts from
+    config: str | list[str]  # one yaml file, or several of which later ones win
+    set: dict = field(default_factory=dict)  # {dotted key: value}, applied after the files
+    init_from: str | None = None  # start from the run of this earlier entry's out_dir, same seed
     published: float | None = None  # the figure to compare with, in percent
     reference: str | None = None  # where it was published
+    expected: float | None = None  # mean of column `last` when it was recorded; a test reads it
 
     def __post_init__(self):
+        self.files = [self.config] if isinstance(self.config, str) else self.config
+        missing = [file for file in self.files if not Path(file).is_file()]
+        no_keys = [key for key in self.set if not re.fullmatch(r"\w+(\.\w+)*", key)]
+        complete = (self.published is None) == (self.reference is None)
         require(
             (Path(self.script).is_file(), f"script: there is no file {self.script}"),
-            (Path(self.config).is_file(), f"config: there is no file {self.config}"),
-            ((self.published is None) == (self.reference is None), "published and reference go together"),
+            (len(self.files) > 0, "config: the list of files is empty"),
+            *((False, f"config: there is no file {file}") for file in missing),
+            *((False, f"set: {key!r} is not a dotted key") for key in no_keys),
+            ("seed" not in self.set, "set: the seed comes from --seeds"),
+            (complete, "published and reference go together"),
         )
-        self.start = None  # the entry of init_from; set by `Suite`
-        self.tree = parse_yaml(Path(self.config).read_text(encoding="utf-8"), self.config)
-        named = isinstance(self.tree, dict) and isinstance(self.tree.get("out_dir"), str)
-        require((named, f"config: {self.config} names no out_dir"))
+        self.start: Entry | None = None  # the entry of init_from; set by `Suite`
+        self.out_dir = self._read_out_dir()
+        # The seeds have folders of their own, so out_dir is no override here.
+        self.overrides = [text for text in self._settings() if not text.startswith("out_dir=")]
+
+    def _settings(self) -> list[str]:
+        return [f"{key}={dump_value(value)}" for key, value in self.set.items()]
+
+    def _read_out_dir(self) -> str:
+        """The run folder of `set`, else of the files, else the default one.
+
+        Raises:
+            ValueError: the config has mistakes, which are errors now and not after hours.
+        """
+        start = [f"init_from={dump_value(self.init_from)}"] if self.init_from else []
+        try:
+            config_class = script_config(self.script)
+        except UserError as error:
+            raise ValueError(f"script: {error}") from None
+        try:
+            config = load_run_config(config_class, self.files, [*self._settings(), *start])
+        except UserError as error:
+            lines = [line.strip() for line in str(error).splitlines()]
+            raise ValueError("\n".join(f"config: {line}" for line in lines)) from None
+        return os.path.normpath(config.out_dir)
 
 
 @dataclass
 class Suite:
-    """What a file of configs/suites/ holds."""
+    """The content of a file in configs/suites/."""
 
     title: str
     runs: list  # of `Entry`
@@ -68,33 +128,28 @@ class Suite:
 
     def __post_init__(self):
         mistakes: list[str] = []
-        entries = []
-        for i, tree in enumerate(self.runs):
-            entries.append(build(Entry, tree, all_keys(Entry, f"runs[{i}]."), mistakes, f"runs[{i}]."))
+        entries = [
+            build(Entry, tree, all_keys(Entry, f"runs[{i}]."), mistakes, f"runs[{i}].")
+            for i, tree in enumerate(self.runs)
+        ]
         require((len(entries) > 0, "runs is empty"), *((False, mistake) for mistake in mistakes))
-        folders = [os.path.normpath(entry.tree["out_dir"]) for entry in entries]
-        lines = [f"{entry.task} / {entry.method}" for entry in entries]
+        rules = []
         for i, entry in enumerate(entries):
+            earlier = {other.out_dir: other for other in entries[:i]}
             if entry.init_from:
-                known = os.path.normpath(entry.init_from) in folders[:i]
-                require((known, f"runs[{i}].init_from: {entry.init_from} is the out_dir of no earlier entry"))
-                entry.start = entries[folders.index(os.path.normpath(entry.init_from))]
-        for name, values in (("out_dir", folders), ("line", lines)):
-            require(*((v not in values[:i], f"runs[{i}] has the {name} {v} of another") for i, v in enumerate(values)))
+                entry.start = earlier.get(os.path.normpath(entry.init_from))
+                rule = f"runs[{i}].init_from: {entry.init_from} is the out_dir of no earlier entry"
+                rules.append((entry.start is not None, rule))
+            new_folder = entry.out_dir not in earlier
+            rules.append((new_folder, f"runs[{i}] has the out_dir {entry.out_dir} of another"))
+            name = (entry.task, entry.method)
+            new_row = name not in [(other.task, other.method) for other in entries[:i]]
+            rules.append((new_row, f"runs[{i}] has the row {' / '.join(name)} of another"))
+        require(*rules)
         self.runs = entries
 
 
-@functools.cache
-def script_config(script: str) -> type:
-    """The class `Config` of a training script. Raises `UserError` where the script cannot be imported."""
-    folder = str(Path(script).resolve().parent)
-    sys.path.insert(0, folder)  # as `python script` has it
-    try:
-        return runpy.run_path(script)["Config"]
-    except Exception as error:
-        raise UserError(f"{script}: its Config cannot be read ({type(error).__name__}: {error})") from None
-    finally:
-        sys.path.remove(folder)
+# --- the runs
 
 
 @dataclass
@@ -106,7 +161,7 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        return Path(f"{self.entry.tree['out_dir']}_seed{self.seed}")
+        return Path(f"{self.entry.out_dir}_seed{self.seed}")
 
     @property
     def start(self) -> "Job | None":
@@ -114,79 +169,117 @@ class Job:
         return Job(self.entry.start, self.seed) if self.entry.start else None
 
     @property
-    def settings(self) -> list[str]:
-        """What this job overrides of its config, where it writes aside."""
-        return [f"seed={self.seed}", *([f"init_from={self.start.folder}"] if self.start else [])]
+    def overrides(self) -> list[str]:
+        """What this job sets beside its config files, except the folder."""
+        start = [f"init_from={dump_value(str(self.start.folder))}"] if self.start else []
+        return [*self.entry.overrides, f"seed={self.seed}", *start]
 
     @property
     def log(self) -> Path:
         return self.folder.with_name(self.folder.name + ".log")
 
     def command(self) -> list[str]:
-        settings = [*self.settings, f"out_dir={self.folder}", "--resume"]
-        return [sys.executable, self.entry.script, "--config", self.entry.config, *settings]
+        options = [*self.overrides, f"out_dir={dump_value(str(self.folder))}", "--resume"]
+        return [sys.executable, self.entry.script, "--config", *self.entry.files, *options]
 
     def summary(self) -> dict | None:
-        """summary.json of a run that is finished, as is the one it starts from, each under its config as it stands now;
-        else None."""
+        """summary.json of a finished run.
+
+        Returns None if the run is not finished, if its config has changed since, or if either
+        holds for the run that it starts from.
+        """
         if self.start and not self.start.summary():
             return None
         try:
             state = json.loads((self.folder / "status.json").read_text())["state"]
             summary = json.loads((self.folder / "summary.json").read_text())
-            trained = load_config(script_config(self.entry.script), str(self.folder / "config.yaml"))
-            wanted = load_config(script_config(self.entry.script), self.entry.config, self.settings)
-        except (OSError, ValueError, KeyError, UserError):
+            config_class = script_config(self.entry.script)
+            trained = load_config(config_class, str(self.folder / "config.yaml"))
+            wanted = load_config(config_class, self.entry.files, self.overrides)
+        except (OSError, ValueError, KeyError, TypeError, UserError):
             return None
-        return summary if state == "finished" and not changed_keys(trained, wanted) else None
+        same = not changed_keys(trained, wanted, FREE_AT_RESUME)
+        return summary if state == "finished" and same else None
+
+
+def start_process(job: Job, at_once: int) -> subprocess.Popen:
+    """Start the command of a job, which appends its output to the job's log."""
+    threads = max(1, (os.cpu_count() or 1) // at_once)
+    environment = {"OMP_NUM_THREADS": str(threads), **os.environ, "PYTHONUNBUFFERED": "1"}
+    job.log.parent.mkdir(parents=True, exist_ok=True)
+    with open(job.log, "a") as log:
+        print("$", shlex.join(job.command()), file=log, flush=True)
+        return subprocess.Popen(
+            job.command(),
+            env=environment,
+            # A session of its own: Ctrl-C at the terminal reaches the run through us only, once.
+            start_new_session=True,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+
+
+def report_end(job: Job, code: int, seconds: float, stopping: bool) -> bool:
+    """Print how a run ended. Returns whether it failed."""
+    finished = code == 0 and job.summary() is not None
+    end = "finished" if finished else "stopped" if stopping else "failed"
+    line = f"{job.folder}: {end} after {seconds:.0f} s"
+    if end == "failed":
+        last_line = job.log.read_text(errors="replace").strip().splitlines()[-1]
+        reason = last_line if code else "no summary.json of this config"
+        line += f" with exit code {code}: {reason} (log: {job.log})"
+    print(line, flush=True)
+    return end == "failed"
+
+
+def next_job(waiting: list[Job], running: Iterable[Job]) -> Job | None:
+    """The first waiting job that does not start from a run still to come."""
+    unfinished = {job.folder for job in (*waiting, *running)}
+    ready = (job for job in waiting if not job.start or job.start.folder not in unfinished)
+    return next(ready, None)
 
 
 def run_all(jobs: list[Job], at_once: int) -> tuple[int, int | None]:
-    """Run the jobs, `at_once` at a time. Returns how many failed, and the signal that stopped them or None.
+    """Run the jobs, `at_once` at a time.
 
-    After a first signal no job is started and the running ones save and leave; a second one makes them leave at once.
+    After a first signal no job is started, and the running ones save and leave. A second signal
+    makes them leave at once.
+
+    Returns:
+        How many jobs failed, and the signal that stopped them or None.
     """
-    threads = max(1, (os.cpu_count() or 1) // at_once)
-    environment = {"OMP_NUM_THREADS": str(threads), **os.environ, "PYTHONUNBUFFERED": "1"}
-    waiting, running, failed, signals, forwarded = list(jobs), {}, 0, [], 0
-    handlers = {n: signal.signal(n, lambda n, frame: signals.append(n)) for n in (signal.SIGINT, signal.SIGTERM)}
+    waiting, running, failed = list(jobs), {}, 0
+    signals: list[int] = []
+    forwarded = 0
+    handlers = {
+        number: signal.signal(number, lambda received, frame: signals.append(received))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         while running or (waiting and not signals):
             while len(running) < at_once and not signals:
-                open_folders = {j.folder for j in waiting} | {j.folder for j, _ in running.values()}
-                job = next((j for j in waiting if not j.start or j.start.folder not in open_folders), None)
+                job = next_job(waiting, [job for job, _ in running.values()])
                 if job is None:
                     break
                 waiting.remove(job)
                 if job.start and not job.start.summary():
                     failed += 1
-                    print(f"{job.folder}: failed: {job.start.folder}, which it starts from, is not finished")
+                    start = job.start.folder
+                    print(f"{job.folder}: failed: {start}, which it starts from, is not finished")
                     continue
-                print(f"{job.folder}: started ({len(jobs) - len(waiting)} of {len(jobs)})", flush=True)
-                job.log.parent.mkdir(parents=True, exist_ok=True)
-                with open(job.log, "a") as log:
-                    print("$", shlex.join(job.command()), file=log, flush=True)
-                    # a session of its own: Ctrl-C at the terminal reaches it through us only, hence once
-                    streams = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT}
-                    process = subprocess.Popen(job.command(), env=environment, start_new_session=True, **streams)
-                running[process] = job, time.monotonic()
+                count = f"{len(jobs) - len(waiting)} of {len(jobs)}"
+                print(f"{job.folder}: started ({count})", flush=True)
+                running[start_process(job, at_once)] = job, time.monotonic()
             for number in signals[forwarded:]:
                 forwarded += 1
                 for process in running:
                     process.send_signal(number)
-            for process, (job, start) in list(running.items()):
+            for process, (job, begin) in list(running.items()):
                 code = process.poll()
-                if code is None:
-                    continue
-                del running[process]
-                end = "finished" if code == 0 and job.summary() else "stopped" if signals else "failed"
-                print(f"{job.folder}: {end} after {time.monotonic() - start:.0f} s", end="")
-                if end == "failed":
-                    failed += 1
-                    last_line = job.log.read_text(errors="replace").strip().splitlines()[-1]
-                    said = last_line if code else "no summary.json of this config"
-                    print(f" with exit code {code}: {said} (log: {job.log})", end="")
-                print(flush=True)
+                if code is not None:
+                    del running[process]
+                    failed += report_end(job, code, time.monotonic() - begin, bool(signals))
             time.sleep(0.1)
     finally:
         for number, handler in handlers.items():
@@ -196,8 +289,14 @@ def run_all(jobs: list[Job], at_once: int) -> tuple[int, int | None]:
     return failed, signals[0] if signals else None
 
 
+# --- the table
+
+
 def figure(values: list[float | None]) -> str:
-    """`mean +- sample standard deviation`; one value alone stands as it is, and none, or an unknown one, is `-`."""
+    """`mean +- sample standard deviation`; one value alone has no deviation.
+
+    `-` if there is no value, or an unknown one among them.
+    """
     if not values or None in values:
         return "-"
     spread = f" +- {statistics.stdev(values):.1f}" if len(values) > 1 else ""
@@ -208,52 +307,100 @@ def metric(summary: dict) -> str:
     return main_metric(summary["target"]["last"])
 
 
-def selection(found: list[tuple[str, dict]]) -> str:
-    """What picked the selected steps of (method, summary) pairs, and for which methods it is no judge: sentences."""
-    names = {summary["selection"]["criterion"] for _, summary in found}
-    part = [method for method, summary in found if summary["selection"]["part_of_training_loss"]]
-    sentences = []
-    if names != {"val_loss"}:
-        no_judge = f", which for {distinct(part)} is part of the training loss and no judge" if part else ""
-        sentences.append(f"Selected without target labels by {distinct(names - {'val_loss'})}{no_judge}.")
-    if "val_loss" in names:
-        sentences.append("Selected by val_loss, on the labels of the very images the figures are of: no test figures.")
-    return " ".join(sentences)
-
-
 def distinct(values: Iterable) -> str:
     return ", ".join(str(value) for value in sorted(set(values))) or "-"
 
 
-def table(suite: Suite, seeds: list[int], argv: list[str]) -> str:
-    """The suite's results as markdown, and what it takes to get them again."""
-    lines, pairs = [COLUMNS, ("---",) * len(COLUMNS)], []
-    for entry in suite.runs:
-        found = [summary for seed in seeds if (summary := Job(entry, seed).summary())]
-        pairs += [(entry.method, summary) for summary in found]
-        count = str(len(found)) if len(found) == len(seeds) else f"{len(found)} of {len(seeds)}"
-        figures = [figure([s["target"][name][metric(s)] for s in found]) for name in ("last", "selected", "oracle")]
-        seconds = f"{statistics.fmean(s['seconds'] for s in found):.0f}" if found else "-"
-        published = "-" if entry.published is None else f"{entry.published} ({entry.reference})"
-        lines.append((entry.task, entry.method, count, *figures, seconds, published))
+def selection(pairs: list[tuple[str, dict]]) -> str:
+    """Sentences on what picked the selected steps, and which methods it cannot judge.
 
-    everything = [summary for _, summary in pairs]
-    machines = distinct(s.get("machine", "an unknown machine") for s in everything)
+    Args:
+        pairs: (method, summary) of each run.
+    """
+    names = {summary["selection"]["criterion"] for _, summary in pairs}
+    part = [method for method, summary in pairs if summary["selection"]["part_of_training_loss"]]
+    sentences = []
+    if names != {"val_loss"}:
+        no_judge = f", which for {distinct(part)} is part of the training loss and no judge"
+        criteria = distinct(names - {"val_loss"})
+        sentences.append(f"Selected without target labels by {criteria}{no_judge if part else ''}.")
+    if "val_loss" in names:
+        sentences.append(
+            "Selected by val_loss, on the labels of the very images that the figures are computed "
+            "on: no test figures."
+        )
+    return " ".join(sentences)
+
+
+def commits(summaries: list[dict]) -> list[str]:
+    """The commits that the runs were trained by."""
+    return sorted({summary.get("commit") or UNKNOWN_COMMIT for summary in summaries})
+
+
+def commit_note(names: list[str]) -> str:
+    """`commit abc1234`, `an unknown commit`, or `commits abc1234, def5678 (mixed)`."""
+    if len(names) > 1:
+        return f"commits {', '.join(names)} (mixed)"
+    return UNKNOWN_COMMIT if names == [UNKNOWN_COMMIT] else f"commit {distinct(names)}"
+
+
+def row(entry: Entry, summaries: list[dict], seeds: list[int]) -> tuple[str, ...]:
+    """The cells of an entry, in the order of `COLUMNS`."""
+    complete = len(summaries) == len(seeds)
+    count = str(len(seeds)) if complete else f"{len(summaries)} of {len(seeds)}"
+    figures = [
+        figure([summary["target"][name][metric(summary)] for summary in summaries])
+        for name in ("last", "selected", "oracle")
+    ]
+    seconds = [summary["seconds"] for summary in summaries]
+    mean_seconds = f"{statistics.fmean(seconds):.0f}" if seconds else "-"
+    published = "-" if entry.published is None else f"{entry.published} ({entry.reference})"
+    return (entry.task, entry.method, count, *figures, mean_seconds, published)
+
+
+def table(suite: Suite, results: list[list[dict]], seeds: list[int], argv: list[str]) -> str:
+    """The results as a markdown table, with what it takes to get them again.
+
+    Args:
+        suite: whose entries are the rows.
+        results: the summaries of the finished runs, one list per entry.
+        seeds: all that were asked for.
+        argv: the command line, for the last paragraph.
+    """
+    rows = [row(e, summaries, seeds) for e, summaries in zip(suite.runs, results, strict=True)]
+    lines = [COLUMNS, ("---",) * len(COLUMNS), *rows]
+    cells = [[cell.replace("|", r"\|") for cell in line] for line in lines]
+    pairs = [
+        (entry.method, summary)
+        for entry, summaries in zip(suite.runs, results, strict=True)
+        for summary in summaries
+    ]
+    summaries = [summary for _, summary in pairs]
+    machines = distinct(summary.get("machine", "an unknown machine") for summary in summaries)
+    tests = distinct(summary["target_test"] for summary in summaries)
     parts = [
         f"**{suite.title}**",
-        "\n".join("| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in lines),
-        f"Target {distinct(map(metric, everything))} in percent on {distinct(s['target_test'] for s in everything)}: "
+        "\n".join(f"| {' | '.join(line)} |" for line in cells),
+        f"Target {distinct(map(metric, summaries))} in percent on {tests}: "
         "mean +- sample standard deviation over the seeds. "
-        f"{selection(pairs)} Seconds are a run's mean.",
+        f"{selection(pairs)} Seconds are the mean over the runs.",
         *([suite.note.strip()] if suite.note else []),
-        f"Written by `{shlex.join(['python', 'reproduce.py', *argv])}`: seeds {' '.join(map(str, seeds))}; "
-        f"steps {distinct(s['steps'] for s in everything)}; on {machines}.",
+        f"Written by `{shlex.join(['python', 'reproduce.py', *argv])}`: "
+        f"seeds {' '.join(map(str, seeds))}; "
+        f"steps {distinct(summary['steps'] for summary in summaries)}; "
+        f"{commit_note(commits(summaries))}; on {machines}.",
     ]
     return "\n\n".join(parts)
 
 
 def place(path: Path, name: str, block: str) -> str:
-    """The text of `path` with `block` between the markers of `name`; appended, markers and all, where it has none."""
+    """The text of `path` with `block` between the markers of `name`.
+
+    If the file has no such markers, they are appended with the block.
+
+    Raises:
+        UserError: the file cannot be read, or its markers are not one pair.
+    """
     try:
         text = path.read_bytes().decode() if path.exists() else ""
     except (OSError, UnicodeDecodeError) as error:
@@ -264,45 +411,70 @@ def place(path: Path, name: str, block: str) -> str:
     if begin not in text and end not in text:
         return f"{text}\n{marked}\n" if text else f"{marked}\n"
     if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-        raise UserError(f"--out: {path} must hold {begin} and {end} once each, in this order")
+        raise UserError(f"--out: {path} must contain {begin} and {end} once each, in this order")
     return text[: text.index(begin)] + marked + text[text.index(end) + len(end) :]
 
 
-def main(argv: list[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else argv
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+# --- the command line
+
+
+def parse_args(argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("suite", metavar="SUITE", help="yaml file; see configs/suites/")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="K", help="default: 0 1 2")
-    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at once, sharing the cores; default: 1")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="put the table here, between the suite's markers")
+    seeds_help = "default: 0 1 2"
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0, 1, 2], metavar="K", help=seeds_help
+    )
+    jobs_help = "number of runs at once, which share the cores; default: 1"
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help=jobs_help)
+    out_help = "write the table into this file, between the suite's markers"
+    parser.add_argument("--out", type=Path, metavar="FILE", help=out_help)
     parser.add_argument("--list", action="store_true", help="print the commands and run nothing")
     args = parser.parse_args(argv)
     if args.jobs < 1:
         raise UserError(f"--jobs must be positive, not {args.jobs}")
     if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
         raise UserError("--seeds must be distinct and not negative")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse_args(argv)
     suite, name = load_config(Suite, args.suite), Path(args.suite).stem
     if args.out:
-        place(args.out, name, "")  # a file that cannot take the table is an error now, not after hours
+        place(args.out, name, "")  # a file that cannot take the table is an error before any run
 
-    jobs = [Job(entry, seed) for seed in args.seeds for entry in suite.runs]  # seed by seed: each leaves a whole table
+    # Seed by seed: after each seed there is a whole table.
+    jobs = [Job(entry, seed) for seed in args.seeds for entry in suite.runs]
     if args.list:
         print("\n".join(shlex.join(job.command()) for job in jobs))
         return 0
-    for job in jobs:
-        script_config(job.entry.script)  # a script that cannot be imported is an error now, not after hours
     finished = [job for job in jobs if job.summary()]
     for job in finished:
         print(f"{job.folder}: finished already")
     failed, stopped = run_all([job for job in jobs if job not in finished], args.jobs)
     if stopped:
-        print(f"stopped by {signal.Signals(stopped).name}, no table written; the same command goes on from here")
+        number = signal.Signals(stopped).name
+        print(f"stopped by {number}, no table written; the same command goes on from here")
         return 128 + stopped
 
-    block = table(suite, args.seeds, argv)
+    results = [
+        [summary for seed in args.seeds if (summary := Job(entry, seed).summary())]
+        for entry in suite.runs
+    ]
+    block = table(suite, results, args.seeds, argv)
     print(f"\n{block}")
     if args.out:
         write_text(args.out, place(args.out, name, block))
+    names = commits([summary for summaries in results for summary in summaries])
+    if len(names) > 1:
+        print(
+            f"warning: the table mixes runs of commits {', '.join(names)}; "
+            "to compare like with like, remove the folders of the older runs and run this again"
+        )
     return 1 if failed else 0
 
 

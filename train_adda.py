@@ -1,18 +1,19 @@
 """Adversarial adaptation by alternation, without gradient reversal: ADDA (arXiv:1702.05464).
 
-    first, for source_steps   minimise cls_loss = CE(C(M_s(x_s)), y_s) over the source encoder M_s and the classifier C
-    then, taking turns        minimise disc_loss = 0.5 * (mean BCE(D(M_s(x_s)), 1) + mean BCE(D(M_t(x_t)), 0)) over D
-                              minimise adv_loss = mean BCE(D(M_t(x_t)), 1) over the target encoder M_t
+    first, for source_steps   minimize cls_loss = CE(C(M_s(x_s)), y_s)
+                              over the source encoder M_s and the classifier C
+    then, taking turns        minimize disc_loss =
+                              0.5 * (mean BCE(D(M_s(x_s)), 1) + mean BCE(D(M_t(x_t)), 0)) over D
+                              minimize adv_loss = mean BCE(D(M_t(x_t)), 1)
+                              over the target encoder M_t
 
-M_t starts as a copy of M_s. From then on M_s and C stay as they are: D learns to tell the two encoders' features apart,
-and M_t, under inverted labels, to have its own taken for the source's. `model` is C on M_t. `init_from`, a run of
-train_source.py, takes the place of the first part. docs/adda.md explains every metric and departure.
+M_t starts as a copy of M_s, which stays fixed from then on, as does C. D learns to tell the two
+encoders' features apart; M_t, under inverted labels, to have its features taken for the source's.
+`model` is C on M_t. `init_from`, a run of train_source.py, takes the place of the first part.
+docs/adda.md explains every metric and departure from the paper.
 
-    python train_adda.py --config configs/demo/adda.yaml
-    python train_adda.py --config configs/demo/adda.yaml seed=1 out_dir=runs/demo/adda_seed1
-    python train_adda.py --config configs/demo/adda.yaml --resume
-
-torchrun is not supported yet: one process, one device.
+    python train_adda.py --config configs/demo/digits.yaml configs/demo/adda.yaml
+    python train_adda.py --config configs/demo/digits.yaml configs/demo/adda.yaml --resume
 """
 
 import copy
@@ -21,27 +22,26 @@ from typing import ClassVar, Literal
 
 import torch
 
-from common.config import OptimConfig, RunConfig, parse_args
-from common.evaluation import evaluate
-from common.optim import build_optimizer, set_rates
-from common.run import Run
-from common.runtime import exit_with, get_device, seed_everything
-from data import open_domains, train_loader
+from common.config import positive
+from common.errors import exit_with
 from losses.domain import SOURCE, discriminator_accuracy, domain_loss, one_domain_loss
-from losses.supervised import cross_entropy, supervised_loss
-from models import DomainDiscriminator, build_model, feature_vectors, init_from
-from models.network import check_layers
+from losses.supervised import supervised_loss
+from models import DomainDiscriminator, build_model, feature_vectors
+from training.config import RunConfig, parse_args
+from training.device import get_device
+from training.optim import build_optimizer, set_rates
+from training.run import Run
 
 
 @dataclass
 class Config(RunConfig):
     method: ClassVar[str] = "adda"
-    source_steps: int | None = None  # of `steps`, for the source model first; null: half, with init_from none
+    source_steps: int | None = None  # of the first part; null: half, or 0 with init_from
     feature_layer: str = "pooled"  # layer1..layer4, pooled: what the discriminator reads
-    feature_locations: bool = False  # judge every location of a feature map, not the mean over its positions
-    target_lr: float = 2e-4  # of the target encoder: Adam (0.5, 0.999), constant
-    disc_lr: float = 2e-4  # of the discriminator, likewise
-    disc_hidden: int = 500  # width of the discriminator's two hidden layers
+    feature_locations: bool = False  # judge every location of a map, not its mean over positions
+    target_lr: float = positive(2e-4)  # of the target encoder: Adam (0.5, 0.999), constant
+    disc_lr: float = positive(2e-4)  # of the discriminator, likewise
+    disc_hidden: int = positive(500)  # width of the discriminator's two hidden layers
     disc_norm: Literal["batch", "dropout", "none"] = "none"  # after each hidden layer
 
     def __post_init__(self):
@@ -49,16 +49,20 @@ class Config(RunConfig):
             self.source_steps = 0 if self.init_from else self.steps // 2
         super().__post_init__()
 
+    def trained_criteria(self):
+        return set()  # of entropy and infomax, the loss contains neither
+
     def rules(self):
         return [
             *super().rules(),
-            (0 <= self.source_steps < self.steps, "source_steps must be at least 0 and less than steps"),
+            (
+                0 <= self.source_steps < self.steps,
+                "source_steps must be at least 0 and less than steps",
+            ),
             (
                 self.init_from is not None or self.source_steps > 0,
                 "source_steps: 0 needs init_from, a source model to adapt",
             ),
-            (min(self.target_lr, self.disc_lr) > 0, "target_lr and disc_lr must be positive"),
-            (self.disc_hidden > 0, "disc_hidden must be positive"),
         ]
 
 
@@ -66,30 +70,31 @@ def main(argv: list[str] | None = None) -> int:
     # --- set-up
     config, args = parse_args(Config, __doc__, argv)
     device = get_device(config.device)
-    seed_everything(config.seed)
-    autocast = torch.autocast(device.type, getattr(torch, config.amp), enabled=config.amp != "float32")
+    autocast = torch.autocast(device.type, getattr(torch, config.amp), config.amp != "float32")
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "float16")
     run = Run(config, args)
-    domains = open_domains(config.data, config.seed, args.dry_run)
-    run.show(domains)
+    domains = run.open_domains()
 
     # --- model
-    source_steps = 0 if args.dry_run else config.source_steps  # a dry run takes a step of the second part
-    source_model = build_model(config, domains.num_classes)
-    if config.init_from:
-        init_from(source_model, config.init_from, domains.classes)
-    source_model.to(device).train()
-    check_layers(source_model, [config.feature_layer], "feature_layer")
+    source_steps = 0 if args.dry_run else config.source_steps  # a dry run is of the second part
+    source_model = build_model(config, domains.classes).to(device).train()
+    source_model.check_layers([config.feature_layer], "feature_layer")
     model = copy.deepcopy(source_model)
     model.freeze("head", "aux_head")
     width = source_model.channels[config.feature_layer]
     discriminator = DomainDiscriminator(width, config.disc_hidden, config.disc_norm).to(device)
-    scale = config.optim.backbone_lr_scale
-    source_optimizer = build_optimizer(config.optim, source_model.param_groups(scale))
-    adam = OptimConfig(name="adam", betas=[0.5, 0.999], weight_decay=0.0, schedule="constant", fused=config.optim.fused)
-    target_optimizer = build_optimizer(replace(adam, lr=config.target_lr), model.param_groups(scale))
-    disc_group = {"params": list(discriminator.parameters()), "lr_scale": 1.0}
-    disc_optimizer = build_optimizer(replace(adam, lr=config.disc_lr), [disc_group])
+    source_optimizer = build_optimizer(config.optim, source_model)
+    target_optim = replace(
+        config.optim,
+        name="adam",
+        lr=config.target_lr,
+        betas=[0.5, 0.999],
+        weight_decay=0.0,
+        schedule="constant",
+    )
+    target_optimizer = build_optimizer(target_optim, model)
+    disc_optim = replace(target_optim, lr=config.disc_lr)
+    disc_optimizer = build_optimizer(disc_optim, discriminator)
     start = run.begin(
         model=model,
         source_model=source_model,
@@ -101,28 +106,20 @@ def main(argv: list[str] | None = None) -> int:
     )
 
     # --- data
-    source = iter(train_loader(domains.source, config.data, config.seed, "source", start, config.steps))
-    adapted = max(start, source_steps)
-    target = iter(train_loader(domains.target, config.data, config.seed, "target", adapted, config.steps))
-    labeled = iter(
-        train_loader(domains.target_labeled, config.data, config.seed, "target_labeled", adapted, config.steps)
-    )
+    source = domains.batches("source", start, config.steps)
+    target = domains.batches("target", max(start, source_steps), config.steps)
+    labeled = domains.batches("target_labeled", max(start, source_steps), config.steps)
     evaluation = domains.evaluation()
 
     # --- train
-    for step in range(start + 1, config.steps + 1):
-        x_s, y_s = next(source)
-        x_s, y_s = x_s.to(device, non_blocking=True), y_s.to(device, non_blocking=True)
+    for step in run.steps(start):
+        x_s, y_s = (x.to(device, non_blocking=True) for x in next(source))
 
         if step <= source_steps:
             rates = {"lr": set_rates(source_optimizer, config.optim, step - 1, source_steps)}
             with autocast:
                 out_s = source_model(x_s)
-                cls_loss = cross_entropy(out_s.logits, y_s)
-                loss, losses = cls_loss, {"cls_loss": cls_loss}
-                if out_s.aux_logits is not None:
-                    losses["aux_cls_loss"] = cross_entropy(out_s.aux_logits, y_s)
-                    loss = loss + config.model.aux_weight * losses["aux_cls_loss"]
+                loss, losses = supervised_loss(out_s, y_s, config.model.aux_weight)
 
             source_optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
@@ -140,11 +137,11 @@ def main(argv: list[str] | None = None) -> int:
                 with torch.no_grad():
                     out_s = source_model(x_s)
                 out_t = model(x_t)
-                features_s, features_t = (
-                    feature_vectors(out.features[config.feature_layer], config.feature_locations)
-                    for out in (out_s, out_t)
-                )
-                domain_logits_s, domain_logits_t = discriminator(features_s), discriminator(features_t.detach())
+                layer, locations = config.feature_layer, config.feature_locations
+                features_s = feature_vectors(out_s.features[layer], locations)
+                features_t = feature_vectors(out_t.features[layer], locations)
+                domain_logits_s = discriminator(features_s)
+                domain_logits_t = discriminator(features_t.detach())
                 disc_loss = domain_loss(domain_logits_s, domain_logits_t)
                 domain_accuracy = discriminator_accuracy(domain_logits_s, domain_logits_t)
 
@@ -155,13 +152,14 @@ def main(argv: list[str] | None = None) -> int:
             # the target encoder, under inverted labels, with the discriminator held fixed
             discriminator.requires_grad_(False)
             with autocast:
-                adv_loss = one_domain_loss(discriminator(features_t), SOURCE)
-                loss, losses = adv_loss, {"adv_loss": adv_loss, "disc_loss": disc_loss}
+                loss = one_domain_loss(discriminator(features_t), SOURCE)
+                losses = {"adv_loss": loss, "disc_loss": disc_loss}
                 losses["domain_accuracy"] = domain_accuracy
-                if domains.target_labeled:
+                if labeled:
                     x_l, y_l = (x.to(device, non_blocking=True) for x in next(labeled))
-                    losses["target_cls_loss"] = supervised_loss(model(x_l), y_l, config.model.aux_weight)
-                    loss = loss + losses["target_cls_loss"]
+                    target_cls_loss, _ = supervised_loss(model(x_l), y_l, config.model.aux_weight)
+                    losses["target_cls_loss"] = target_cls_loss
+                    loss = loss + target_cls_loss
 
             target_optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
@@ -173,15 +171,9 @@ def main(argv: list[str] | None = None) -> int:
             run.log.write(step, **rates)
         if run.due(step, config.eval_every) and step > source_steps:
             with autocast:
-                metrics = evaluate(model, **evaluation, device=device)
-            run.evaluated(step, metrics, model)
-        if run.due(step, config.save_every):
-            run.save(step)
-        if run.stopping:
-            return run.stopped(step)
+                run.evaluate(step, model, evaluation)
 
-    run.finish(target_test=domains.target_test_note, classes=domains.classes)
-    return 0
+    return run.finish(domains)
 
 
 if __name__ == "__main__":

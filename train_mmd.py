@@ -1,20 +1,18 @@
-"""Matching of feature statistics: DAN (arXiv:1502.02791) by the MMD, and Deep CORAL (arXiv:1607.01719).
+"""Matching of feature statistics: DAN (arXiv:1502.02791) and Deep CORAL (arXiv:1607.01719).
 
-    minimise  cls_loss + mmd_weight * mmd_loss + coral_weight * coral_loss
+    minimize  cls_loss + mmd_weight * mmd_loss + coral_weight * coral_loss
+
     cls_loss   = CE(model(x_s), y_s)
-    mmd_loss   = estimate of the squared maximum mean discrepancy between features_s and features_t, with five Gaussian
-                 kernels, summed over feature layers
+    mmd_loss   = estimate of the squared maximum mean discrepancy between features_s and features_t,
+                 with five Gaussian kernels, summed over feature layers
     coral_loss = |cov(features_s) - cov(features_t)|^2 / (4 D^2), likewise
 
-Nothing is learnt but the model: no discriminator. Compared are the means of a feature map, or with `feature_locations`
-its locations. An auxiliary head adds model.aux_weight * aux_cls_loss, its own CE. docs/mmd.md explains every metric and
+Nothing is trained but the model: there is no discriminator. The losses compare the means of a
+feature map, or with `feature_locations` its locations. docs/mmd.md explains every metric and
 departure from the papers.
 
-    python train_mmd.py --config configs/demo/mmd.yaml
-    python train_mmd.py --config configs/demo/mmd.yaml seed=1 out_dir=runs/demo/mmd_seed1
-    python train_mmd.py --config configs/demo/mmd.yaml --resume
-
-torchrun is not supported yet: one process, one device.
+    python train_mmd.py --config configs/demo/digits.yaml configs/demo/mmd.yaml
+    python train_mmd.py --config configs/demo/digits.yaml configs/demo/mmd.yaml --resume
 """
 
 from dataclasses import dataclass, field
@@ -22,92 +20,81 @@ from typing import ClassVar
 
 import torch
 
-from common.config import RunConfig, parse_args
-from common.evaluation import evaluate
-from common.optim import build_optimizer, set_rates
-from common.run import Run
-from common.runtime import exit_with, get_device, seed_everything
-from data import open_domains, train_loader
+from common.config import not_negative
+from common.errors import exit_with
 from losses.coral import coral_loss
 from losses.mmd import mmd_loss
-from losses.supervised import cross_entropy, supervised_loss
-from models import build_model, feature_vectors, forward_domains, init_from
-from models.network import check_layers
+from losses.supervised import supervised_loss
+from models import build_model, feature_vectors, forward_domains
+from training.config import RunConfig, parse_args
+from training.device import get_device
+from training.optim import build_optimizer, set_rates
+from training.run import Run
 
 
 @dataclass
 class Config(RunConfig):
     method: ClassVar[str] = "mmd"
-    mmd_weight: float = 1.0  # of mmd_loss
-    coral_weight: float = 0.0  # of coral_loss
+    mmd_weight: float = not_negative(1.0)  # of mmd_loss
+    coral_weight: float = not_negative(0.0)  # of coral_loss
     feature_layers: list[str] = field(default_factory=lambda: ["pooled"])  # layer1..layer4, pooled
-    feature_locations: bool = False  # compare the locations of a feature map, not its means over positions
+    feature_locations: bool = False  # compare the locations of a map, not its mean over positions
+
+    def trained_criteria(self):
+        return set()  # of entropy and infomax, the loss contains neither
 
     def rules(self):
-        return [
-            *super().rules(),
-            (len(self.feature_layers) > 0, "feature_layers must name a layer"),
-            (min(self.mmd_weight, self.coral_weight) >= 0, "mmd_weight and coral_weight must not be negative"),
-        ]
+        named = len(self.feature_layers) > 0
+        return [*super().rules(), (named, "feature_layers must name a layer")]
 
 
 def main(argv: list[str] | None = None) -> int:
     # --- set-up
     config, args = parse_args(Config, __doc__, argv)
     device = get_device(config.device)
-    seed_everything(config.seed)
-    autocast = torch.autocast(device.type, getattr(torch, config.amp), enabled=config.amp != "float32")
+    autocast = torch.autocast(device.type, getattr(torch, config.amp), config.amp != "float32")
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "float16")
     run = Run(config, args)
-    domains = open_domains(config.data, config.seed, args.dry_run)
-    run.show(domains)
+    domains = run.open_domains()
 
     # --- model
-    model = build_model(config, domains.num_classes)
-    if config.init_from:
-        init_from(model, config.init_from, domains.classes)
-    model.to(device).train()
-    check_layers(model, config.feature_layers)
-    optimizer = build_optimizer(config.optim, model.param_groups(config.optim.backbone_lr_scale))
+    model = build_model(config, domains.classes).to(device).train()
+    model.check_layers(config.feature_layers)
+    optimizer = build_optimizer(config.optim, model)
     start = run.begin(model=model, optimizer=optimizer, scaler=scaler)
 
     # --- data
-    source = iter(train_loader(domains.source, config.data, config.seed, "source", start, config.steps))
-    target = iter(train_loader(domains.target, config.data, config.seed, "target", start, config.steps))
-    labeled = iter(
-        train_loader(domains.target_labeled, config.data, config.seed, "target_labeled", start, config.steps)
-    )
+    source = domains.batches("source", start, config.steps)
+    target = domains.batches("target", start, config.steps)
+    labeled = domains.batches("target_labeled", start, config.steps)
     evaluation = domains.evaluation()
 
     # --- train
-    for step in range(start + 1, config.steps + 1):
+    for step in run.steps(start):
         lr = set_rates(optimizer, config.optim, step - 1, config.steps)
-        x_s, y_s = next(source)
-        x_s, y_s = x_s.to(device, non_blocking=True), y_s.to(device, non_blocking=True)
+        x_s, y_s = (x.to(device, non_blocking=True) for x in next(source))
         x_t = next(target).to(device, non_blocking=True)
 
         with autocast:
             out_s, out_t = forward_domains(model, x_s, x_t, config.model)
-            cls_loss = cross_entropy(out_s.logits, y_s)
-            loss, losses = cls_loss, {"cls_loss": cls_loss}
+            loss, losses = supervised_loss(out_s, y_s, config.model.aux_weight)
 
-            pairs = [
-                [feature_vectors(out.features[name], config.feature_locations) for out in (out_s, out_t)]
-                for name in config.feature_layers
-            ]
+            locations, pairs = config.feature_locations, []
+            for name in config.feature_layers:
+                features_s = feature_vectors(out_s.features[name], locations)
+                features_t = feature_vectors(out_t.features[name], locations)
+                pairs.append((features_s, features_t))
             if config.mmd_weight > 0:
                 losses["mmd_loss"] = sum(mmd_loss(*pair) for pair in pairs)
                 loss = loss + config.mmd_weight * losses["mmd_loss"]
             if config.coral_weight > 0:
                 losses["coral_loss"] = sum(coral_loss(*pair) for pair in pairs)
                 loss = loss + config.coral_weight * losses["coral_loss"]
-            if out_s.aux_logits is not None:
-                losses["aux_cls_loss"] = cross_entropy(out_s.aux_logits, y_s)
-                loss = loss + config.model.aux_weight * losses["aux_cls_loss"]
-            if domains.target_labeled:
+            if labeled:
                 x_l, y_l = (x.to(device, non_blocking=True) for x in next(labeled))
-                losses["target_cls_loss"] = supervised_loss(model(x_l), y_l, config.model.aux_weight)
-                loss = loss + losses["target_cls_loss"]
+                target_cls_loss, _ = supervised_loss(model(x_l), y_l, config.model.aux_weight)
+                losses["target_cls_loss"] = target_cls_loss
+                loss = loss + target_cls_loss
 
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
@@ -119,15 +106,9 @@ def main(argv: list[str] | None = None) -> int:
             run.log.write(step, lr=lr)
         if run.due(step, config.eval_every):
             with autocast:
-                metrics = evaluate(model, **evaluation, device=device)
-            run.evaluated(step, metrics, model)
-        if run.due(step, config.save_every):
-            run.save(step)
-        if run.stopping:
-            return run.stopped(step)
+                run.evaluate(step, model, evaluation)
 
-    run.finish(target_test=domains.target_test_note, classes=domains.classes)
-    return 0
+    return run.finish(domains)
 
 
 if __name__ == "__main__":

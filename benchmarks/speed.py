@@ -1,22 +1,26 @@
-"""Step cost of a training script, input included, as a ratio to the bare model.
+"""Cost of a step of a training script, input included, as a ratio to the bare model.
 
     python benchmarks/speed.py train_dann.py --config configs/benchmarks/dann_resnet18_64.yaml
-    python benchmarks/speed.py train_source.py --config configs/demo/source.yaml data.batch=32 --rounds 15 --steps 50
+    python benchmarks/speed.py train_dann.py --config configs/demo/digits.yaml \\
+        configs/demo/dann.yaml data.batch=32 --rounds 15 --steps 50
 
-The bare model is the limit: forward, cross-entropy, backward and a foreach SGD step of the same network, eager,
-contiguous, float32, on a tensor in memory: the normalised images that train the network in one step of the script.
+The bare model is the limit: forward, cross-entropy, backward and a foreach SGD step of the same
+network, eager, contiguous, float32, on a tensor in memory: the normalized images that train the
+network in one step of the script.
 
-The script runs unchanged, in this process and on one thread. Its `Log.add`, called once at the end of every step, hands
-over: `--steps` steps of the script, then as many bare ones, and so on. Each round gives one ratio; the line printed has
-their median (and range), of wall time and of CPU seconds of this process. A first round warms up and does not count;
-every image file is decoded before it. Loader workers (`data.workers`) fill their queues while the bare model has its
-turn, and their CPU seconds are not counted: take more steps a round with them.
+The script runs unchanged, in this process and on one thread. Its `Log.add`, called once at the end
+of every step, hands over: `--steps` steps of the script, then as many bare ones, and so on. Each
+round gives one ratio. The printed line has their median (and range), of wall time and of CPU
+seconds of this process. A first round warms up and does not count; every image file is decoded
+before it. Loader workers (`data.workers`) fill their queues while the bare model has its turn, and
+their CPU seconds are not counted: use more steps per round with them.
 """
 
 import argparse
 import contextlib
 import copy
 import importlib.util
+import re
 import statistics
 import sys
 import tempfile
@@ -30,13 +34,17 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from common.config import OptimConfig, load_config
-from common.log import Log
-from common.runtime import UserError, exit_with
+from common.errors import UserError, exit_with
+from data import Domains
 from data.image_set import ImageSet
 from models.network import Network
+from training.config import load_run_config
+from training.log import Log
+from training.optim import OptimConfig
+from training.run import Run
 
-HEADER = "| config | images a step | bare, ms | script, ms | ratio | ratio, CPU seconds |\n|---|---|---|---|---|---|"
+COLUMNS = "run", "images per step", "bare, ms", "script, ms", "ratio", "ratio, CPU seconds"
+HEADER = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
 
 
 def clock() -> torch.Tensor:
@@ -47,18 +55,24 @@ def clock() -> torch.Tensor:
 
 
 class Bare:
-    """A copy of the script's network, trained on uint8 `images` with labels that cost what true ones do."""
+    """A copy of the script's network, trained on uint8 `images` with made-up labels."""
 
     def __init__(self, model: Network, images: torch.Tensor, optim: OptimConfig):
         self.model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
         self.x = ((images - model.mean) / model.std).contiguous()
-        self.model.normalise = lambda x: x  # conversion and normalisation of the images are input
+        self.model.normalize = lambda x: x  # scaling and normalization belong to the input
         with torch.no_grad():
             shape = copy.deepcopy(self.model).eval()(self.x).logits.shape
         labels = torch.arange(len(images) * shape[2:].numel(), device=images.device) % shape[1]
         self.y = labels.view(len(images), *shape[2:])
-        decay = {"momentum": optim.momentum, "nesterov": optim.momentum > 0, "weight_decay": optim.weight_decay}
-        self.optimizer = torch.optim.SGD(self.model.parameters(), optim.lr, foreach=True, **decay)
+        self.optimizer = torch.optim.SGD(
+            self.model.parameters(),
+            lr=optim.lr,
+            momentum=optim.momentum,
+            nesterov=optim.momentum > 0,
+            weight_decay=optim.weight_decay,
+            foreach=True,
+        )
 
     def forward(self) -> torch.Tensor:
         return self.model(self.x).logits
@@ -77,8 +91,10 @@ class Finished(BaseException):
 class Turns:
     """A script and its bare model, `steps` steps each in turn, for `rounds` rounds after a warm-up.
 
-    Attributes: model, the script's network; bare, a `Bare`; times, one (2, 2) tensor a round: script and bare, wall and
-    CPU seconds a step.
+    Attributes:
+        model: the script's network.
+        bare: a `Bare`.
+        times: one (2, 2) tensor per round: script and bare, wall and CPU seconds per step.
     """
 
     def __init__(self, script: ModuleType, config, rounds: int, steps: int):
@@ -86,15 +102,16 @@ class Turns:
         self.done, self.images, self.bare, self.times = 0, [], None, []
 
     def run(self, argv: list[str]) -> None:
-        build_model, open_domains, add = self.script.build_model, self.script.open_domains, Log.add
+        build_model, open_domains, add = self.script.build_model, Run.open_domains, Log.add
 
-        def build_and_watch(*args) -> Network:
-            self.model = build_model(*args)
-            self.hook = self.model.register_forward_pre_hook(lambda *call: self._see(*call))  # a teacher copies it
+        def build_and_watch(*args, **kwargs) -> Network:
+            self.model = build_model(*args, **kwargs)
+            # A lambda, for a teacher copies it: a bound method would bring these turns along.
+            self.hook = self.model.register_forward_pre_hook(lambda *call: self._see(*call))
             return self.model
 
-        def open_and_decode(*args):
-            domains = open_domains(*args)
+        def open_and_decode(run: Run) -> Domains:
+            domains = open_domains(run)
             for images in vars(domains).values():
                 for part in images.indices.split(256) if isinstance(images, ImageSet) else ():
                     images.images[part]  # decoded here, and kept
@@ -107,8 +124,10 @@ class Turns:
                 self._hand_over()
             self.images = []
 
-        hooks = mock.patch.multiple(self.script, build_model=build_and_watch, open_domains=open_and_decode)
-        with hooks, mock.patch.object(Log, "add", add_and_hand_over), contextlib.suppress(Finished):
+        with contextlib.suppress(Finished), contextlib.ExitStack() as patches:
+            patches.enter_context(mock.patch.object(self.script, "build_model", build_and_watch))
+            patches.enter_context(mock.patch.object(Run, "open_domains", open_and_decode))
+            patches.enter_context(mock.patch.object(Log, "add", add_and_hand_over))
             self.start = clock()
             self.script.main(argv)
             raise UserError("the script ended before the last round")
@@ -135,40 +154,71 @@ class Turns:
         self.start = clock()
 
 
-def measure(path: Path, config: str, overrides: list[str], rounds: int, steps: int) -> Turns:
-    """Run the script at `path` without its evaluations and checkpoints, in a temporary folder."""
+def measure(path: Path, files: list[str], overrides: list[str], rounds: int, steps: int) -> Turns:
+    """Run a script without its evaluations and checkpoints, in a temporary folder.
+
+    Args:
+        path: the script.
+        files: its yaml files.
+        overrides: `key=value` words.
+        rounds: rounds that count, after one of warm-up.
+        steps: steps per round.
+
+    Raises:
+        UserError: the script ends before the last round.
+    """
     spec = importlib.util.spec_from_file_location(f"benchmarked_{path.stem}", path)
-    script = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # dataclasses look their module up
+    script = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = script  # dataclasses look their module up
     spec.loader.exec_module(script)
     total = (rounds + 1) * steps
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
-        overrides = [*overrides, f"out_dir={folder}", f"steps={total}", f"eval_every={total}", f"save_every={total}"]
-        turns = Turns(script, load_config(script.Config, config, overrides), rounds, steps)
-        turns.run(["--config", config, *overrides])
+        lengths = [f"{key}={total}" for key in ("steps", "eval_every", "save_every")]
+        overrides = [*overrides, f"out_dir={folder}", *lengths]
+        turns = Turns(script, load_run_config(script.Config, files, overrides), rounds, steps)
+        turns.run(["--config", *files, *overrides])
     return turns
+
+
+def run_name(script: Path, files: list[str], overrides: list[str]) -> str:
+    """The first column: script, config files and overrides, as in the README."""
+    name = f"{script.stem}, {' '.join(Path(file).stem for file in files)}"
+    return f"{name}, `{' '.join(overrides)}`" if overrides else name
 
 
 def table_line(name: str, turns: Turns) -> str:
     """The outcome as a line under `HEADER`."""
     script, bare = torch.stack(turns.times, 2)  # each (wall or CPU, rounds)
     ms = [f"{1000 * statistics.median(seconds[0].tolist()):.1f}" for seconds in (bare, script)]
-    ratios = [f"{statistics.median(r):.3f} ({min(r):.3f}-{max(r):.3f})" for r in (script / bare).tolist()]
+    ratios = [
+        f"{statistics.median(r):.3f} ({min(r):.3f}-{max(r):.3f})" for r in (script / bare).tolist()
+    ]
     return f"| {' | '.join([name, str(len(turns.bare.x)), *ms, *ratios])} |"
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("script", type=Path, help="train_*.py")
-    parser.add_argument("--config", required=True, metavar="FILE", help="yaml file; see configs/benchmarks/")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="override a key of the config")
+    files_help = "yaml files, of which later ones win; see configs/benchmarks/"
+    parser.add_argument("--config", required=True, nargs="+", metavar="FILE", help=files_help)
+    override_help = "override a key of the config"
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=override_help)
     parser.add_argument("--rounds", type=int, default=9, help="at least 7")
-    parser.add_argument("--steps", type=int, default=20, help="of the script, and of the bare model, a round")
+    steps_help = "of the script, and of the bare model, per round"
+    parser.add_argument("--steps", type=int, default=20, help=steps_help)
     args = parser.parse_intermixed_args(argv)
+    words = [*args.config, *args.overrides]  # argparse gives all that follows --config to it
+    files = [word for word in args.config if not re.match(r"[\w.]+=", word)]
+    overrides = [word for word in words if word not in files]
+    if not files:
+        parser.error("--config needs a yaml file")
     if args.rounds < 7 or args.steps < 1:
         parser.error("--rounds must be at least 7 and --steps positive")
     torch.set_num_threads(1)
-    turns = measure(args.script, args.config, args.overrides, args.rounds, args.steps)
-    print(HEADER, table_line(Path(args.config).stem, turns), sep="\n")
+    turns = measure(args.script, files, overrides, args.rounds, args.steps)
+    print(HEADER, table_line(run_name(args.script, files, overrides), turns), sep="\n")
     return 0
 
 

@@ -1,1 +1,1 @@
-"""What surrounds a training step, never the step: config, runtime, checkpoint, log, evaluation, schedules."""
+"""The ground floor: configs, errors, safe files, metrics and averages. Imports no other folder."""

@@ -6,28 +6,36 @@ from torch.optim.swa_utils import AveragedModel
 
 
 def decay_at(updates: int, decay: float) -> float:
-    """min(1 - 1/(t+1), decay) after t updates: a plain mean at first (Tarvainen & Valpola 2017, arXiv:1703.01780)."""
+    """min(1 - 1 / (t + 1), decay) after t updates.
+
+    The average is a plain mean at first (Tarvainen and Valpola 2017, arXiv:1703.01780).
+    """
     return min(1 - 1 / (updates + 1), decay)
 
 
 class EMATeacher(AveragedModel):
-    """A copy of a model on its device, in eval mode, that follows it by an exponential moving average."""
+    """A copy of a model, in eval mode, with the exponential moving average of the model's weights.
+
+    The copy lives on the model's device.
+    """
 
     def __init__(self, model: nn.Module, decay: float):
-        super().__init__(model)  # n_averaged, the count of updates, stays on the CPU
+        super().__init__(model)  # n_averaged, the number of updates, stays on the CPU
         self.decay = decay
         self.eval().requires_grad_(False)
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
-        """Weights become decay_t * theirs + (1 - decay_t) * the model's, with `decay_at`; buffers are copied.
+        """Average the weights of `model` into the teacher's, and copy its buffers.
 
-        torch's own would send its count to the device, and wait for it, at every step.
+        The teacher's weights become d * teacher + (1 - d) * model, with d from `decay_at`. The
+        update of the base class would send its counter to the device at every step, and wait for
+        the transfer.
         """
         weight = 1 - decay_at(int(self.n_averaged), self.decay)
         torch._foreach_lerp_(list(self.module.parameters()), list(model.parameters()), weight)
-        for ours, theirs in zip(self.module.buffers(), model.buffers(), strict=True):
-            ours.copy_(theirs)
+        for averaged, current in zip(self.module.buffers(), model.buffers(), strict=True):
+            averaged.copy_(current)
         self.n_averaged += 1
 
 
@@ -37,7 +45,12 @@ def class_mean(p: torch.Tensor) -> torch.Tensor:
 
 
 class RunningMean(nn.Module):
-    """Exponential mean `value` of the tensors given to `update`, with `decay_at`; before the first it is `start`."""
+    """Exponential moving average of the tensors given to `update`, with the decay of `decay_at`.
+
+    Attributes:
+        value: the average; `start` before the first update.
+        updates: the number of updates so far.
+    """
 
     def __init__(self, start: torch.Tensor, decay: float):
         super().__init__()
@@ -48,5 +61,6 @@ class RunningMean(nn.Module):
     @torch.no_grad()
     def update(self, new: torch.Tensor) -> None:
         self.updates += 1
-        weight = (1 / self.updates).clamp_min(1 - self.decay)  # 1 - decay_at(updates so far), on the device
+        # 1 - decay_at(updates before this one), computed on the device.
+        weight = (1 / self.updates).clamp_min(1 - self.decay)
         self.value += weight * (new - self.value)

@@ -1,6 +1,16 @@
-"""Data sets, and the loaders that make order and augmentation pure functions of seed, domain and position."""
+"""Data sets, and loaders whose order and augmentation depend only on seed, role and position."""
 
-from data.domains import Domains, open_domains
+from data.config import DataConfig, LabeledDataConfig, TargetDataConfig
+from data.domains import Domains, EvaluationSets, open_domains
 from data.loaders import eval_loader, train_loader
 
-__all__ = ["Domains", "eval_loader", "open_domains", "train_loader"]
+__all__ = [
+    "DataConfig",
+    "Domains",
+    "EvaluationSets",
+    "LabeledDataConfig",
+    "TargetDataConfig",
+    "eval_loader",
+    "open_domains",
+    "train_loader",
+]

@@ -1,22 +1,35 @@
-"""ClassMix: classes of a source image pasted onto a target image (Olsson et al. 2021, arXiv:2007.07936)."""
+"""ClassMix: classes of a source image pasted onto a target image.
+
+Olsson et al. 2021, arXiv:2007.07936.
+"""
 
 import torch
 
-from common.evaluation import IGNORE_INDEX
-from common.runtime import UserError
+from common.errors import UserError
+from common.metrics import IGNORE_INDEX
 
 
 def class_mask(labels: torch.Tensor, num_classes: int, generator: torch.Generator) -> torch.Tensor:
-    """True (N, H, W) on the pixels of a random half, rounded up, of the classes present in each label map.
+    """The pixels of a random half, rounded up, of the classes present in each image.
 
-    labels: int64 (N, H, W); `IGNORE_INDEX` is never chosen. The generator lives on the CPU.
+    Args:
+        labels: (N, H, W) int64; `IGNORE_INDEX` is never chosen.
+        num_classes: K.
+        generator: chooses the classes; it lives on the CPU.
+
+    Returns:
+        (N, H, W), True on the pixels of the chosen classes.
     """
-    rank = torch.rand(len(labels), num_classes, generator=generator).to(labels.device, non_blocking=True)
+    device = labels.device
+    rank = torch.rand(len(labels), num_classes, generator=generator).to(device, non_blocking=True)
+    # Ignored pixels have the number after the last class.
     index = torch.where(labels != IGNORE_INDEX, labels, num_classes).flatten(1)
-    present = torch.zeros(len(labels), num_classes + 1, device=labels.device).scatter_(1, index, 1.0)[:, :-1] > 0
-    order = torch.where(present, rank, 2.0).argsort(1).argsort(1)  # 0 .. n - 1 for the n classes present
+    marks = torch.zeros(len(labels), num_classes + 1, device=device).scatter_(1, index, 1.0)
+    present = marks[:, :-1] > 0
+    # The n classes that are present have the places 0 .. n - 1 of a random order.
+    order = torch.where(present, rank, 2.0).argsort(1).argsort(1)
     chosen = order < (present.sum(1, keepdim=True) + 1) // 2
-    chosen = torch.cat([chosen & present, torch.zeros_like(chosen[:, :1])], 1)  # and what is ignored, last
+    chosen = torch.cat([chosen & present, torch.zeros_like(chosen[:, :1])], 1)
     return chosen.gather(1, index).view_as(labels)
 
 
@@ -26,14 +39,18 @@ def classmix(
     num_classes: int,
     generator: torch.Generator,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Paste half of each source image's classes onto a target image (DACS, arXiv:2007.08702, section 3.1).
+    """Paste half of the classes of each source image onto a target image.
+
+    DACS (Tranheden et al. 2020, arXiv:2007.08702, section 3.1).
 
     Args:
-        source: images (N, 3, H, W) and labels (N, H, W), of which `IGNORE_INDEX` is never pasted.
-        target: images, pseudo-labels and the weights of these, of the same sizes.
-        generator: of the choice of classes.
+        source: images (N, 3, H, W) and labels (N, H, W); `IGNORE_INDEX` is never pasted.
+        target: images (N, 3, H, W), pseudo-labels (N, H, W) and their weights (N, H, W).
+        num_classes: K.
+        generator: chooses the classes; it lives on the CPU.
 
-    Returns images, labels and weights of the target with what is pasted, whose weight is 1.
+    Returns:
+        (images, labels, weights) of the target with the pasted pixels, whose weight is 1.
 
     Raises:
         UserError: source and target images differ in size.
@@ -45,4 +62,8 @@ def classmix(
             "give data.source and data.target the same crop".format(*x_s.shape[2:], *x_t.shape[2:])
         )
     pasted = class_mask(y_s, num_classes, generator)
-    return torch.where(pasted[:, None], x_s, x_t), torch.where(pasted, y_s, y_t), weights.masked_fill(pasted, 1.0)
+    return (
+        torch.where(pasted[:, None], x_s, x_t),
+        torch.where(pasted, y_s, y_t),
+        weights.masked_fill(pasted, 1.0),
+    )

@@ -1,4 +1,4 @@
-"""Image and mask files decoded once and kept as uint8."""
+"""Image and mask files that are decoded once and then stored as uint8."""
 
 import itertools
 import math
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from common.runtime import UserError
+from common.errors import UserError
 from data.id_maps import UNKNOWN
 from data.order import generator
 
@@ -18,28 +18,36 @@ Size = tuple[int, int]  # height, width
 
 
 def _open(path: Path, read: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """`read(image)` of an image file. Raises `UserError` with its path."""
     try:
         with Image.open(path) as image:
             return read(image)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path}: cannot be read as an image ({reason}); mend or remove it") from None
+        raise UserError(
+            f"{path}: cannot be read as an image ({reason}); repair or remove it"
+        ) from None
 
 
 def read_rgb(path: Path, size: Size | None = None) -> Image.Image:
-    """An image file, resized with antialiasing if `size` is given. Raises `UserError` with its path."""
+    """An image file in RGB, resized with antialiasing if `size` is given.
+
+    Raises:
+        UserError: with the path, if the file cannot be read.
+    """
 
     def read(image: Image.Image) -> Image.Image:
         if size is None:
             return image.convert("RGB")
-        image.draft("RGB", size[::-1])  # lets the JPEG decoder skip what a smaller image does not need
+        # The JPEG decoder may skip details that the smaller image does not show.
+        image.draft("RGB", size[::-1])
         return image.convert("RGB").resize(size[::-1], Image.Resampling.BILINEAR)
 
     return _open(path, read)
 
 
 def image_size(path: Path) -> Size:
-    """(height, width) from the file's head. Raises `UserError` with its path."""
+    """(height, width) from the header of an image file. Raises `UserError` with its path."""
     return _open(path, lambda image: image.size)[::-1]
 
 
@@ -49,7 +57,7 @@ def decode(path: Path, size: Size | None = None) -> torch.Tensor:
 
 
 class ImageDecoder:
-    """`decode` to `size`, as an object that travels to a loader's workers."""
+    """`decode` with a fixed `size`, as an object that can be sent to the workers of a loader."""
 
     def __init__(self, size: Size | None):
         self.size = size
@@ -59,12 +67,17 @@ class ImageDecoder:
 
 
 class MaskDecoder:
-    """A mask file of single-channel or palette numbers -> class numbers by `table`, uint8 (H, W).
+    """Path of a mask file -> class numbers, uint8 (H, W).
 
-    Resized by the nearest pixel if `size` is given.
+    A mask has one channel of numbers, or a palette.
+
+    Args:
+        table: class number of each number in a mask, see `id_map`.
+        names: the class names, for messages.
+        size: (height, width) to which masks are resized, by nearest neighbor; None: not resized.
 
     Raises:
-        UserError: with the path, for a colour mask or a number the table has not.
+        UserError: with the path, for a color mask or a number without a class.
     """
 
     def __init__(self, table: torch.Tensor, names: list[str], size: Size | None = None):
@@ -74,65 +87,83 @@ class MaskDecoder:
         mask = _open(path, lambda image: image.copy())
         if mask.mode not in ("L", "P", "1", "I", "I;16", "I;16B", "I;16L"):
             raise UserError(
-                f"{path}: a mask has one number a pixel, or a palette, and this one has colours ({mask.mode}); "
-                "turn its colours into numbers"
+                f"{path}: a mask has one number per pixel, or a palette, but this one has colors "
+                f"({mask.mode}); convert its colors to numbers"
             )
         numbers = np.asarray(mask).astype(np.int64)
         outside = (numbers < 0) | (numbers >= len(self.table))
         classes = self.table[np.where(outside, 0, numbers)]
         unknown = outside | (classes == UNKNOWN)
         if unknown.any():
+            names = ", ".join(self.names[:12]) + (" ..." if len(self.names) > 12 else "")
             raise UserError(
-                f"{path}: the mask holds {numbers[unknown].min()}, which ids has not ({len(self.names)} classes: "
-                f"{', '.join(self.names[:12])}{' ...' if len(self.names) > 12 else ''}); add it to a class or to void"
+                f"{path}: the mask contains {numbers[unknown].min()}, which ids does not define "
+                f"({len(self.names)} classes: {names}); add it to a class or to void"
             )
         if self.size and self.size != classes.shape:
-            classes = np.array(Image.fromarray(classes).resize(self.size[::-1], Image.Resampling.NEAREST))
+            resized = Image.fromarray(classes).resize(self.size[::-1], Image.Resampling.NEAREST)
+            classes = np.array(resized)
         return torch.from_numpy(classes)
 
 
 def _create(path: Path, count: int) -> None:
-    """A sparse uint8 array of zeros, unless the file is there; of two runs that create it at once, the first wins."""
+    """Create a .npy file of `count` zeros, uint8, unless the file exists.
+
+    If two runs create it at the same time, both use the file of the first.
+    """
     if path.is_file():
         return
     temporary = path.with_suffix(f".{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         np.lib.format.open_memmap(temporary, "w+", np.uint8, (count,)).flush()
-        if hasattr(os, "posix_fallocate"):  # a full disk is an error here, not a bus error at some later image
+        # A full disk is reported here, and not as a bus error when an image is stored.
+        if hasattr(os, "posix_fallocate"):
             with open(temporary, "r+b") as file:
                 os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
         os.link(temporary, path)
     except FileExistsError:
         pass
     except OSError as error:
-        raise UserError(f"data.cache: {path} cannot be written ({error.strerror}); choose another folder", 5) from None
+        raise UserError(
+            f"data.cache: {path} cannot be written ({error.strerror}); choose another folder", 5
+        ) from None
     finally:
         if temporary.exists():
             temporary.unlink()
 
 
 def check_sizes(images: list[Path], masks: list[Path]) -> None:
-    """Raise `UserError` for the first mask that has not its image's size; reads the heads of the files alone."""
+    """Raise `UserError` for the first mask that differs in size from its image.
+
+    Only the headers of the files are read.
+    """
     for image, mask in zip(images, masks, strict=True):
-        if (own := image_size(mask)) != (of := image_size(image)):
+        mask_height, mask_width = image_size(mask)
+        height, width = image_size(image)
+        if (mask_height, mask_width) != (height, width):
             raise UserError(
-                f"{mask}: the mask is {own[0]}x{own[1]} px, its image {image} {of[0]}x{of[1]}; a mask has its image's "
-                "size: mend or remove the two"
+                f"{mask}: the mask is {mask_height}x{mask_width} px, its image {image} "
+                f"{height}x{width}; a mask has the size of its image: correct or remove the two"
             )
 
 
 class Decoded:
-    """`decoded[index]` -> uint8 (n, *shape); each file is decoded when it is first asked for.
+    """Files as one indexable set: `decoded[index]` -> uint8 (n, *shape) for an int64 index (n,).
 
-    Up to `limit` bytes the arrays are kept in this process's memory; larger sets, and sets read by several
-    workers, in a .npy file in `folder` that later runs find again. `folder` None keeps nothing (dry run).
+    A file is decoded when it is first requested. A small set is then stored in the memory of this
+    process; a set of more than `limit` bytes, or one that several workers read, is stored in a .npy
+    file in `folder`, which later runs use too.
 
     Args:
         paths: the files.
-        shapes: the shape of each decoded file; those asked for at once must be equal.
-        decode: path -> uint8 tensor of its shape.
-        name: of the file in `folder`, with all that `decode` depends on beside the files themselves.
+        shapes: the shape of each decoded file; the files of one index must have the same shape.
+        decode: path -> uint8 tensor of that shape.
+        name: start of the name of the .npy file; it must name everything that `decode` depends on
+            besides the files.
+        folder: the folder of the .npy file, or None to store nothing (dry run).
+        limit: largest size in memory, in bytes.
+        shared: whether several workers read the set.
     """
 
     def __init__(
@@ -158,17 +189,18 @@ class Decoded:
         stats = (f"{p}:{s.st_size}:{s.st_mtime_ns}" for p in paths for s in [p.stat()])
         self.file = folder / f"{name}_{generator(*stats).initial_seed():016x}.npy"
         if self._flags().is_file() and not self.file.is_file():
-            self._flags().unlink()  # flags without their images: these were removed
+            self._flags().unlink()  # the images were removed, and their flags were not
         _create(self.file, self.bytes)
         _create(self._flags(), len(paths))
 
     def _flags(self) -> Path:
+        """The file that marks which images are stored."""
         return self.file.with_suffix(".done.npy")
 
     def __getstate__(self) -> dict:
         state = self.__dict__.copy()
         if self.file is not None:
-            state["store"] = state["filled"] = None  # a worker maps the file anew
+            state["store"] = state["filled"] = None  # a worker maps the file itself
         return state
 
     def _open(self) -> None:
@@ -177,7 +209,9 @@ class Decoded:
                 self.store = torch.from_numpy(np.load(self.file, mmap_mode="r+"))
                 self.filled = torch.from_numpy(np.load(self._flags(), mmap_mode="r+"))
             except (OSError, ValueError, EOFError):
-                raise UserError(f"data.cache: {self.file} cannot be read; remove it and {self._flags().name}") from None
+                raise UserError(
+                    f"data.cache: {self.file} cannot be read; remove it and {self._flags().name}"
+                ) from None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -185,32 +219,50 @@ class Decoded:
     def _item(self, i: int) -> torch.Tensor:
         if self.store is None:
             return self.decode(self.paths[i])
-        kept = self.store[self.starts[i] : self.starts[i + 1]].view(self.shapes[i])
+        stored = self.store[self.starts[i] : self.starts[i + 1]].view(self.shapes[i])
         if not self.filled[i]:
-            kept.copy_(self.decode(self.paths[i]))
-            self.filled[i] = 1  # after the image: whoever sees the flag finds the image
-        return kept
+            stored.copy_(self.decode(self.paths[i]))
+            self.filled[i] = 1  # set after the image, so that a flag always has its image
+        return stored
 
     def __getitem__(self, index: torch.Tensor) -> torch.Tensor:
         self._open()
         return torch.stack([self._item(i) for i in index.tolist()])
 
     def describe(self) -> str:
-        where = (
-            "not kept" if self.store is None and self.file is None else f"in {self.file}" if self.file else "in memory"
-        )
+        """The size of the decoded set and where it is stored."""
+        if self.file is not None:
+            where = f"in {self.file}"
+        else:
+            where = "not stored" if self.store is None else "in memory"
         return f"{self.bytes / 2**20:.0f} MiB decoded, {where}"
 
 
-def decoded_images(paths: list[Path], size: Size | None, folder: Path | None, limit: float, shared: bool) -> Decoded:
-    """Image files as uint8 (3, H, W), of `size` or of their own."""
+def decoded_images(
+    paths: list[Path], size: Size | None, folder: Path | None, limit: float, shared: bool
+) -> Decoded:
+    """Image files as uint8 (3, H, W).
+
+    Args:
+        paths: the files.
+        size: (height, width) of all images, or None for their own sizes.
+        folder, limit, shared: see `Decoded`.
+    """
     shapes = [(3, *(size or image_size(path))) for path in paths]
     name = "decoded_" + ("x".join(map(str, size)) if size else "whole")
     return Decoded(paths, shapes, ImageDecoder(size), name, folder, limit, shared)
 
 
-def decoded_masks(paths: list[Path], decoder: MaskDecoder, folder: Path | None, limit: float, shared: bool) -> Decoded:
-    """The decoder's masks as uint8 (H, W) class numbers, of its size or of their own."""
+def decoded_masks(
+    paths: list[Path], decoder: MaskDecoder, folder: Path | None, limit: float, shared: bool
+) -> Decoded:
+    """Mask files as class numbers, uint8 (H, W).
+
+    Args:
+        paths: the files.
+        decoder: the meaning of the numbers in a mask, and the size of all masks if it has one.
+        folder, limit, shared: see `Decoded`.
+    """
     size = decoder.size
     shapes = [size or image_size(path) for path in paths]
     meaning = f"{generator(*decoder.table.tolist()).initial_seed():016x}"[:8]

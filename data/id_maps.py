@@ -1,15 +1,22 @@
-"""What the numbers in a mask mean: a table from them to class numbers, and the names of the classes.
+"""The meaning of the numbers in a mask: their class numbers, and the names of the classes.
 
 `ids` of a domain is one of
 
-    cityscapes            19 classes from the ids of Cityscapes' labelIds files; cityscapes16, cityscapes13: SYNTHIA's
-    gta5                  19 classes from the ids of GTA5, which are those of Cityscapes
-    synthia16, synthia13  from the ids of SYNTHIA-RAND-CITYSCAPES, the first channel of its GT/LABELS files, which have
-                          three of 16 bits and must be saved with this one alone first
-    [sky, road, ...]      masks hold class numbers: 0 is sky, 1 road; 255 is ignored, and what is called `void`
-    {sky: 0, road: [3, 4], void: [11, 255]}   a class and its ids; what stands under `void` is ignored
+    cityscapes
+        the ids in the labelIds files of Cityscapes; 19 classes
+    cityscapes16, cityscapes13
+        the same ids; the 16 or 13 classes of SYNTHIA
+    gta5
+        the ids of GTA5, which are those of Cityscapes; 19 classes
+    synthia16, synthia13
+        the ids of SYNTHIA-RAND-CITYSCAPES; 16 or 13 classes. They are the first of three 16-bit
+        channels in its GT/LABELS files; save that channel alone first.
+    [sky, road, ...]
+        masks contain class numbers: 0 is sky, 1 is road. 255 is ignored, and so is a class `void`.
+    {sky: 0, road: [3, 4], void: [11, 255]}
+        classes and their ids; the ids of `void` are ignored
 
-A number that a mask holds and the map has not is an error, never ignored in silence.
+A number in a mask that `ids` does not define is an error; it is never ignored silently.
 """
 
 import difflib
@@ -17,38 +24,40 @@ import difflib
 import torch
 from torchvision.datasets import Cityscapes
 
-from common.evaluation import IGNORE_INDEX
-from common.runtime import UserError
+from common.errors import UserError
+from common.metrics import IGNORE_INDEX
 
 VOID = "void"
-UNKNOWN = 254  # in a table: a number that has no meaning
+UNKNOWN = 254  # in a table: a number that `ids` does not define
 
 _TRAIN = sorted((c for c in Cityscapes.classes if not c.ignore_in_eval), key=lambda c: c.train_id)
 _CITYSCAPES = {
     **{c.name: [c.id] for c in _TRAIN},
     VOID: [c.id for c in Cityscapes.classes if c.ignore_in_eval and c.id >= 0] + [IGNORE_INDEX],
 }
-_GTA5 = {**_CITYSCAPES, VOID: [*_CITYSCAPES[VOID], 34]}  # its licence plate
+_GTA5 = {**_CITYSCAPES, VOID: [*_CITYSCAPES[VOID], 34]}  # 34: license plate
 
-# the ids of SYNTHIA-RAND-CITYSCAPES under the names of Cityscapes; 0 is void
+# The ids of SYNTHIA-RAND-CITYSCAPES under the names of Cityscapes.
 _SYNTHIA = {
-    "road": 3, "sidewalk": 4, "building": 2, "wall": 21, "fence": 5, "pole": 7, "traffic light": 15, "traffic sign": 9,
-    "vegetation": 6, "sky": 1, "person": 10, "rider": 17, "car": 8, "bus": 19, "motorcycle": 12, "bicycle": 11,
+    "road": 3, "sidewalk": 4, "building": 2, "wall": 21, "fence": 5, "pole": 7,
+    "traffic light": 15, "traffic sign": 9, "vegetation": 6, "sky": 1, "person": 10, "rider": 17,
+    "car": 8, "bus": 19, "motorcycle": 12, "bicycle": 11,
 }  # fmt: skip
 _SYNTHIA_REST = [0, 13, 14, 16, 18, 20, 22, IGNORE_INDEX]
 _NOT_IN_13 = ("wall", "fence", "pole")
 
 
-def _synthia(left_out: tuple[str, ...] = ()) -> dict[str, list[int]]:
-    kept = {name: [number] for name, number in _SYNTHIA.items() if name not in left_out}
-    return {**kept, VOID: [*_SYNTHIA_REST, *(_SYNTHIA[name] for name in left_out)]}
+def _synthia(excluded: tuple[str, ...] = ()) -> dict[str, list[int]]:
+    """The ids of SYNTHIA for its classes without the excluded ones."""
+    classes = {name: [number] for name, number in _SYNTHIA.items() if name not in excluded}
+    return {**classes, VOID: [*_SYNTHIA_REST, *(_SYNTHIA[name] for name in excluded)]}
 
 
-def _cityscapes(left_out: tuple[str, ...] = ()) -> dict[str, list[int]]:
-    """Cityscapes' ids for SYNTHIA's classes, in SYNTHIA's order."""
-    kept = {name: _CITYSCAPES[name] for name in _SYNTHIA if name not in left_out}
-    rest = [number for name, ids in _CITYSCAPES.items() if name not in kept for number in ids]
-    return {**kept, VOID: rest}
+def _cityscapes(excluded: tuple[str, ...] = ()) -> dict[str, list[int]]:
+    """The ids of Cityscapes for the classes of SYNTHIA, in the order of SYNTHIA."""
+    classes = {name: _CITYSCAPES[name] for name in _SYNTHIA if name not in excluded}
+    rest = [number for name, ids in _CITYSCAPES.items() if name not in classes for number in ids]
+    return {**classes, VOID: rest}
 
 
 NAMED = {
@@ -62,15 +71,24 @@ NAMED = {
 
 
 def id_map(ids: str | list | dict, where: str) -> tuple[torch.Tensor, list[str]]:
-    """(table, class names): table[number in the mask] is a class number, `IGNORE_INDEX` or `UNKNOWN`; uint8 (65536,).
+    """The table and the class names of an `ids` of the config.
 
-    Raises `UserError`, beginning with `where`, for an `ids` that is none of the forms of this module.
+    Args:
+        ids: one of the forms that this module describes.
+        where: the key in the config, for messages.
+
+    Returns:
+        (table, names). table, uint8 (65536,), maps a number in a mask to its class number,
+        `IGNORE_INDEX` or `UNKNOWN`.
+
+    Raises:
+        UserError: `ids` has none of the forms.
     """
     if isinstance(ids, str):
         if ids not in NAMED:
             near = difflib.get_close_matches(ids, NAMED, 1)
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(NAMED)}"
-            raise UserError(f"{where}: no map {ids!r}; {hint}")
+            raise UserError(f"{where}: there are no ids named {ids!r}; {hint}")
         ids = NAMED[ids]
     elif isinstance(ids, list):
         if len(set(ids)) < len(ids):
@@ -79,13 +97,16 @@ def id_map(ids: str | list | dict, where: str) -> tuple[torch.Tensor, list[str]]
         ids = {**{name: number for number, name in enumerate(ids)}, VOID: [*void, IGNORE_INDEX]}
     names = [name for name in ids if name != VOID]
     if not 2 <= len(names) < UNKNOWN:
-        raise UserError(f"{where}: names {len(names)} classes, 2 to {UNKNOWN - 1} are possible")
+        raise UserError(f"{where}: names {len(names)} classes; 2 to {UNKNOWN - 1} are possible")
     table = torch.full((2**16,), UNKNOWN, dtype=torch.uint8)
     for name, numbers in ids.items():
         for number in numbers if isinstance(numbers, list) else [numbers]:
             if type(number) is not int or not 0 <= number < len(table):
-                raise UserError(f"{where}: {name}: {number!r} is no id (an integer from 0 to {len(table) - 1})")
+                raise UserError(
+                    f"{where}: {name}: {number!r} is not an id "
+                    f"(an integer from 0 to {len(table) - 1})"
+                )
             if table[number] != UNKNOWN:
-                raise UserError(f"{where}: the id {number} stands under two names")
+                raise UserError(f"{where}: the id {number} belongs to two classes")
             table[number] = IGNORE_INDEX if name == VOID else names.index(name)
     return table, names

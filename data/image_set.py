@@ -1,4 +1,4 @@
-"""Images with labels by class name."""
+"""Sets of images, with labels whose classes have names."""
 
 import bisect
 import itertools
@@ -6,14 +6,18 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from common.runtime import UserError
+from common.errors import UserError
 
 
 class Joined:
-    """Several `images` or `masks` end to end: `joined[index]`, with images as three channels."""
+    """The `images` or `labels` of several sets, one after the other: `joined[index]`.
+
+    Images are expanded to three channels.
+    """
 
     def __init__(self, parts: list, lengths: list[int]):
-        self.parts, self.starts = parts, [0, *itertools.accumulate(lengths)]
+        self.parts = parts
+        self.starts = [0, *itertools.accumulate(lengths)]
         self.shapes = [s for part, n in zip(parts, lengths, strict=True) for s in _shapes(part, n)]
 
     def __getitem__(self, index: torch.Tensor) -> torch.Tensor:
@@ -26,15 +30,20 @@ class Joined:
 
 
 def _shapes(images: object, count: int) -> list[tuple[int, ...]]:
+    """The shape of each of `count` images."""
     images = images.masks if isinstance(images, Renumbered) else images
     return images.shapes if hasattr(images, "shapes") else [tuple(images.shape[1:])] * count
 
 
 class Renumbered:
-    """`masks[index]` with every class number replaced by `mapping[number]`; `IGNORE_INDEX` stays."""
+    """`masks[index]` with `mapping[number]` in place of every class number.
+
+    Numbers beyond the mapping, such as `IGNORE_INDEX`, do not change.
+    """
 
     def __init__(self, masks: object, mapping: torch.Tensor):
-        self.masks, self.table = masks, torch.arange(256, dtype=torch.uint8)
+        self.masks = masks
+        self.table = torch.arange(256, dtype=torch.uint8)
         self.table[: len(mapping)] = mapping.to(torch.uint8)
 
     @property
@@ -49,11 +58,15 @@ class Renumbered:
 class ImageSet:
     """Images of one domain and split.
 
-    images: `images[index]` -> uint8 (n, C, H, W), C 1 or 3, for an int64 index (n,); a tensor or a `Decoded`.
-    labels: of all `images`, into `classes`: int64 (N,), or masks, `labels[index]` -> uint8 (n, H, W) with 255 ignored;
-    None for unlabelled images.
-    indices: (N,) int64, the images that belong to the set.
-    crop: height and width of training crops of maps, or None for whole images.
+    Attributes:
+        name: for messages.
+        images: `images[index]` -> uint8 (n, C, H, W), C 1 or 3, for an int64 index (n,); a tensor
+            or a `Decoded`.
+        labels: class numbers of all `images`, int64 (M,); or their masks, `labels[index]` -> uint8
+            (n, H, W), with `IGNORE_INDEX` ignored; or None for unlabeled images.
+        classes: the class names, by number; None without labels.
+        indices: (N,) int64, the numbers of the images that belong to the set.
+        crop: segmentation: height and width of training crops, or None for entire images.
     """
 
     name: str
@@ -67,13 +80,19 @@ class ImageSet:
         return len(self.indices)
 
     def subset(self, positions: torch.Tensor) -> "ImageSet":
+        """The images at these positions of `indices`, as int64 numbers or a bool mask."""
         return replace(self, indices=self.indices[positions])
 
-    def unlabelled(self) -> "ImageSet":
+    def unlabeled(self) -> "ImageSet":
+        """The same images without labels."""
         return replace(self, labels=None)
 
-    def relabelled(self, classes: list[str], of: str = "source") -> "ImageSet":
-        """The same set with labels into `classes`, those `of` another set, matched by name.
+    def relabeled(self, classes: list[str], of: str = "source") -> "ImageSet":
+        """The same set with the class numbers of another set; the classes are matched by name.
+
+        Args:
+            classes: the class names of the other set, by number.
+            of: the role of the other set, for messages.
 
         Raises:
             UserError: the names differ.
@@ -81,37 +100,54 @@ class ImageSet:
         if self.labels is None or self.classes == classes:
             return self
         if set(classes) != set(self.classes):
-            extra, lacking = sorted(set(self.classes) - set(classes)), sorted(set(classes) - set(self.classes))
+            extra = ", ".join(sorted(set(self.classes) - set(classes))) or "none"
+            missing = ", ".join(sorted(set(classes) - set(self.classes))) or "none"
             raise UserError(
                 f"{self.name}: its classes differ from the {of}'s: "
-                f"only here: {', '.join(extra) or 'none'}; only in the {of}: {', '.join(lacking) or 'none'}"
+                f"only here: {extra}; only in the {of}: {missing}"
             )
         mapping = torch.tensor([classes.index(name) for name in self.classes])
-        whole = isinstance(self.labels, torch.Tensor) and self.labels.dim() == 1
-        return replace(
-            self, labels=mapping[self.labels] if whole else Renumbered(self.labels, mapping), classes=classes
-        )
+        if _are_class_numbers(self.labels):
+            labels = mapping[self.labels]
+        else:
+            labels = Renumbered(self.labels, mapping)
+        return replace(self, labels=labels, classes=classes)
+
+
+def _are_class_numbers(labels: object) -> bool:
+    """Whether labels are one number per image, and not masks."""
+    return isinstance(labels, torch.Tensor) and labels.dim() == 1
 
 
 def join(sets: list[ImageSet]) -> ImageSet:
-    """The labelled sets as one, with classes and crop of the first. Raises `UserError` where classes differ."""
+    """Several labeled sets as one, with the classes and the crop of the first.
+
+    Raises:
+        UserError: the class names differ.
+    """
     if len(sets) == 1:
         return sets[0]
-    sets = [sets[0], *(images.relabelled(sets[0].classes) for images in sets[1:])]
+    sets = [sets[0], *(images.relabeled(sets[0].classes) for images in sets[1:])]
     lengths = [len(images.images) for images in sets]
     starts = [0, *itertools.accumulate(lengths)]
     labels = [images.labels for images in sets]
-    whole = all(isinstance(part, torch.Tensor) and part.dim() == 1 for part in labels)
+    class_numbers = all(_are_class_numbers(part) for part in labels)
+    indices = [images.indices + start for images, start in zip(sets, starts, strict=False)]
     return replace(
         sets[0],
         name=" + ".join(images.name for images in sets),
         images=Joined([images.images for images in sets], lengths),
-        labels=torch.cat(labels) if whole else Joined(labels, lengths),
-        indices=torch.cat([images.indices + start for images, start in zip(sets, starts, strict=False)]),
+        labels=torch.cat(labels) if class_numbers else Joined(labels, lengths),
+        indices=torch.cat(indices),
     )
 
 
 def image_set(name: str, images, labels, classes: list[str] | None, crop=None) -> ImageSet:
-    """An `ImageSet` of all `images`; `labels` a sequence of class numbers, masks, or None."""
+    """An `ImageSet` of all `images`.
+
+    Args:
+        name, images, classes, crop: see `ImageSet`.
+        labels: as in `ImageSet`, or a list of class numbers.
+    """
     labels = torch.tensor(labels) if isinstance(labels, list) else labels
     return ImageSet(name, images, labels, classes, torch.arange(len(images)), crop and tuple(crop))

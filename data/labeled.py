@@ -1,78 +1,120 @@
-"""The few labelled target images of `data.target_labeled`."""
+"""Labeled target images: those of `data.target_labeled`, and a validation set of them."""
 
 import os
 from pathlib import Path
 
 import torch
 
-from common.runtime import UserError
+from common.errors import UserError
 from data.decoded import Decoded
 from data.image_set import ImageSet
 from data.order import generator
 
 
 def file_of(images: ImageSet, index: int) -> str | None:
-    """The real path of an image; None where the set is no set of files."""
-    return os.path.realpath(images.images.paths[index]) if isinstance(images.images, Decoded) else None
+    """The real path of an image; None if the images of the set are not files."""
+    if not isinstance(images.images, Decoded):
+        return None
+    return os.path.realpath(images.images.paths[index])
 
 
 def without(images: ImageSet | None, labeled: ImageSet) -> ImageSet | None:
-    """The set without the images of `labeled`, by their files, or by their numbers in the same tensor."""
+    """The set without the images of `labeled`.
+
+    Files are compared by path, images of the same tensor by number. Images of two tensors differ.
+    """
     if images is None:
         return None
-    taken = {file_of(labeled, i) or i for i in labeled.indices.tolist()}
-    same = images.images is labeled.images or isinstance(images.images, Decoded)
-    kept = [not same or (file_of(images, i) or i) not in taken for i in images.indices.tolist()]
-    return images if all(kept) else images.subset(torch.tensor(kept))
+    labeled_keys = {file_of(labeled, i) or i for i in labeled.indices.tolist()}
+    comparable = images.images is labeled.images or isinstance(images.images, Decoded)
+    remaining = [
+        not comparable or (file_of(images, i) or i) not in labeled_keys
+        for i in images.indices.tolist()
+    ]
+    return images if all(remaining) else images.subset(torch.tensor(remaining))
 
 
 def hold_out_of_each(images: ImageSet, share: float, seed: int) -> tuple[ImageSet, ImageSet]:
-    """(`share` of the images of each class, to the nearest image, the rest) by `seed`.
+    """Draw a share of the images of each class, for validation.
+
+    Args:
+        images: the set, with one class per image.
+        share: of the images of each class, rounded to the nearest number of images.
+        seed: of the draw.
+
+    Returns:
+        (the drawn images, the other images).
 
     Raises:
-        UserError: either would be left without an image of some class.
+        UserError: one of the two would have no image of some class.
     """
-    labels, random, held = images.labels[images.indices], generator(seed, "val"), torch.zeros(len(images), dtype=bool)
+    labels = images.labels[images.indices]
+    random = generator(seed, "val")
+    drawn = torch.zeros(len(images), dtype=bool)
     for k, name in enumerate(images.classes):
         group = (labels == k).nonzero()[:, 0]
         count = round(share * len(group))
         if not 0 < count < len(group):
-            left = "validate" if count == 0 else "train"
+            purpose = "validate" if count == 0 else "train"
             raise UserError(
-                f"data.val_share: {share} of the {len(group)} images of class {name} leaves none to {left} on"
+                f"data.val_share: {share} of the {len(group)} images of class {name} "
+                f"leaves none to {purpose} on"
             )
-        held[group[torch.randperm(len(group), generator=random)[:count]]] = True
-    return images.subset(held), images.subset(~held)
+        drawn[group[torch.randperm(len(group), generator=random)[:count]]] = True
+    return images.subset(drawn), images.subset(~drawn)
 
 
 def draw_labeled(target: ImageSet, count: int, seed: int) -> ImageSet:
-    """`count` images of each class, or of a set with masks `count` images, by `seed`.
+    """Draw the labeled images of a target.
+
+    Args:
+        target: the labeled set.
+        count: images per class; of a set with masks, images.
+        seed: of the draw.
 
     Raises:
-        UserError: the target has no labels, or a class too few images.
+        UserError: the target has no labels, or a class has too few images.
     """
-    asked = f"data.target_labeled: {count}"
+    where = f"data.target_labeled: {count}"
     if target.labels is None:
-        raise UserError(f"{asked} images cannot be drawn: {target.name} has no labels; name a list file instead")
+        raise UserError(
+            f"{where} images cannot be drawn: {target.name} has no labels; name a list file instead"
+        )
     labels = target.labels[target.indices] if isinstance(target.labels, torch.Tensor) else None
     if labels is None or labels.dim() > 1:
         groups = {"images": torch.arange(len(target))}
     else:
-        groups = {f"of class {name}": (labels == k).nonzero()[:, 0] for k, name in enumerate(target.classes)}
-    random, drawn = generator(seed, "target_labeled"), []
+        groups = {
+            f"of class {name}": (labels == k).nonzero()[:, 0]
+            for k, name in enumerate(target.classes)
+        }
+    random = generator(seed, "target_labeled")
+    drawn = []
     for name, group in groups.items():
         if len(group) < count:
-            raise UserError(f"{asked} are asked for, {target.name} has {len(group)} {name}; ask for fewer")
+            raise UserError(
+                f"{where} are requested, but {target.name} has {len(group)} {name}; request fewer"
+            )
         drawn.append(group[torch.randperm(len(group), generator=random)[:count]])
     return target.subset(torch.cat(drawn).sort().values)
 
 
 def list_labeled(images: ImageSet, root: Path) -> str:
-    """Lines that are a list file of these images in a file just below `root`; of a set without files, their numbers."""
+    """The text of a list file of these images, one line per image.
+
+    The paths are relative to `root`, so the file can be read as a list if it lies directly below
+    `root`. Images that are not files are listed by their numbers.
+
+    Raises:
+        UserError: the name of a file is not UTF-8 text.
+    """
     masks = getattr(images.labels, "masks", images.labels)
 
     def words(i: int) -> list[str]:
-        name = os.path.relpath(images.images.paths[i], root) if isinstance(images.images, Decoded) else str(i)
+        if isinstance(images.images, Decoded):
+            name = os.path.relpath(images.images.paths[i], root)
+        else:
+            name = str(i)
         if isinstance(masks, Decoded):
             return [name, os.path.relpath(masks.paths[i], root)]
         return [name, images.classes[masks[i]]] if masks.dim() == 1 else [name]
@@ -80,5 +122,7 @@ def list_labeled(images: ImageSet, root: Path) -> str:
     lines = [" ".join(words(i)) + "\n" for i in images.indices.tolist()]
     for line in lines:
         if not line.isprintable() and line != line.encode(errors="replace").decode():
-            raise UserError(f"{images.name}: the name {line.strip()!r} is no utf-8 text; rename the file")
+            raise UserError(
+                f"{images.name}: the name {line.strip()!r} is not utf-8 text; rename the file"
+            )
     return "".join(lines)

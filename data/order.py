@@ -1,4 +1,4 @@
-"""Random numbers as pure functions of what they are for."""
+"""Random numbers as pure functions of their purpose."""
 
 import hashlib
 
@@ -6,26 +6,35 @@ import torch
 
 
 def generator(*purpose) -> torch.Generator:
-    """A CPU generator seeded by a hash of `purpose`, such as (seed, domain, "augment", step)."""
+    """A CPU generator, seeded by a hash of `purpose`, such as (seed, role, "augment", step)."""
     digest = hashlib.blake2b("/".join(map(str, purpose)).encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") & (2**63 - 1))
 
 
 class Order:
-    """Endless order of `size` images: one random permutation a pass, so that each image comes once a pass."""
+    """Endless random order of a set, in which every pass contains each image once.
+
+    Args:
+        seed: of the run.
+        domain: the role of the set; every role has its own order.
+        size: number of images.
+    """
 
     def __init__(self, seed: int, domain: str, size: int):
         self.seed, self.domain, self.size = seed, domain, size
-        self.number, self.permutation = -1, None
+        self.number = -1  # of the pass that `permutation` belongs to
+        self.permutation = None
 
     def _pass(self, number: int) -> torch.Tensor:
+        """The permutation of one pass; the latest one is cached."""
         if number != self.number:
-            self.permutation = torch.randperm(self.size, generator=generator(self.seed, self.domain, "order", number))
+            random = generator(self.seed, self.domain, "order", number)
+            self.permutation = torch.randperm(self.size, generator=random)
             self.number = number
         return self.permutation
 
     def positions(self, start: int, count: int) -> torch.Tensor:
-        """Image numbers at positions start .. start + count - 1, int64 (count,)."""
+        """Numbers of the images at positions start .. start + count - 1, int64 (count,)."""
         parts = []
         while count > 0:
             number, offset = divmod(start, self.size)

@@ -1,1 +1,1 @@
-"""One idea a file; plain functions on tensors, class axis 1."""
+"""Losses: one idea per file, as functions on tensors. The class axis is 1."""

@@ -1,4 +1,4 @@
-"""Conditioning of CDAN (Long et al. 2018, arXiv:1705.10667)."""
+"""Conditioning of the domain discriminator in CDAN (Long et al. 2018, arXiv:1705.10667)."""
 
 import math
 
@@ -7,13 +7,31 @@ from torch import nn
 
 
 class MultilinearMap(nn.Module):
-    """features (N, D), probabilities (N, K) -> their outer product (N, D*K), or a random map of it (eq. 6).
+    """Outer product of features and probabilities, or a random projection of it (eq. 6).
 
-    Beyond `max_features` outputs, Rf f * Rg g / sqrt(random_features) stands in for the product, with fixed
-    standard-normal matrices kept as buffers (saved with the run). `out_features` is the width of the result.
+    The projection Rf f * Rg g / sqrt(random_features), elementwise, replaces an outer product of
+    more than `max_features` values. Rf and Rg are fixed matrices of standard-normal values; they
+    are buffers, and so are saved with the run.
+
+    Args:
+        in_features: width D of the features.
+        num_classes: K.
+        max_features: largest width of the outer product.
+        random_features: width of the projection.
+
+    Shapes: features (N, D) and probabilities (N, K) -> (N, D * K), or (N, random_features).
+
+    Attributes:
+        out_features: the width of the result.
     """
 
-    def __init__(self, in_features: int, num_classes: int, max_features: int = 4096, random_features: int = 1024):
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        max_features: int = 4096,
+        random_features: int = 1024,
+    ):
         super().__init__()
         self.randomized = in_features * num_classes > max_features
         self.out_features = random_features if self.randomized else in_features * num_classes
@@ -23,14 +41,18 @@ class MultilinearMap(nn.Module):
 
     def forward(self, features: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
         if self.randomized:
-            return (features @ self.random_f) * (probabilities @ self.random_g) / math.sqrt(self.out_features)
+            product = (features @ self.random_f) * (probabilities @ self.random_g)
+            return product / math.sqrt(self.out_features)
         return torch.einsum("nd,nk->ndk", features, probabilities.to(features.dtype)).flatten(1)
 
 
 def entropy_weights(logits: torch.Tensor) -> torch.Tensor:
-    """1 + exp(-H) with H in nats (eq. 8), scaled to mean 1 over the batch: (N, K) -> (N,), float32, detached.
+    """Weight 1 + exp(-H) of each sample, with the entropy H in nats (eq. 8), scaled to mean 1.
 
-    Call it once a domain. An empty batch gives an empty result.
+    The mean is taken over the batch; call the function once per domain. An empty batch gives an
+    empty result.
+
+    Shapes: logits (N, K) -> (N,), float32, detached from the graph.
     """
     log_p = logits.detach().float().log_softmax(1)
     weights = 1 + torch.exp((log_p.exp() * log_p).sum(1))

@@ -1,28 +1,35 @@
-"""Self-training: which pseudo-labels to believe, and the cross-entropy on them.
+"""Self-training: which pseudo-labels to accept, and the cross-entropy on them.
 
     confidence, labels = p.max(1)
     accepted = confidence >= threshold
     loss = pseudo_label_loss(log_p_strong, labels, pseudo_label_weights(accepted, "mask"))
 
-Shapes: p and log_p (N, K, ...) with class axis 1; labels, confidence, accepted and weights (N, ...).
+Shapes: p and log_p (N, K, ...) with class axis 1; labels, confidence, accepted and weights
+(N, ...).
 """
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from common.averages import RunningMean, class_mean
+
 
 def pseudo_label_weights(accepted: torch.Tensor, weighting: str) -> torch.Tensor:
     """Weight of each pseudo-label, float32 of the shape of `accepted` (bool).
 
-    mask: 1 where accepted, else 0 (FixMatch, arXiv:2001.07685, eq. 4). confident_fraction: for all alike the accepted
-    share of the batch (DACS, arXiv:2007.08702, section 3.2).
+    mask: 1 where accepted, else 0 (FixMatch, arXiv:2001.07685, eq. 4). confident_fraction: the
+    accepted share of the batch, for all pseudo-labels (DACS, arXiv:2007.08702, section 3.2).
     """
     weights = accepted.float()
-    return weights if weighting == "mask" else (weights.sum() / max(weights.numel(), 1)).expand_as(weights)
+    if weighting == "mask":
+        return weights
+    return (weights.sum() / max(weights.numel(), 1)).expand_as(weights)
 
 
-def pseudo_label_loss(log_p: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+def pseudo_label_loss(
+    log_p: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor
+) -> torch.Tensor:
     """Mean over *all* samples and positions of weight * -log p of the label, in nats.
 
     With no weight above 0, or no sample, it is 0 with zero gradients, attached to the graph.
@@ -33,20 +40,30 @@ def pseudo_label_loss(log_p: torch.Tensor, labels: torch.Tensor, weights: torch.
 def align_distribution(p: torch.Tensor, mean_s: torch.Tensor, mean_t: torch.Tensor) -> torch.Tensor:
     """p * mean_s / mean_t, scaled to sum 1 again (AdaMatch, arXiv:2106.04732, section 3.2).
 
-    p: (N, K, ...) target probabilities; mean_s, mean_t: (K,) mean predictions on source and target.
+    Args:
+        p: (N, K, ...) target probabilities.
+        mean_s, mean_t: (K,) mean predictions on source and target.
     """
     ratio = (mean_s / mean_t.clamp_min(1e-6)).view(-1, *[1] * (p.dim() - 2))
     return p * ratio / (p * ratio).sum(1, keepdim=True).clamp_min(1e-12)
 
 
 class ConfidenceHistogram(nn.Module):
-    """Running histogram of confidences by predicted class, from which class-balanced thresholds follow (CBST).
+    """Running histogram of confidences by predicted class, for class-balanced thresholds (CBST).
 
-    The bins are even in log-odds, fine near 1, where a trained model's confidences lie, and near 1/K, where they begin.
-    `counts` (K, bins), a buffer, forgets by `decay` at each `add`; with decay 1 it counts all.
+    The bins are of equal width in log-odds: fine near 1, where the confidences of a trained model
+    lie, and near 1/K, where they begin.
+
+    Args:
+        num_classes: K.
+        bins: number of bins.
+        decay: factor of the old counts at each `add`; with 1 nothing is forgotten.
+
+    Attributes:
+        counts: (K, bins), a buffer.
     """
 
-    LOW, HIGH = -9.0, 16.0  # log-odds of 1e-4 and of 1 - 1e-7, beyond which float32 knows 1 alone
+    LOW, HIGH = -9.0, 16.0  # log-odds of 1e-4, and of 1 - 1e-7, the last step of float32 before 1
 
     def __init__(self, num_classes: int, bins: int = 1000, decay: float = 0.99):
         super().__init__()
@@ -55,9 +72,10 @@ class ConfidenceHistogram(nn.Module):
 
     @torch.no_grad()
     def add(self, confidence: torch.Tensor, labels: torch.Tensor) -> None:
-        """confidence: (N, ...) in [0, 1], labels: (N, ...) int64."""
+        """Count a batch: confidence (N, ...) in [0, 1], predicted labels (N, ...) int64."""
         log_odds = torch.logit(confidence.flatten().float(), eps=1e-7)
-        bins = ((log_odds - self.LOW) * (self.bins / (self.HIGH - self.LOW))).long().clamp_(0, self.bins - 1)
+        position = (log_odds - self.LOW) * (self.bins / (self.HIGH - self.LOW))
+        bins = position.long().clamp_(0, self.bins - 1)
         index = labels.flatten() * self.bins + bins
         new = torch.zeros(self.counts.numel(), dtype=torch.int64, device=index.device)
         new.scatter_add_(0, index, torch.ones_like(index))
@@ -65,14 +83,42 @@ class ConfidenceHistogram(nn.Module):
 
     @torch.no_grad()
     def thresholds(self, portion: float) -> torch.Tensor:
-        """(K,) confidences above which lies the top `portion` of each predicted class, to within one bin.
+        """Confidences (K,) above which the top `portion` of each predicted class lies.
 
-        The lower edge of the bin at which the share is reached, so that at least the portion is kept (Zou et al. 2018,
-        ECCV, algorithm 2, which sorts the whole target set). For a class never predicted it is 1.
+        They are exact to one bin: a threshold is the lower edge of the bin in which the portion is
+        reached, so that at least the portion is accepted. Zou et al. 2018, ECCV, algorithm 2, sort
+        the confidences of the entire target set instead. A class that was never predicted has
+        threshold 1.
         """
-        counts = (1024 * self.counts).long()  # on CUDA sums of floats depend on the order of its threads
+        # Integers: on CUDA a sum of floats depends on the order of the threads.
+        counts = (1024 * self.counts).long()
         from_top = counts.flip(1).cumsum(1)
         total = from_top[:, -1:]
-        bins_below = (from_top < portion * total).sum(1)  # from the top, whose sum falls short of the portion
-        edge = torch.sigmoid(self.LOW + (self.bins - 1 - bins_below) * ((self.HIGH - self.LOW) / self.bins))
+        # Bins from the top that together contain less than the portion.
+        short_bins = (from_top < portion * total).sum(1)
+        bin_width = (self.HIGH - self.LOW) / self.bins
+        edge = torch.sigmoid(self.LOW + (self.bins - 1 - short_bins) * bin_width)
         return torch.where(total[:, 0] > 0, edge, torch.ones_like(edge))
+
+
+class PredictionStatistics(nn.Module):
+    """Running statistics of predictions, for thresholds and alignment; saved with the run.
+
+    Attributes:
+        mean_s, mean_t: running mean prediction (K,) on source and target, uniform at first.
+        confidence_s: running mean confidence on the source, 1 at first.
+        histogram: `ConfidenceHistogram` of the target.
+    """
+
+    def __init__(self, num_classes: int, decay: float = 0.99):
+        super().__init__()
+        uniform = torch.full((num_classes,), 1 / num_classes)
+        self.mean_s = RunningMean(uniform, decay)
+        self.mean_t = RunningMean(uniform, decay)
+        self.confidence_s = RunningMean(torch.ones(()), decay)
+        self.histogram = ConfidenceHistogram(num_classes)
+
+    def add_source(self, p_s: torch.Tensor) -> None:
+        """Add the source probabilities (N, K, ...) of one step."""
+        self.mean_s.update(class_mean(p_s))
+        self.confidence_s.update(p_s.amax(1).mean())

@@ -1,7 +1,7 @@
 """Centroid pseudo-labels of SHOT (Liang et al. 2020, arXiv:2002.08546, equations 4 to 6).
 
-Features (N, D, ...) have unit length along axis 1, from `unit_features`; centroids are (K, D), of unit length too, or 0
-for a class without any. The nearest centroid is that of the largest cosine.
+Features (N, D, ...) come from `unit_features` and have length 1 along axis 1. Centroids (K, D) have
+length 1 too, or are 0 for a class without samples. The nearest centroid has the largest cosine.
 """
 
 import torch
@@ -10,25 +10,38 @@ from torch import nn
 
 
 def unit_features(features: torch.Tensor) -> torch.Tensor:
-    """(N, D, ...) -> (N, D + 1, ...), float32: a 1 appended, as in the authors' code, then scaled to length 1."""
+    """Append a 1 to each feature, as in the authors' code, and scale it to length 1.
+
+    Shapes: (N, D, ...) -> (N, D + 1, ...), float32.
+    """
     features = features.float()
     return F.normalize(torch.cat([features, torch.ones_like(features[:, :1])], 1), dim=1)
 
 
 def at_features(p: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
-    """Probabilities (N, K, H, W) resized bilinearly to where features (N, D, H', W') lie; (N, K) as they are."""
-    return p if p.dim() == 2 else F.interpolate(p, size=features.shape[2:], mode="bilinear", align_corners=False)
+    """Resize probabilities bilinearly to the resolution of the features.
+
+    Shapes: p (N, K, H, W), features (N, D, H', W') -> (N, K, H', W'). p (N, K) is not changed.
+    """
+    if p.dim() == 2:
+        return p
+    return F.interpolate(p, size=features.shape[2:], mode="bilinear", align_corners=False)
 
 
 def at_images(labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-    """Labels (N, H', W') enlarged to the resolution of logits (N, K, H, W) by the nearest; (N,) as they are."""
+    """Enlarge labels to the resolution of the logits, by nearest neighbor.
+
+    Shapes: labels (N, H', W'), logits (N, K, H, W) -> (N, H, W). Labels (N,) are not changed.
+    """
     if logits.dim() == 2:
         return labels
-    return F.interpolate(labels[:, None].float(), size=logits.shape[2:], mode="nearest-exact")[:, 0].long()
+    size = logits.shape[2:]
+    enlarged = F.interpolate(labels[:, None].float(), size=size, mode="nearest-exact")
+    return enlarged[:, 0].long()
 
 
 def centroid_sums(features: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-    """Sum over samples and positions of p_k * feature: (N, D, ...) and (N, K, ...) -> (K, D)."""
+    """Sum of p_k * feature over samples and positions: (N, D, ...) and (N, K, ...) -> (K, D)."""
     return p.transpose(0, 1).flatten(1) @ features.transpose(0, 1).flatten(1).T
 
 
@@ -40,7 +53,7 @@ def nearest_centroid(features: torch.Tensor, centroids: torch.Tensor) -> torch.T
 
 
 class CentroidMemory(nn.Module):
-    """The centroids of a run, `centroids` (K, width + 1), saved with it."""
+    """The centroids of a run, saved with it: the buffer `centroids` (K, width + 1)."""
 
     def __init__(self, num_classes: int, width: int):
         super().__init__()

@@ -3,17 +3,22 @@
 import torch
 import torch.nn.functional as F
 
-from common.evaluation import IGNORE_INDEX
+from common.metrics import IGNORE_INDEX
 
 
 def nll_loss(log_p: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """Mean of -log p of the label, in nats, over what is labelled; 0, attached to the graph, where nothing is.
+    """Mean of -log p of the label, in nats, over the labeled samples and positions.
 
-    log_p: (N, K, ...) from `log_softmax`; labels: (N, ...) with `IGNORE_INDEX` left out. (With more than 255 classes
-    every number is a class.) torch's own mean is NaN where every label is ignored.
+    Without any label it is 0, attached to the graph; torch's mean would be NaN.
+
+    Args:
+        log_p: (N, K, ...) from `log_softmax`.
+        labels: (N, ...); `IGNORE_INDEX` is not counted. With more than 255 classes every number is
+            a class.
     """
     ignored = IGNORE_INDEX if log_p.shape[1] <= IGNORE_INDEX else -1
-    reduction = "sum" if log_p.dim() == 2 else "none"  # for maps CUDA's own sum depends on the order of its threads
+    # With "sum", CUDA adds the pixels in an order that differs from run to run.
+    reduction = "sum" if log_p.dim() == 2 else "none"
     total = F.nll_loss(log_p, labels, ignore_index=ignored, reduction=reduction).sum()
     return total / (labels != ignored).sum().clamp_min(1)
 
@@ -23,7 +28,20 @@ def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return nll_loss(logits.float().log_softmax(1), labels)
 
 
-def supervised_loss(out, labels: torch.Tensor, aux_weight: float) -> torch.Tensor:
-    """`cross_entropy` of a `ModelOutput`'s logits, and `aux_weight` times that of its auxiliary ones, if it has any."""
-    loss = cross_entropy(out.logits, labels)
-    return loss if out.aux_logits is None else loss + aux_weight * cross_entropy(out.aux_logits, labels)
+def supervised_loss(out, labels: torch.Tensor, aux_weight: float) -> tuple[torch.Tensor, dict]:
+    """Cross-entropy of a model's output, with that of the auxiliary head where there is one.
+
+    Args:
+        out: a `ModelOutput`.
+        labels: (N, ...).
+        aux_weight: weight of the auxiliary head's cross-entropy.
+
+    Returns:
+        (loss, parts): cls_loss + aux_weight * aux_cls_loss, and both terms by name.
+    """
+    parts = {"cls_loss": cross_entropy(out.logits, labels)}
+    loss = parts["cls_loss"]
+    if out.aux_logits is not None:
+        parts["aux_cls_loss"] = cross_entropy(out.aux_logits, labels)
+        loss = loss + aux_weight * parts["aux_cls_loss"]
+    return loss, parts

@@ -4,20 +4,29 @@ from models.build import build_discriminator, build_model
 from models.classifier import build_classifier
 from models.discriminator import DomainDiscriminator, FCDiscriminator, feature_vectors
 from models.gradient_reversal import gradient_reversal
-from models.network import ModelOutput, forward_domains, head_features, init_from
+from models.network import (
+    BackboneFeatures,
+    ModelOutput,
+    Network,
+    cache_features,
+    forward_domains,
+)
 from models.segmenter import build_segmenter
+from models.weights import init_from
 
 __all__ = [
+    "BackboneFeatures",
     "DomainDiscriminator",
     "FCDiscriminator",
     "ModelOutput",
+    "Network",
     "build_classifier",
     "build_discriminator",
     "build_model",
     "build_segmenter",
+    "cache_features",
     "feature_vectors",
     "forward_domains",
     "gradient_reversal",
-    "head_features",
     "init_from",
 ]

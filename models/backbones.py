@@ -1,30 +1,66 @@
-"""Feature extractors: every backbone yields `layer1..layer4`, at strides 4, 8, 16 and 32."""
+"""Feature extractors: every backbone yields `layer1` to `layer4`, at strides 4, 8, 16 and 32."""
 
-from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torchvision
 from torch import nn
 from torchvision.models._utils import IntermediateLayerGetter
 
-from common.checkpoint import load_tensors
-from common.runtime import UserError
+from common.errors import UserError
 
 LAYERS = ("layer1", "layer2", "layer3", "layer4")
+STRIDES = (4, 8, 16, 32)
+PROBE = 64  # px of the zero image that widths and strides are read off
+
+BatchNorm = nn.modules.batchnorm._BatchNorm
+
+
+class Entry(NamedTuple):
+    """Where a network of torchvision has the four layers.
+
+    Attributes:
+        layers: the children of the body that end layer1 to layer4.
+        dense_last: the child that ends layer4 for segmentation, if another: MobileNetV2 ends before
+            its last 1x1 convolution, at 320 channels in place of 1280, as in its paper (Sandler et
+            al. 2018, arXiv:1801.04381, section 6.3), and EfficientNet likewise.
+        body: the attribute of the network that holds the children; None for the network itself.
+    """
+
+    layers: tuple[str, str, str, str]
+    dense_last: str | None = None
+    body: str | None = None
+
+
+RESNET = Entry(LAYERS)
+BACKBONES: dict[str, Entry | None] = {
+    "lenet": None,  # `LeNet`
+    "resnet18": RESNET,
+    "resnet34": RESNET,
+    "resnet50": RESNET,
+    "resnet101": RESNET,
+    "mobilenet_v2": Entry(("3", "6", "13", "18"), dense_last="17", body="features"),
+    "efficientnet_b0": Entry(("2", "3", "5", "8"), dense_last="7", body="features"),
+}
 
 
 class LeNet(nn.Module):
-    """LeNet-like digit network: two 5x5 convolutions (layer1), then three 3x3 ones, one a stage.
+    """LeNet-like digit network: two 5x5 convolutions (layer1), then three 3x3 ones, one per layer.
 
-    Every convolution is followed by max pooling, batch norm (by key) and ReLU. 28 px end at 1x1.
+    Every convolution is followed by max pooling, batch norm (with `batch_norm`) and ReLU. An image
+    of 28 px ends at 1x1.
     """
+
+    left_out: tuple[str, ...] = ()
 
     def __init__(self, batch_norm: bool = True):
         super().__init__()
 
         def conv(in_channels, out_channels, kernel_size):
             return nn.Sequential(
-                nn.Conv2d(in_channels, out_channels, kernel_size, padding="same", bias=not batch_norm),
+                nn.Conv2d(
+                    in_channels, out_channels, kernel_size, padding="same", bias=not batch_norm
+                ),
                 nn.MaxPool2d(2, ceil_mode=True),
                 nn.BatchNorm2d(out_channels) if batch_norm else nn.Identity(),
                 nn.ReLU(inplace=True),
@@ -42,31 +78,53 @@ class LeNet(nn.Module):
         return features
 
 
-def build_backbone(name: str, batch_norm: bool = True, for_maps: bool = False) -> tuple[nn.Module, dict[str, int]]:
-    """(module, channels by layer name); the module maps images (N, 3, H, W) to a dict of (N, C, H', W').
+@torch.no_grad()
+def measure(backbone: nn.Module) -> tuple[dict[str, int], dict[str, int]]:
+    """(channels, strides) of each layer, read off a forward of a small zero image in eval mode."""
+    was_training = backbone.training
+    backbone.eval()
+    features = backbone(torch.zeros(1, 3, PROBE, PROBE))
+    backbone.train(was_training)
+    channels = {name: feature.shape[1] for name, feature in features.items()}
+    strides = {name: PROBE // feature.shape[-1] for name, feature in features.items()}
+    return channels, strides
 
-    `for_maps` ends MobileNetV2 before its last 1x1 convolution, at 320 channels in place of 1280, as its paper does for
-    segmentation (Sandler et al. 2018, arXiv:1801.04381, section 6.3), and EfficientNet likewise.
+
+def build_backbone(
+    name: str, batch_norm: bool = True, dense: bool = False
+) -> tuple[nn.Module, dict[str, int]]:
+    """A backbone of the table `BACKBONES`, with random weights.
+
+    Args:
+        name: its key.
+        batch_norm: whether LeNet has batch norm; the other backbones always have it.
+        dense: whether it is for segmentation, see `Entry.dense_last`.
+
+    Returns:
+        (module, channels by layer name). The module maps images (N, 3, H, W) to a dict of features
+        (N, C, H', W'). Its attribute `left_out` has the prefixes of the tensors that only
+        torchvision's network has.
     """
-    if name == "lenet":
-        return LeNet(batch_norm), dict(zip(LAYERS, (64, 128, 128, 128), strict=True))
-    network = torchvision.models.get_model(name, weights=None)
-    if name == "mobilenet_v2":  # the last index of each stride
-        stages = {"3": "layer1", "6": "layer2", "13": "layer3", "17" if for_maps else "18": "layer4"}
-        channels = dict(zip(LAYERS, (24, 32, 96, 320 if for_maps else 1280), strict=True))
-        return IntermediateLayerGetter(network.features, stages), channels
-    if name == "efficientnet_b0":
-        stages = {"2": "layer1", "3": "layer2", "5": "layer3", "7" if for_maps else "8": "layer4"}
-        channels = dict(zip(LAYERS, (24, 40, 112, 320 if for_maps else 1280), strict=True))
-        return IntermediateLayerGetter(network.features, stages), channels
-    width = network.fc.in_features
-    return IntermediateLayerGetter(network, {k: k for k in LAYERS}), dict(
-        zip(LAYERS, (width // 8, width // 4, width // 2, width), strict=True)
-    )
+    entry = BACKBONES[name]
+    if entry is None:
+        backbone: nn.Module = LeNet(batch_norm)
+    else:
+        network = torchvision.models.get_model(name, weights=None)
+        body = network if entry.body is None else network.get_submodule(entry.body)
+        last = entry.dense_last if dense and entry.dense_last else entry.layers[3]
+        ends = (*entry.layers[:3], last)
+        backbone = IntermediateLayerGetter(body, dict(zip(ends, LAYERS, strict=True)))
+        named = {*dict(body.named_children()), *dict(network.named_children())}
+        inside = {*dict(backbone.named_children()), entry.body}
+        backbone.left_out = tuple(f"{child}." for child in sorted(named - inside))
+    channels, strides = measure(backbone)
+    assert tuple(channels) == LAYERS, f"{name}: has the layers {list(channels)}"
+    assert tuple(strides.values()) == STRIDES, f"{name}: has the strides {strides}"
+    return backbone, channels
 
 
 def backbone_stages(backbone: nn.Module) -> dict[str, list[nn.Module]]:
-    """The backbone's modules by the stage they belong to: all after the stage before, up to its own output."""
+    """The backbone's modules by stage: all modules after the stage before, up to its own output."""
     outputs, stages, modules = getattr(backbone, "return_layers", {}), {}, []
     for name, module in backbone.named_children():
         modules.append(module)
@@ -76,10 +134,15 @@ def backbone_stages(backbone: nn.Module) -> dict[str, list[nn.Module]]:
 
 
 def dilate(backbone: nn.Module, output_stride: int) -> None:
-    """Let layer4, and at `output_stride` 8 layer3 too, keep the resolution: dilation takes the place of their strides.
+    """Let layer4, and at `output_stride` 8 layer3 too, keep the resolution, by dilation.
 
-    A strided convolution becomes dense and reads the dilated map before it; those behind it are dilated once more
-    (Chen et al. 2017, arXiv:1706.05587, section 3.2), as torchvision's `replace_stride_with_dilation` does.
+    A strided convolution becomes dense and reads the dilated map before it; those behind it are
+    dilated once more (Chen et al. 2017, arXiv:1706.05587, section 3.2), as torchvision's
+    `replace_stride_with_dilation` does.
+
+    Raises:
+        UserError: the backbone has other strided convolutions than a ResNet, such as those of
+            ConvNeXt, so that nothing or too much would be dilated.
     """
     stride = dilation = 1
     for module in backbone.modules():
@@ -87,61 +150,29 @@ def dilate(backbone: nn.Module, output_stride: int) -> None:
             stride *= module.stride
         if not isinstance(module, nn.Conv2d):
             continue
-        before, strided = dilation, module.stride == (2, 2)
-        if strided and module.kernel_size == (1, 1):  # a ResNet's shortcut, beside the 3x3 that strides or did
+        kernel, step = module.kernel_size, module.stride
+        if kernel[0] != kernel[1] or kernel[0] % 2 == 0 or step not in ((1, 1), (2, 2)):
+            raise _cannot_dilate(f"a {kernel[0]}x{kernel[1]} convolution of stride {step[0]}")
+        before, strided = dilation, step == (2, 2)
+        if strided and kernel == (1, 1):  # a ResNet's shortcut, beside the 3x3 that strides or did
             module.stride = (2, 2) if dilation == 1 else (1, 1)
         elif strided and stride < output_stride:
             stride *= 2
         elif strided:
             dilation *= 2
             module.stride = (1, 1)
-        if module.kernel_size > (1, 1):
-            module.dilation, half = (before, before), before * (module.kernel_size[0] // 2)
+        if kernel > (1, 1):
+            half = before * (kernel[0] // 2)
+            module.dilation = (before, before)
             module.padding = (half, half)
+    wanted = tuple(min(stride, output_stride) for stride in STRIDES)
+    strides = tuple(measure(backbone)[1].values())
+    if strides != wanted:
+        raise _cannot_dilate(f"strides {strides} where {wanted} are wanted")
 
 
-def load_weights(backbone: nn.Module, name: str, weights: str, root: str, may_miss: list[str]) -> None:
-    """Load ImageNet weights in torchvision's names: a name of its enum (downloaded), or a file below `root`.
-
-    The classifier of the file is left aside. Prints "loaded N of M tensors".
-
-    Raises:
-        UserError: no such name or file, or a tensor of the backbone is missing or of another shape and is not
-            covered by a prefix in `may_miss`.
-    """
-    path = Path(root, weights)
-    if path.is_file():
-        state = load_tensors(path)
-    elif name == "lenet" or path.suffix:
-        raise UserError(f"model.weights: there is no file {path}")
-    else:
-        enum = torchvision.models.get_model_weights(name)
-        if weights not in enum.__members__:
-            names = ", ".join(enum.__members__)
-            raise UserError(f"model.weights: no file {path}, and {name} has no weights {weights!r}; there are {names}")
-        try:
-            state = enum[weights].get_state_dict(progress=True, check_hash=True)
-        except OSError as error:
-            raise UserError(
-                f"model.weights: {weights} of {name} cannot be downloaded ({error}); name a file instead"
-            ) from None
-    state = {key.removeprefix("features."): value for key, value in state.items()}
-    # torchvision's older files have no batch counters, which only momentum: null reads
-    own = {k: v for k, v in backbone.state_dict().items() if not k.endswith("num_batches_tracked")}
-    fits = {k: v for k, v in state.items() if k in own and v.shape == own[k].shape}
-    print(f"weights {weights}: loaded {len(fits)} of {len(own)} tensors")
-    missing = [k for k in own if k not in fits and not k.startswith(tuple(may_miss))]
-    if missing:
-        raise UserError(
-            f"model.weights: {weights} lacks {len(missing)} of {name}'s {len(own)} tensors, the first {missing[0]}; "
-            "are they weights of another backbone? What may be missing is named in model.weights_missing"
-        )
-    foreign = set(state) - set(backbone.state_dict())
-    # of MobileNetV2 and EfficientNet the last convolution too, which a segmenter leaves out
-    aside = ("fc.", "classifier.", *{"mobilenet_v2": ["18."], "efficientnet_b0": ["8."]}.get(name, []))
-    if extra := [k for k in state if k in foreign and not k.startswith(aside)]:
-        raise UserError(
-            f"model.weights: {weights} holds {len(extra)} tensors that {name} has not, the first {extra[0]}; "
-            "are they weights of another backbone?"
-        )
-    backbone.load_state_dict(fits, strict=False)
+def _cannot_dilate(reason: str) -> UserError:
+    return UserError(
+        f"model.output_stride: this backbone cannot be dilated (it has {reason}); "
+        "choose a ResNet, mobilenet_v2 or efficientnet_b0"
+    )

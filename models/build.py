@@ -1,24 +1,42 @@
-"""What a config asks for, by its `data.task`."""
+"""The networks that a config asks for, by its `data.task`."""
 
 from torch import nn
 
-from common.config import RunConfig
 from models.classifier import build_classifier
 from models.discriminator import DomainDiscriminator, FCDiscriminator
 from models.network import Network
 from models.segmenter import build_segmenter
+from models.weights import init_from
+
+BUILDERS = {"classification": build_classifier, "segmentation": build_segmenter}
 
 
-def build_model(config: RunConfig, num_classes: int) -> Network:
-    """The network of `config.model`."""
-    build = build_segmenter if config.data.task == "segmentation" else build_classifier
-    return build(config.model, num_classes, config.data.root)
+def build_model(config, classes: list[str], new_head: bool = False) -> Network:
+    """The network of a run: random weights, then `model.weights`, then `init_from`.
+
+    Args:
+        config: of the run; its `model`, `data.task`, `data.root` and `init_from` are read.
+        classes: names of the classes.
+        new_head: with `init_from`, whether a run of other classes may be started from, with a new
+            head.
+
+    Raises:
+        UserError: weights that do not fit.
+    """
+    model = BUILDERS[config.data.task](config.model, len(classes), config.data.root)
+    if config.init_from:
+        init_from(model, config.init_from, classes, new_head)
+    return model
 
 
-def build_discriminator(config: RunConfig, num_classes: int, hidden: int | None) -> nn.Module:
-    """A discriminator of predictions without batch norm: convolutions on their maps, or a perceptron on vectors.
+def build_discriminator(config, num_classes: int, hidden: int | None) -> nn.Module:
+    """A discriminator of predictions, without batch norm.
 
-    `hidden`: width of the first convolution (null: 64), or of both hidden layers (null: 1024).
+    Args:
+        config: of the run; its `data.task` is read.
+        num_classes: channels of the predictions.
+        hidden: segmentation: width of the first convolution, None for 64. Classification: width of
+            both hidden layers, None for 1024.
     """
     if config.data.task == "segmentation":
         return FCDiscriminator(num_classes, hidden or 64)

@@ -4,7 +4,7 @@ import torch
 
 
 class GradientReversal(torch.autograd.Function):
-    """R(x) = x forward, dR/dx = -coeff * I backward."""
+    """R(x) = x in the forward pass, dR/dx = -coeff * I in the backward pass."""
 
     @staticmethod
     def forward(ctx, x: torch.Tensor, coeff: float) -> torch.Tensor:
@@ -17,8 +17,9 @@ class GradientReversal(torch.autograd.Function):
 
 
 def gradient_reversal(x: torch.Tensor, coeff: float = 1.0) -> torch.Tensor:
-    """Identity whose gradient with respect to `x` (any shape) is multiplied by `-coeff`.
+    """Identity whose gradient with respect to `x` (of any shape) is multiplied by `-coeff`.
 
-    Parameters of whatever follows train at full strength, whatever `coeff` is.
+    The parameters of the layers that read the result are trained with their full gradient, for any
+    `coeff`.
     """
     return GradientReversal.apply(x, coeff)

@@ -6,21 +6,24 @@ from torch import nn
 from torchvision.models.segmentation.deeplabv3 import ASPP, DeepLabHead
 from torchvision.models.segmentation.fcn import FCNHead
 
-from common.config import ModelConfig
-from models.backbones import build_backbone, dilate, load_weights
+from models.backbones import build_backbone, dilate
+from models.config import ModelConfig
 from models.network import ModelOutput, Network
+from models.weights import load_weights
 
 
 class DeepLabV2Head(nn.Module):
-    """Sum of four 3x3 convolutions, dilated by 6, 12, 18 and 24 (Chen et al. 2017, arXiv:1606.00915, section 3.2).
+    """Sum of four 3x3 convolutions with dilations 6, 12, 18 and 24.
 
-    Much published code returns from within its loop and so adds up two of the four.
+    Chen et al. 2017, arXiv:1606.00915, section 3.2. Much published code returns from within the
+    loop over the branches, and so adds only two of the four.
     """
 
     def __init__(self, in_channels: int, num_classes: int):
         super().__init__()
         self.branches = nn.ModuleList(
-            nn.Conv2d(in_channels, num_classes, 3, padding=dilation, dilation=dilation) for dilation in (6, 12, 18, 24)
+            nn.Conv2d(in_channels, num_classes, 3, padding=dilation, dilation=dilation)
+            for dilation in (6, 12, 18, 24)
         )
         for branch in self.branches:
             nn.init.normal_(branch.weight, std=0.01)
@@ -30,10 +33,18 @@ class DeepLabV2Head(nn.Module):
 
 
 def deeplab_v3_head(in_channels: int, num_classes: int, output_stride: int) -> nn.Module:
-    """torchvision's head of DeepLab-v3 (Chen et al. 2017, arXiv:1706.05587): rates 6, 12, 18 at stride 16, double at 8.
+    """torchvision's head of DeepLab-v3 (Chen et al. 2017, arXiv:1706.05587).
 
-    The pooled branch has one value a channel for each image, of which batch norm can make nothing in a batch of one:
-    group norm takes its place.
+    The dilations are 6, 12 and 18 at output stride 16, and twice that at 8. The pooled branch has
+    one value per channel and image, which batch norm cannot normalize in a batch of one image;
+    group norm replaces it there.
+
+    Args:
+        in_channels: channels of layer4.
+        num_classes: K.
+        output_stride: 8 or 16.
+
+    Shapes: (N, C, H, W) -> (N, K, H, W).
     """
     rates = tuple(rate * 16 // output_stride for rate in (6, 12, 18))
     head = DeepLabHead(in_channels, num_classes, rates)
@@ -46,10 +57,18 @@ def deeplab_v3_head(in_channels: int, num_classes: int, output_stride: int) -> n
 class Segmenter(Network):
     """uint8 images (N, 3, H, W) -> `ModelOutput` with logits (N, K, H, W), enlarged bilinearly.
 
-    The main head reads layer4; the auxiliary one, with `aux_weight` above 0, layer3.
+    The main head reads layer4. With `aux_weight` above 0 an auxiliary head reads layer3.
+
+    Args:
+        backbone: of `build_backbone`, dilated.
+        channels: channels of each layer by name.
+        num_classes: K.
+        config: the section `model`.
     """
 
-    def __init__(self, backbone: nn.Module, channels: dict[str, int], num_classes: int, config: ModelConfig):
+    def __init__(
+        self, backbone: nn.Module, channels: dict[str, int], num_classes: int, config: ModelConfig
+    ):
         super().__init__(backbone, channels, config)
         if config.head == "deeplab_v2":
             self.head = DeepLabV2Head(channels["layer4"], num_classes)
@@ -68,12 +87,19 @@ class Segmenter(Network):
         return ModelOutput(enlarged(self.head(features["layer4"])), features, aux_logits)
 
     def head_inputs(self, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {name: features[name] for name in (["layer4"] if self.aux_head is None else ["layer3", "layer4"])}
+        names = ["layer4"] if self.aux_head is None else ["layer3", "layer4"]
+        return {name: features[name] for name in names}
 
 
 def build_segmenter(config: ModelConfig, num_classes: int, root: str) -> Segmenter:
-    """The segmenter of a config; relative `weights` resolve against `root` (`data.root`)."""
-    backbone, channels = build_backbone(config.backbone, config.batch_norm, for_maps=True)
+    """The segmenter of a config.
+
+    Args:
+        config: the section `model`.
+        num_classes: K.
+        root: the folder (`data.root`) that a relative path in `weights` refers to.
+    """
+    backbone, channels = build_backbone(config.backbone, config.batch_norm, dense=True)
     if config.weights:
         load_weights(backbone, config.backbone, config.weights, root, config.weights_missing)
     dilate(backbone, config.output_stride)

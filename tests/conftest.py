@@ -13,10 +13,17 @@ import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
+START_FOLDER = Path.cwd()  # tests run in folders of their own
 REAL_DATA = Path(os.environ["DA_DATA"]).resolve() if os.environ.get("DA_DATA") else None
 sys.path.insert(0, str(ROOT))
 
-from data import domains, drawn, drawn_street  # noqa: E402
+from data import drawn, drawn_street, segmentation  # noqa: E402
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("conformance kit (tests/test_method.py)")
+    group.addoption("--script", help="the training script to try; default: all of the project")
+    group.addoption("--config", nargs="+", help="its yaml files, and key=value overrides")
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -46,14 +53,20 @@ def drawn_once():
 
 @pytest.fixture(autouse=True)
 def workplace(tmp_path, monkeypatch):
-    """Relative paths of a test end in its own folder; the machine's data sets are seen by tests marked `data` only."""
+    """Relative paths of a test end in its own folder.
+
+    The machine's data sets are seen by tests marked `data` only.
+    """
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DA_DATA", raising=False)
 
 
 @pytest.fixture
 def real_data():
-    """`real_data("MNIST")`: the folder of the variable DA_DATA; where a set is not there the test is skipped aloud."""
+    """`real_data("MNIST")`: the folder of the variable DA_DATA.
+
+    A test whose set is not there is skipped aloud.
+    """
 
     def root(*parts: str) -> Path:
         if REAL_DATA is None:
@@ -68,9 +81,10 @@ def real_data():
 
 @pytest.fixture
 def pictures(tmp_path):
-    """`pictures("photo", {"cat": 3, "dog": 2})`: a folder of seeded png files per class, or a flat one for a number.
+    """`pictures("photo", {"cat": 3, "dog": 2})`: a folder of seeded png files per class.
 
-    The folder lies in tmp_path/images. Classes are told apart by their colour.
+    For a number it is a flat one. The folder lies in tmp_path/images. Classes are told apart by
+    their color.
     """
 
     def make(name: str, classes: dict[str, int] | int, side: int = 20) -> Path:
@@ -80,7 +94,8 @@ def pictures(tmp_path):
         for number, (label, count) in enumerate({"": classes}.items() if flat else classes.items()):
             (folder / label).mkdir(parents=True, exist_ok=True)
             for i in range(count):
-                pixels = random.integers(0, 120, (side, side, 3)) + 120 * (np.arange(3) == number % 3)
+                color = 120 * (np.arange(3) == number % 3)
+                pixels = random.integers(0, 120, (side, side, 3)) + color
                 Image.fromarray(pixels.astype(np.uint8)).save(folder / label / f"{i:03d}.png")
         return folder
 
@@ -90,19 +105,19 @@ def pictures(tmp_path):
 @pytest.fixture
 def void_streets(monkeypatch):
     """The masks of the built-in street scenes' training split are void."""
-    open_street = domains.open_street
+    open_street = segmentation.open_street
 
     def void(name, train_split):
         images = open_street(name, train_split)
         nothing = torch.full_like(images.labels, 255)
         return dataclasses.replace(images, labels=nothing) if train_split else images
 
-    monkeypatch.setattr(domains, "open_street", void)
+    monkeypatch.setattr(segmentation, "open_street", void)
 
 
 @pytest.fixture
 def command(tmp_path):
-    """`command("train_dann", "--config", file)`: the real command, as (exit code, stdout, stderr)."""
+    """`command("train_dann", "--config", file)` runs it: (exit code, stdout, stderr)."""
 
     def call(script: str, *arguments) -> tuple[int, str, str]:
         done = subprocess.run(

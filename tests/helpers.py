@@ -5,15 +5,15 @@ import json
 import os
 import signal
 import sys
+import typing
 from pathlib import Path
 
 import torch
 
-from common import log
+from data import DataConfig
+from training import log
 
 ROOT = Path(__file__).resolve().parents[1]
-# of one config; train_shot: `shot_config`, finetune: `finetune_config`
-SCRIPTS = ("train_source", "train_dann", "train_advent", "train_pseudo", "train_mmd", "train_adda")
 SOURCE_STREET = "source: {name: drawn_street, crop: [64, 64]}, "
 TASKS = ("classification", "segmentation")
 
@@ -27,6 +27,15 @@ def load_script(path: Path):
     return module
 
 
+def _data_section(path: Path) -> type:
+    return typing.get_type_hints(load_script(path).Config)["data"]
+
+
+TRAINING = [*sorted(ROOT.glob("train_*.py")), ROOT / "finetune.py"]
+# Those that take one config, with both domains. `any_config` makes one for each of TRAINING.
+SCRIPTS = [path.stem for path in TRAINING if _data_section(path) is DataConfig]
+
+
 def tiny_config(folder: Path, **changes) -> Path:
     """A config of ten steps on the built-in digits; `changes` are top-level lines of yaml."""
     lines = {
@@ -38,7 +47,8 @@ def tiny_config(folder: Path, **changes) -> Path:
         "data": "{source: {name: drawn_digits}, target: {name: drawn_digits_shifted}, "
         "batch: 8, eval_batch: 40, select_images: 60, "
         f"root: {folder}/images, cache: {folder}/cache, "
-        "augment: {affine: {degrees: 10, scale: [0.9, 1.1]}, photometric: {gain: [0.5, 1.5], noise: 0.1}}}",
+        "augment: {affine: {degrees: 10, scale: [0.9, 1.1]}, "
+        "photometric: {gain: [0.5, 1.5], noise: 0.1}}}",
         "optim": "{lr: 0.02}",
         **changes,
     }
@@ -47,37 +57,67 @@ def tiny_config(folder: Path, **changes) -> Path:
     return file
 
 
+STREET_KEYS = {  # of a method on the street scenes; a script that is not named takes its defaults
+    "train_dann": {
+        "feature_layers": "[layer3, layer4]",
+        "layer_weights": "[0.5, 1]",
+        "disc_hidden": 32,
+    },
+    "train_mmd": {"feature_layers": "[layer3, layer4]", "coral_weight": 1},
+    "train_adda": {
+        "feature_layer": "layer4",
+        "feature_locations": "true",
+        "disc_hidden": 32,
+        "source_steps": 3,
+    },
+    "train_pseudo": {
+        "mix": "classmix",
+        "strong_augment": "{jitter: {gamma: [0.7, 1.5]}, cutout: {}}",
+    },
+}
+
+
 def street_config(folder: Path, script: str, **changes) -> Path:
     """`tiny_config` on the built-in street scenes, with an auxiliary head."""
     lines = {
-        "data": f"{{task: segmentation, {SOURCE_STREET}target: {{name: drawn_street_dusk, crop: [64, 64]}}, "
+        "data": f"{{task: segmentation, {SOURCE_STREET}"
+        "target: {name: drawn_street_dusk, crop: [64, 64]}, "
         "batch: 2, eval_batch: 3, select_images: 4, "
         f"root: {folder}/images, cache: {folder}/cache, "
         "augment: {zoom: {scale: [0.8, 1.5]}, flip: {}, jitter: {gamma: [0.7, 1.5]}}}",
         "model": "{backbone: mobilenet_v2, output_stride: 16, aux_weight: 0.1}",
+        **STREET_KEYS.get(script, {}),
+        **changes,
     }
-    own = {
-        "train_dann": {"feature_layers": "[layer3, layer4]", "layer_weights": "[0.5, 1]", "disc_hidden": 32},
-        "train_mmd": {"feature_layers": "[layer3, layer4]", "coral_weight": 1},
-        "train_adda": {"feature_layer": "layer4", "feature_locations": "true", "disc_hidden": 32, "source_steps": 3},
-        "train_pseudo": {"mix": "classmix", "strong_augment": "{jitter: {gamma: [0.7, 1.5]}, cutout: {}}"},
-    }
-    lines |= own.get(script, {})
-    return tiny_config(folder, **{**lines, **changes})
+    return tiny_config(folder, **lines)
 
 
 def config_of(task: str, folder: Path, script: str, **changes) -> Path:
-    return street_config(folder, script, **changes) if task == "segmentation" else tiny_config(folder, **changes)
+    """A config of one of SCRIPTS for the task."""
+    if task == "segmentation":
+        return street_config(folder, script, **changes)
+    return tiny_config(folder, **changes)
+
+
+def _without_source(config: Path, task: str, file: Path, lines: dict) -> Path:
+    """Write `config` without its source domain and with `lines` in place of its own to `file`."""
+    source = {"classification": "source: {name: drawn_digits}, ", "segmentation": SOURCE_STREET}
+    text = config.read_text()
+    assert source[task] in text
+    unchanged = [line for line in text.splitlines() if line.split(":")[0] not in lines]
+    changed = (f"{key}: {value}" for key, value in lines.items())
+    file.write_text("\n".join([*unchanged, *changed]).replace(source[task], ""))
+    return file
 
 
 def shot_config(folder: Path, task: str = "classification", **changes) -> Path:
-    """Ten steps of train_shot.py from a run of train_source.py in folder/source, which is trained first."""
+    """Ten steps of train_shot.py from a run of train_source.py in folder/source.
+
+    The source model is trained first.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     config = config_of(task, folder, "train_source", out_dir=folder / "source")
     assert train("train_source", config) == 0
-    plain = config.read_text()
-    domain = {"classification": "source: {name: drawn_digits}, ", "segmentation": SOURCE_STREET}[task]
-    assert domain in plain
     lines = {
         "out_dir": folder / "run",
         "init_from": folder / "source",
@@ -85,24 +125,22 @@ def shot_config(folder: Path, task: str = "classification", **changes) -> Path:
         "strong_augment": "{photometric: {gain: [0.5, 1.5], noise: 0.2}}",
         **changes,
     }
-    kept = [line for line in plain.splitlines() if line.split(":")[0] not in lines]
-    text = "\n".join([*kept, *(f"{key}: {value}" for key, value in lines.items())]).replace(domain, "")
-    file = folder / "shot.yaml"
-    file.write_text(text)
-    return file
+    return _without_source(config, task, folder / "shot.yaml", lines)
 
 
 def finetune_config(folder: Path, task: str = "classification", **changes) -> Path:
     """Up to ten steps of finetune.py, four of them on the head, on the target's images."""
-    plain = config_of(task, folder, "finetune").read_text()
-    domain = {"classification": "source: {name: drawn_digits}, ", "segmentation": SOURCE_STREET}[task]
-    assert domain in plain
-    file = folder / "finetune.yaml"
     lines = {"head_steps": 4, "finetune_lr": 0.01, "patience": 20, **changes}
-    kept = [line for line in plain.splitlines() if line.split(":")[0] not in lines]
-    text = "\n".join([*kept, *(f"{key}: {value}" for key, value in lines.items())]).replace(domain, "")
-    file.write_text(text)
-    return file
+    config = config_of(task, folder, "finetune")
+    return _without_source(config, task, folder / "finetune.yaml", lines)
+
+
+def any_config(script: str, folder: Path, task: str = "classification", **changes) -> Path:
+    """A config of ten steps for any of TRAINING."""
+    if script in SCRIPTS:
+        return config_of(task, folder, script, **changes)
+    make = {"train_shot": shot_config, "finetune": finetune_config}[script]
+    return make(folder, task, **changes)
 
 
 def train(script: str, config: Path, *arguments: str) -> int:

@@ -3,8 +3,18 @@
 import pytest
 import torch
 
-from common.runtime import UserError
-from tests.helpers import TASKS, config_of, differing, metrics, stop_after, summary, tiny_config, train, weights
+from common.errors import UserError
+from tests.helpers import (
+    TASKS,
+    config_of,
+    differing,
+    metrics,
+    stop_after,
+    summary,
+    tiny_config,
+    train,
+    weights,
+)
 
 LAST = "checkpoints/step_00000010.pt"
 
@@ -18,7 +28,9 @@ def test_the_source_encoder_and_the_classifier_stay_as_they_are(tmp_path, task):
     """From the switch on, to the bit; and the target encoder, which starts as their copy, moves."""
     config = config_of(task, tmp_path, "train_adda", source_steps=5)
     assert train("train_adda", config, "target_lr=0.01") == 0
-    at_switch, end = (weights(tmp_path / "run", f"checkpoints/step_{step:08d}.pt") for step in (5, 10))
+    at_switch, end = (
+        weights(tmp_path / "run", f"checkpoints/step_{step:08d}.pt") for step in (5, 10)
+    )
     assert not moved(at_switch["model"], at_switch["source_model"])
     assert not moved(at_switch["source_model"], end["source_model"])
     changed = moved(end["source_model"], end["model"])
@@ -35,7 +47,9 @@ def test_the_first_part_is_source_only(tmp_path):
     assert train("train_adda", config, "source_steps=5") == 0
     same_rates = ["steps=5", "eval_every=5", "save_every=5", f"out_dir={tmp_path}/source"]
     assert train("train_source", config, *same_rates) == 0
-    source, adda = (weights(tmp_path / run, "checkpoints/step_00000005.pt") for run in ("source", "run"))
+    source, adda = (
+        weights(tmp_path / run, "checkpoints/step_00000005.pt") for run in ("source", "run")
+    )
     assert differing(source["model"], adda["source_model"]) == 0
 
 
@@ -50,7 +64,7 @@ def test_a_source_run_takes_the_place_of_the_first_part(tmp_path):
 
 
 def test_each_update_moves_one_network(tmp_path):
-    """The discriminator's rate does not reach the first update of the encoder's own features, nor the encoder's D."""
+    """The encoder's rate does not reach the discriminator, nor any rate the source encoder."""
     config = tiny_config(tmp_path, steps=1, save_every=1)
     assert train("train_source", config, f"out_dir={tmp_path}/source") == 0
     runs = {"plain": [], "disc": ["disc_lr=0.05"], "target": ["target_lr=0.05"]}
@@ -62,17 +76,22 @@ def test_each_update_moves_one_network(tmp_path):
     assert moved(state["plain"]["discriminator"], state["disc"]["discriminator"])
     assert not moved(state["plain"]["discriminator"], state["target"]["discriminator"])
     assert moved(state["plain"]["model"], state["target"]["model"])
-    assert moved(state["plain"]["model"], state["disc"]["model"])  # it fools the discriminator after its update
+    assert moved(
+        state["plain"]["model"], state["disc"]["model"]
+    )  # it fools the discriminator after its update
     for name in runs:
         assert not moved(state["plain"]["source_model"], state[name]["source_model"])
 
 
 def test_the_discriminator_can_learn_and_can_be_fooled(tmp_path):
-    config = tiny_config(tmp_path, steps=120, log_every=20, eval_every=1000, disc_hidden=64)
-    common = ["source_steps=40", "data.batch=16", "disc_lr=0.002"]
+    config = tiny_config(tmp_path, steps=120, log_every=20, eval_every=1000, save_every=1000)
+    common = ["source_steps=40", "data.batch=16", "disc_lr=0.002", "disc_hidden=64"]
     last = {}
     for rate in ("1e-30", "0.002"):
-        assert train("train_adda", config, *common, f"target_lr={rate}", f"out_dir={tmp_path}/{rate}") == 0
+        assert (
+            train("train_adda", config, *common, f"target_lr={rate}", f"out_dir={tmp_path}/{rate}")
+            == 0
+        )
         last[rate] = [line for line in metrics(tmp_path / rate) if "lr" in line][-1]
     assert last["1e-30"]["domain_accuracy"] > 90
     assert last["0.002"]["domain_accuracy"] < last["1e-30"]["domain_accuracy"] - 10
@@ -97,8 +116,19 @@ def test_a_mean_counts_the_steps_that_had_the_loss(tmp_path):
     """A line that straddles the switch: each loss by its own number of steps."""
     config = tiny_config(tmp_path, eval_every=10)
     for every in (1, 10):
-        assert train("train_adda", config, "source_steps=4", f"log_every={every}", f"out_dir={tmp_path}/{every}") == 0
-    single, (line,) = ([m for m in metrics(tmp_path / str(every)) if "lr" in m] for every in (1, 10))
+        assert (
+            train(
+                "train_adda",
+                config,
+                "source_steps=4",
+                f"log_every={every}",
+                f"out_dir={tmp_path}/{every}",
+            )
+            == 0
+        )
+    single, (line,) = (
+        [m for m in metrics(tmp_path / str(every)) if "lr" in m] for every in (1, 10)
+    )
     assert line["cls_loss"] == pytest.approx(sum(m["cls_loss"] for m in single[:4]) / 4, rel=1e-5)
     assert line["adv_loss"] == pytest.approx(sum(m["adv_loss"] for m in single[4:]) / 6, rel=1e-5)
 
@@ -115,7 +145,9 @@ def test_what_is_asked_of_the_steps(tmp_path):
             train("train_adda", config, *keys)
     assert not (tmp_path / "run").exists()
     assert train("train_adda", config) == 0
-    assert "source_steps: 5" in (tmp_path / "run/config.yaml").read_text()  # null is half of the steps
+    assert (
+        "source_steps: 5" in (tmp_path / "run/config.yaml").read_text()
+    )  # null is half of the steps
     assert summary(tmp_path / "run")["method"] == "adda"
 
 
@@ -127,4 +159,10 @@ def test_a_dry_run_takes_a_turn_of_both(tmp_path, capsys):
 def test_the_unadapted_model_is_not_selected(tmp_path):
     config = tiny_config(tmp_path, eval_every=1, source_steps=5)
     assert train("train_adda", config) == 0
-    assert [m["step"] for m in metrics(tmp_path / "run") if "criteria.infomax" in m] == [6, 7, 8, 9, 10]
+    assert [m["step"] for m in metrics(tmp_path / "run") if "criteria.infomax" in m] == [
+        6,
+        7,
+        8,
+        9,
+        10,
+    ]

@@ -1,4 +1,4 @@
-"""Bad input: one line that says what, where and what to do, exit code 2, and nothing left behind."""
+"""Bad input: one line that says what, where and what to do, and exit code 2; nothing is written."""
 
 import re
 import shutil
@@ -10,7 +10,7 @@ import torch
 import torchvision
 from PIL import Image
 
-from common.runtime import exit_with
+from common.errors import exit_with
 from tests.helpers import SCRIPTS, metrics, shot_config, street_config, tiny_config, train
 
 DATA = (
@@ -29,7 +29,7 @@ def config(pictures, tmp_path) -> Path:
 
 @pytest.fixture
 def outcome(capsys):
-    """`outcome(script, config, *arguments)`: a script's end as (exit code, stdout, lines of stderr)."""
+    """`outcome(script, config, *arguments)` -> (exit code, stdout, lines of stderr)."""
 
     def end(script: str, config: Path, *arguments: str) -> tuple[int, str, list[str]]:
         with pytest.raises(SystemExit) as stop:
@@ -57,7 +57,10 @@ def refused(outcome):
 
 def listing(folder: Path) -> dict[str, bytes | None]:
     """Every file below a folder with its bytes, every folder with None."""
-    return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None for p in sorted(folder.rglob("*"))}
+    return {
+        str(p.relative_to(folder)): p.read_bytes() if p.is_file() else None
+        for p in sorted(folder.rglob("*"))
+    }
 
 
 # --- config
@@ -90,6 +93,25 @@ def test_malformed_yaml(config, refused, text):
     assert re.match(rf"error: {re.escape(str(config))}:\d+: ", refused("train_source", config))
 
 
+def test_a_second_file_that_is_wrong(config, refused):
+    message = refused("train_dann", config, "method.yaml")
+    assert message.startswith("error: method.yaml: cannot be read")
+    Path("method.yaml").write_text("disc_hiden: 3\n")
+    message = refused("train_dann", config, "method.yaml")
+    assert message == (
+        f"error: {config} method.yaml: unknown key disc_hiden; did you mean disc_hidden?"
+    )
+
+
+@pytest.mark.parametrize("key", ["bn: frozen", "bn_affine: frozen", "bn_running: target"])
+def test_keys_of_batch_norm_without_batch_norm(config, refused, key):
+    model = f"model={{batch_norm: false, bn: separate, {key}}}"
+    if key == "bn: frozen":
+        model = "model={batch_norm: false, bn: frozen}"
+    message = refused("train_dann", config, model)
+    assert f"model.{key}: backbone lenet has no batch norm" in message
+
+
 def test_conditional_adaptation_of_several_layers(config, refused):
     arguments = ["conditional=cdan", "feature_layers=[layer4, pooled]", "layer_weights=[1, 1]"]
     assert "conditional needs feature_layers: [pooled]" in refused("train_dann", config, *arguments)
@@ -109,7 +131,8 @@ def test_several_processes(config, refused, monkeypatch):
 def test_a_gpu_that_is_not_there(config, refused, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for script in SCRIPTS:
-        assert "device: cuda is asked for but torch sees no GPU" in refused(script, config, "device=cuda")
+        message = refused(script, config, "device=cuda")
+        assert "device: cuda is asked for but torch sees no GPU" in message
 
 
 def test_a_loss_that_is_not_finite_is_no_result(config, outcome):
@@ -125,7 +148,8 @@ def test_a_loss_that_is_not_finite_is_no_result(config, outcome):
 def test_class_sets_that_differ(config, refused, pictures):
     pictures("other", {"cat": 3, "fox": 3, "hen": 3})
     message = refused("train_dann", config, "data.target.path=other")
-    assert "classes differ from the source's: only here: fox, hen; only in the source: dog" in message
+    assert "classes differ from the source's: " in message
+    assert "only here: fox, hen; only in the source: dog" in message
 
 
 @pytest.mark.parametrize("key", ["source", "target"])
@@ -136,8 +160,8 @@ def test_class_sets_that_differ(config, refused, pictures):
         ("empty", r"\S*empty is empty"),
         ("one_empty", r"the class \S*one_empty/dog has no images"),
         (".", r"\S*photo/cat is a folder inside the class photo: is \S*images a level too high\?"),
-        ("single", r"\S*single has the one class cat; is it a level too high or low\?"),
-        ("mixed", r"\S*mixed holds both folders and images \(000\.png\)"),
+        ("single", r"\S*single has .*class cat; is it a level too high or .*low\?"),
+        ("mixed", r"\S*mixed \w+ both folders and images \(000\.png\)"),
         ("../images/photo", r"\.\./images/photo lies outside images"),
     ],
 )
@@ -165,19 +189,23 @@ def test_a_source_without_labels(config, refused):
 
 def test_a_list_with_a_missing_file_or_an_unknown_label(config, refused, tmp_path):
     file = tmp_path / "images" / "photo" / "list.txt"
-    for line, message in (
-        ("cat/999.png 1", "list.txt:2: there is no file "),
-        ("dog/000.png wolf", "list.txt:2: label 'wolf' is no class number"),
-        ("../sketch/../../secret.png 1", "list.txt:2: "),
+    for line, match in (
+        ("cat/999.png 1", r"list\.txt:2: there is no file \S*cat/999\.png"),
+        ("dog/000.png wolf", r"list\.txt:2: label 'wolf' is .*class number"),
+        ("../sketch/../../secret.png 1", r"list\.txt:2: .*secret\.png lies outside images"),
     ):
         file.write_text(f"cat/000.png 0\n{line}\n")
-        assert message in refused("train_dann", config, "data.source={name: list, path: photo/list.txt}")
+        source = "data.source={name: list, path: photo/list.txt}"
+        assert re.search(match, refused("train_dann", config, source))
 
 
 def test_a_list_with_a_byte_order_mark(config, outcome, tmp_path):
     text = "cat/000.png 0\ndog/000.png 1\n" * 2
     (tmp_path / "images" / "photo" / "list.txt").write_text(text, encoding="utf-8-sig")
-    names = ["data.source={name: list, path: photo/list.txt}", "data.target={name: list, path: photo/list.txt}"]
+    names = [
+        "data.source={name: list, path: photo/list.txt}",
+        "data.target={name: list, path: photo/list.txt}",
+    ]
     assert outcome("train_source", config, *names)[0] == 0
 
 
@@ -187,46 +215,50 @@ def test_a_damaged_or_uncreatable_cache(config, outcome, tmp_path):
     assert (code, len(lines)) == (5, 1)
     assert "data.cache: file/cache" in lines[0]
     assert outcome("train_source", config, "data.cache_gb=0", "out_dir=first")[0] == 0
-    for left in (100, 0):
+    for length in (100, 0):
         for file in (tmp_path / "cache").glob("decoded_*.npy"):
-            file.write_bytes(file.read_bytes()[:left])
-        code, _, lines = outcome("train_source", config, "data.cache_gb=0", f"out_dir=damaged{left}")
+            file.write_bytes(file.read_bytes()[:length])
+        arguments = ["data.cache_gb=0", f"out_dir=damaged{length}"]
+        code, _, lines = outcome("train_source", config, *arguments)
         assert (code, len(lines)) == (2, 1)
         assert re.search(r"cache/decoded_\S+ cannot be read; remove it and decoded_\S+$", lines[0])
 
 
 @pytest.mark.parametrize("workers", [0, 2])
-def test_an_unreadable_image_is_named_and_can_be_mended(config, outcome, tmp_path, workers):
+def test_an_unreadable_image_is_named_and_can_be_repaired(config, outcome, tmp_path, workers):
     image = tmp_path / "images" / "photo" / "dog" / "003.png"
-    whole = image.read_bytes()
-    image.write_bytes(whole[:150])
+    intact = image.read_bytes()
+    image.write_bytes(intact[:150])
     code, _, lines = outcome("train_source", config, f"data.workers={workers}")
     assert code == 2
     assert len(lines) == 1, lines
-    assert re.match(
-        r"error: images/photo/dog/003\.png: cannot be read as an image \(.*\); mend or remove it$", lines[0]
-    )
-    image.write_bytes(whole)
+    match = r"error: images/photo/dog/003\.png: cannot be read as an image \(.*\); .*remove it$"
+    assert re.match(match, lines[0])
+    image.write_bytes(intact)
     assert outcome("train_source", config, f"data.workers={workers}", "--resume")[0] == 0
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_domain_smaller_than_the_batch_trains(config, outcome, pictures, workers):
     pictures("few", 3)
-    code, _, lines = outcome("train_dann", config, "data.target.path=few", "data.batch=8", f"data.workers={workers}")
+    code, _, lines = outcome(
+        "train_dann", config, "data.target.path=few", "data.batch=8", f"data.workers={workers}"
+    )
     assert (code, lines) == (0, [])
     assert metrics(Path("run"))[-1]["step"] == 10
 
 
-def test_a_batch_of_one_that_batch_norm_has_no_use_for(config, outcome):
+def test_a_batch_of_one_under_batch_norm(config, outcome):
     code, _, lines = outcome("train_source", config, "data.batch=1")
     assert code == 2
     assert len(lines) == 1, lines
     assert re.search(r"data\.batch.*bn: frozen", lines[0])
-    code, _, lines = outcome("train_source", config, "data.batch=1", "model={bn: frozen, bottleneck: 8}", "--resume")
+    code, _, lines = outcome(
+        "train_source", config, "data.batch=1", "model={bn: frozen, bottleneck: 8}", "--resume"
+    )
     assert (code, len(lines)) == (2, 1)
     assert lines[0].endswith("use data.batch of 2 or more")
-    # nothing was trained yet, so the folder takes the mended config
+    # Nothing was trained yet, so the folder takes the corrected config.
     assert outcome("train_source", config, "data.batch=2", "--resume")[0] == 0
 
 
@@ -235,7 +267,7 @@ def test_a_batch_of_one_that_batch_norm_has_no_use_for(config, outcome):
 
 @pytest.fixture
 def streets(tmp_path) -> Path:
-    """A config of ten steps on six images of 40x60 px with masks, from the folder day to the unlabelled folder dusk."""
+    """A config of ten steps, from six images of 40x60 px with masks (day) to six without (dusk)."""
     for i in range(6):
         random = np.random.default_rng(i)
         for part, pixels in (
@@ -246,8 +278,9 @@ def streets(tmp_path) -> Path:
             (tmp_path / "images" / part).mkdir(parents=True, exist_ok=True)
             Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "images" / part / f"{i}.png")
     data = (
-        "{task: segmentation, source: {name: folder, path: day/images, masks: day/masks, ids: [sky, road, car]}, "
-        "target: {name: folder, path: dusk}, batch: 2, root: images, cache: cache}"
+        "{task: segmentation, target: {name: folder, path: dusk}, "
+        "source: {name: folder, path: day/images, masks: day/masks, ids: [sky, road, car]}, "
+        "batch: 2, root: images, cache: cache}"
     )
     model = "{backbone: mobilenet_v2, output_stride: 16}"
     return tiny_config(tmp_path, out_dir="run", data=data, model=model)
@@ -256,13 +289,22 @@ def streets(tmp_path) -> Path:
 @pytest.mark.parametrize(
     ("change", "match"),
     [
-        (lambda mask: mask.crop((0, 0, 60, 30)), r"day/masks/3\.png: the mask is 30x60 px, its image .*3\.png 40x60"),
+        (
+            lambda mask: mask.crop((0, 0, 60, 30)),
+            r"day/masks/3\.png: the mask is 30x60 px, its image .*3\.png 40x60",
+        ),
         (
             lambda mask: mask.point(lambda v: 9 if v == 1 else v),
-            r"day/masks/3\.png: the mask holds 9, which ids has not",
+            r"day/masks/3\.png: the mask \w+ 9, which ids .*3 classes: sky, road, car",
         ),
-        (lambda mask: mask.point(lambda v: v + 1), r"day/masks/3\.png: the mask holds 3, .*3 classes: sky, road, car"),
-        (lambda mask: mask.convert("RGB"), r"day/masks/3\.png: a mask has one number a pixel, .*colours \(RGB\)"),
+        (
+            lambda mask: mask.point(lambda v: v + 1),
+            r"day/masks/3\.png: the mask \w+ 3, which ids .*3 classes: sky, road, car",
+        ),
+        (
+            lambda mask: mask.convert("RGB"),
+            r"day/masks/3\.png: a mask has one number \w+ pixel, .*colou?rs \(RGB\)",
+        ),
         (None, r"day/images/3\.png has no mask .*day/masks/3\.png"),
     ],
 )
@@ -276,19 +318,23 @@ def test_a_wrong_mask_is_named(streets, outcome, tmp_path, change, match):
     assert (code, len(lines)) == (2, 1), lines
     assert re.search(match, lines[0])
     mask.save(file)
-    assert outcome("train_source", streets, *(["--resume"] if Path("run").exists() else []))[0] == 0  # once mended
+    resume = ["--resume"] if Path("run").exists() else []
+    assert outcome("train_source", streets, *resume)[0] == 0  # with the right mask
 
 
-def test_an_unlabelled_target_has_pictures_without_labels_and_no_figures(streets, outcome):
+def test_an_unlabeled_target_has_pictures_without_labels_and_no_figures(streets, outcome):
     code, out, _ = outcome("train_advent", streets)
     assert code == 0
     assert "no target labels" in out
     assert "IoU" not in out
-    assert np.asarray(Image.open("run/pictures/step_00000010.png")).shape == (4 * 44 + 4, 2 * 64 + 4, 3)
+    pixels = np.asarray(Image.open("run/pictures/step_00000010.png"))
+    assert pixels.shape == (4 * 44 + 4, 2 * 64 + 4, 3)
 
 
 def test_a_map_too_small_for_the_discriminator(streets, outcome):
-    code, _, lines = outcome("train_advent", streets, "data.target.crop=[31, 60]", "model.bn=separate")
+    code, _, lines = outcome(
+        "train_advent", streets, "data.target.crop=[31, 60]", "model.bn=separate"
+    )
     assert (code, len(lines)) == (2, 1)
     assert "needs 32x32 px, not 31x60; use larger crops" in lines[0]
 
@@ -301,17 +347,24 @@ def test_unequal_crops_in_one_forward(streets, outcome):
     assert outcome("train_source", streets, "data.target.crop=[32, 60]", "out_dir=other")[0] == 0
 
 
-def test_a_layer_a_segmenter_has_not(streets, refused):
-    assert "no layer 'pooled'; there are layer1, layer2, layer3, layer4" in refused("train_dann", streets)
+def test_a_layer_that_a_segmenter_does_not_have(streets, refused):
+    assert "no layer 'pooled'; there are layer1, layer2, layer3, layer4" in refused(
+        "train_dann", streets
+    )
 
 
 # --- weights
 
 
 def test_weights_of_another_backbone(config, refused, tmp_path):
-    torch.save(torchvision.models.resnet18(weights=None).state_dict(), tmp_path / "images" / "resnet18.pth")
+    state = torchvision.models.resnet18(weights=None).state_dict()
+    torch.save(state, tmp_path / "images" / "resnet18.pth")
     message = refused("train_dann", config, "model={backbone: mobilenet_v2, weights: resnet18.pth}")
-    assert re.search(r"resnet18\.pth lacks 260 of .*mobilenet_v2.* weights of another backbone\?", message)
+    match = (
+        r"resnet18\.pth does not fit mobilenet_v2: 260 tensors are missing \(first: \S+\), "
+        r"122 tensors are unknown \(first: \S+\); .*weights of another backbone\?"
+    )
+    assert re.search(match, message)
 
 
 def test_init_from_another_network(config, refused, tmp_path):
@@ -319,9 +372,11 @@ def test_init_from_another_network(config, refused, tmp_path):
     torch.save({"head.weight": torch.zeros(1)}, tmp_path / "model.pt")
     for script in SCRIPTS:
         message = refused(script, config, "init_from=model.pt")
-        assert re.search(r"model\.pt does not fit this model: of its tensors it lacks \d+, the first ", message)
+        match = r"model\.pt does not fit this model: \d+ tensors are missing \(first: backbone\."
+        assert re.search(match, message)
     Path("model.pt").write_text("no weights")
-    assert "init_from: model.pt: is no readable checkpoint" in refused("train_dann", config, "init_from=model.pt")
+    message = refused("train_dann", config, "init_from=model.pt")
+    assert re.search(r"init_from: model\.pt: .*readable checkpoint", message)
 
 
 @pytest.mark.parametrize(
@@ -336,10 +391,22 @@ def test_init_from_another_network(config, refused, tmp_path):
         (["portions=[0.2]"], "portions must be two numbers in (0, 1]"),
         (["portions=[0, 1]"], "portions must be two numbers in (0, 1]"),
         (["pseudo_warmup=2"], "pseudo_warmup must lie in [0, 1]"),
-        (["strong_augment={bluur: {}}"], "strong_augment: no operation 'bluur'; did you mean blur?"),
-        (["strong_augment={cutout: {side: 2}}"], "strong_augment.cutout.side must lie in [0, 1], not 2"),
-        (["data.source.augment={flop: {}}"], "data.source.augment: no operation 'flop'; did you mean flip?"),
-        (["data.target_test={name: drawn_digits, augment: {}}"], "data.target_test.augment: test images are never"),
+        (
+            ["strong_augment={bluur: {}}"],
+            "strong_augment: no operation 'bluur'; did you mean blur?",
+        ),
+        (
+            ["strong_augment={cutout: {side: 2}}"],
+            "strong_augment.cutout.side must lie in [0, 1], not 2",
+        ),
+        (
+            ["data.source.augment={flop: {}}"],
+            "data.source.augment: no operation 'flop'; did you mean flip?",
+        ),
+        (
+            ["data.target_test={name: drawn_digits, augment: {}}"],
+            "data.target_test.augment: test images are never",
+        ),
         (["init_from=nowhere"], "init_from: there is no nowhere"),
     ],
 )
@@ -349,7 +416,9 @@ def test_self_training(config, refused, keys, match):
 
 def test_a_strong_view_of_maps_keeps_pixels_in_their_place(tmp_path, refused):
     config = street_config(tmp_path, "train_pseudo", out_dir="run")
-    assert "strong_augment: no operation 'flip'" in refused("train_pseudo", config, "strong_augment={flip: {}}")
+    assert "strong_augment: no operation 'flip'" in refused(
+        "train_pseudo", config, "strong_augment={flip: {}}"
+    )
     message = refused("train_pseudo", config, "strong_augment={zoom: {}}")
     assert message.endswith("there are photometric, jitter, blur, cutout")
 
@@ -357,10 +426,12 @@ def test_a_strong_view_of_maps_keeps_pixels_in_their_place(tmp_path, refused):
 def test_classmix_of_two_sizes(tmp_path, refused, outcome):
     config = street_config(tmp_path, "train_pseudo", out_dir="run")
     message = refused("train_pseudo", config, "data.target.crop=[32, 96]", "model.bn=separate")
-    assert "mix: classmix pastes source onto target images; give data.source and data.target the same crop" in message
+    assert "mix: classmix pastes source onto target images; " in message
+    assert "give data.source and data.target the same crop" in message
     code, _, lines = outcome("train_pseudo", config, "data.target.crop=null", "model.bn=separate")
     assert (code, len(lines)) == (2, 1)
-    assert "mix: classmix pastes source onto target images, but these are 64x64 and 64x128 px" in lines[0]
+    assert "mix: classmix pastes source onto target images, but " in lines[0]
+    assert "64x64 and 64x128 px" in lines[0]
 
 
 @pytest.fixture
@@ -371,15 +442,27 @@ def shot(tmp_path) -> Path:
 @pytest.mark.parametrize(
     ("keys", "match"),
     [
-        (["data.source={name: drawn_digits}"], "data.source must be null, not {'name': 'drawn_digits'}"),
+        (
+            ["data.source={name: drawn_digits}"],
+            "data.source must be null, not {'name': 'drawn_digits'}",
+        ),
         (["data.source=mnist"], "data.source must be null, not 'mnist'"),
         (["data.source.augment={flip: {}}"], "data.source must be null, not {"),
         (["data.classes_from=elsewhere"], "init_from or data.classes_from: there is no elsewhere"),
         (["init_from=null"], "init_from is missing: the run of train_source.py to start from"),
         (["init_from=nowhere"], "there is no nowhere"),
-        (["init_from=start"], "start has no summary.json that names the classes; name the folder of a finished run"),
-        (["model.bottleneck=8"], "does not fit this model: of its tensors it lacks"),
-        (["data.target={name: folder, path: photo}", "data.root=images"], "its classes differ from the source's"),
+        (
+            ["init_from=start"],
+            "start has no summary.json that names the classes; name the folder of a finished run",
+        ),
+        (
+            ["model.bottleneck=8"],
+            "this model: 7 tensors are missing (first: bottleneck.",
+        ),
+        (
+            ["data.target={name: folder, path: photo}", "data.root=images"],
+            "its classes differ from the source's",
+        ),
         (["select=source_val"], "select: source_val needs source images, which are not read here"),
         (["centroid_every=0"], "centroid_every must be positive"),
         (["strong_augment={bluur: {}}"], "strong_augment: no operation 'bluur'"),
@@ -397,7 +480,7 @@ def test_source_free_from_a_damaged_summary(shot, refused):
     Path("start/source/summary.json").write_text("{}")
     assert "start/source has no summary.json that names the classes" in refused("train_shot", shot)
     Path("start/source/summary.json").unlink()
-    assert "start/source is not finished; go on with it by --resume" in refused("train_shot", shot)
+    assert "start/source is not finished; " in refused("train_shot", shot)
 
 
 # --- the run folder
@@ -436,14 +519,16 @@ def test_resuming_under_another_config_names_the_key(config, finished, outcome):
     ):
         code, _, lines = outcome("train_source", config, "--resume", *changes)
         assert (code, len(lines)) == (2, 1)
-        assert all(text in lines[0] for text in [*named, "--resume: run was trained under another config"])
+        assert "--resume: run was trained under another config" in lines[0]
+        assert all(text in lines[0] for text in named)
     assert listing(finished) == before
     free = ["save_every=7", "data.workers=2", "data.cache=elsewhere", "data.cache_gb=0"]
-    assert outcome("train_source", config, "--resume", *free)[0] == 0  # what changes no result is free
+    # Keys that change no result are free.
+    assert outcome("train_source", config, "--resume", *free)[0] == 0
 
 
 def test_resuming_with_another_script(config, finished, outcome):
-    """Not finished already: that was another method."""
+    """The run is finished, but by another method: an error, not "nothing to do"."""
     before = listing(finished)
     code, out, lines = outcome("train_dann", config, "--resume")
     assert (code, len(lines)) == (2, 1)
@@ -456,10 +541,8 @@ def test_a_damaged_status_is_named(config, finished, outcome):
     for text in ("[1]", '{"state": "fini'):
         (finished / "status.json").write_text(text)
         code, _, lines = outcome("train_source", config, "--resume")
-    assert (code, lines) == (
-        2,
-        ["error: --resume: run/status.json is damaged; remove it to go on from the checkpoints"],
-    )
+        assert (code, len(lines)) == (2, 1)
+        assert lines[0].startswith("error: --resume: run/status.json is damaged; remove it to ")
     (finished / "status.json").unlink()
     assert outcome("train_source", config, "--resume")[0] == 0
 
@@ -480,9 +563,13 @@ def test_an_out_dir_that_is_no_run_folder(config, outcome, tmp_path):
     assert listing(tmp_path / "full") == {"diary.txt": b"dear diary"}
 
 
+DRAWN = ["data.target={name: drawn_digits}", "data.source={name: drawn_digits}"]
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize("keys", [[], ["data.cache_gb=0"], ["data.workers=2"], ["data.target={name: drawn_digits}",
-                                  "data.source={name: drawn_digits}", "conditional=cdan_e"]])  # fmt: skip
+@pytest.mark.parametrize(
+    "keys", [[], ["data.cache_gb=0"], ["data.workers=2"], [*DRAWN, "conditional=cdan_e"]]
+)
 def test_a_dry_run_writes_nothing(config, outcome, tmp_path, script, keys):
     keys = [key for key in keys if script == "train_dann" or not key.startswith("conditional")]
     before = listing(tmp_path)
@@ -513,14 +600,13 @@ def test_the_real_command_refuses_in_one_line(config, command):
 
 
 def test_the_real_command_ends_when_a_worker_meets_an_unreadable_image(config, command, tmp_path):
-    """It neither waits for its workers nor lets them speak."""
+    """It does not wait for its workers, and they print nothing."""
     for image in (tmp_path / "images" / "photo" / "cat").iterdir():
         image.write_bytes(b"no image")
     code, _, err = command("train_dann", "--config", config, "data.workers=2")
     assert code == 2
-    assert re.fullmatch(
-        r"error: images/photo/cat/\d+\.png: cannot be read as an image \(.*\); mend or remove it\n", err
-    )
+    match = r"error: images/photo/cat/\d+\.png: cannot be read as an image \(.*\); .*remove it\n"
+    assert re.fullmatch(match, err)
 
 
 def test_debug_shows_where_it_happened(config, outcome, monkeypatch):

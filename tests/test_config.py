@@ -1,22 +1,47 @@
-"""Strict configs: precedence, yaml's traps, and mistakes reported all at once."""
+"""Strict configs: precedence, pitfalls of yaml, all mistakes at once, and the command line."""
 
 import dataclasses
 import re
+from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import yaml
 
-from common.config import all_keys, changed_keys, dump, load_config, parse_args, parse_yaml
-from common.runtime import UserError
-from tests.helpers import ROOT, load_script
+from common.config import (
+    all_keys,
+    changed_keys,
+    dump,
+    flat_values,
+    load_config,
+    not_negative,
+    parse_yaml,
+    positive,
+    range_rules,
+)
+from common.errors import UserError, require
+from tests.helpers import ROOT, TRAINING, load_script, tiny_config, train
 from train_dann import Config
+from training.config import (
+    FREE_AT_RESUME,
+    RunConfig,
+    default_out_dir,
+    load_run_config,
+    parse_args,
+)
 
-MINIMAL = "out_dir: run\ndata: {source: {name: drawn_digits}, target: {name: drawn_digits_shifted}}\n"
+MINIMAL = (
+    "out_dir: run\ndata: {source: {name: drawn_digits}, target: {name: drawn_digits_shifted}}\n"
+)
+
+
+def write(path: str | Path, text: str) -> None:
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    Path(path).write_text(text, encoding="utf-8")
 
 
 def load(text: str = MINIMAL, *overrides: str, cls=Config):
-    with open("config.yaml", "w", encoding="utf-8") as file:
-        file.write(text)
+    write("config.yaml", text)
     return load_config(cls, "config.yaml", overrides)
 
 
@@ -34,7 +59,9 @@ def test_default_then_yaml_then_override():
     assert (load().steps, load().optim.lr, load().data.source.name) == (4000, 0.01, "drawn_digits")
     text = MINIMAL + "steps: 7\noptim: {lr: 0.5}\n"
     assert (load(text).steps, load(text).optim.lr) == (7, 0.5)
-    config = load(text, "steps=9", "optim.lr=0.25", "steps=10", "data.source.name=usps", "out_dir=a=b")
+    config = load(
+        text, "steps=9", "optim.lr=0.25", "steps=10", "data.source.name=usps", "out_dir=a=b"
+    )
     assert (config.steps, config.optim.lr, config.data.source.name) == (10, 0.25, "usps")
     assert config.out_dir == "a=b"  # the first = ends the key
     assert config.optim.momentum == 0.9  # its neighbours keep their defaults
@@ -80,7 +107,7 @@ def test_a_whole_number_is_a_number_but_no_other_type_is_another():
         ("optim.lr=fast", "optim.lr must be number, not 'fast'"),
         ("optim.lr=true", "optim.lr must be number, not True"),
         ("optim.lr=[1]", "optim.lr must be number, not [1]"),
-        ("out_dir=3", "out_dir must be text, not 3"),
+        ("out_dir=3", "out_dir must be text | null, not 3"),
         ("feature_layers=pooled", "feature_layers must be list of text, not 'pooled'"),
         ("layer_weights=[1, x]", "layer_weights must be list of number, not [1, 'x']"),
         ("amp=fp16", "amp must be float32 | float16 | bfloat16, not 'fp16'"),
@@ -98,7 +125,8 @@ def test_wrong_types(override, expected):
 
 
 @pytest.mark.parametrize(
-    "value", [".nan", ".inf", "-.inf", "nan", "1e999", "!!float .nan", "!!float .inf", "1" + 400 * "0"]
+    "value",
+    [".nan", ".inf", "-.inf", "nan", "1e999", "!!float .nan", "!!float .inf", "1" + 400 * "0"],
 )
 def test_numbers_are_finite(value):
     (line,) = mistakes(MINIMAL, f"optim.lr={value}")
@@ -127,14 +155,22 @@ def test_an_unknown_key_names_the_nearest(typo, meant):
     assert mistakes(MINIMAL, f"{typo}=1") == [f"unknown key {typo}; did you mean {meant}?"]
 
 
+def test_a_constant_of_the_class_is_no_key():
+    (line,) = mistakes(MINIMAL, "method=other")
+    assert line.startswith("unknown key method; did you mean ")
+    assert load().method == "dann"
+
+
 def test_all_mistakes_are_reported_at_once():
-    text = "data: {source: {name: drawn_digits}, target: {nme: usps}, batch: x}\nstep: 3\noptim: {lr: [1]}\n"
+    text = (
+        "data: {source: {name: drawn_digits}, target: {nme: usps}, batch: x}\n"
+        "step: 3\noptim: {lr: [1]}\n"
+    )
     assert sorted(mistakes(text, "model.bn=none", "optim.momentun=0.9")) == [
         "data.batch must be int, not 'x'",
         "data.target.name is missing (text)",
         "model.bn must be concat | separate | frozen, not 'none'",
         "optim.lr must be number, not [1]",
-        "out_dir is missing (text)",
         "unknown key data.target.nme; did you mean data.target.name?",
         "unknown key optim.momentun; did you mean optim.momentum?",
         "unknown key step; did you mean steps?",
@@ -142,11 +178,13 @@ def test_all_mistakes_are_reported_at_once():
 
 
 def test_a_wrong_type_hides_no_broken_rule():
-    found = mistakes(MINIMAL, "optim.lr=x", "optim.momentum=2", "data.batch=0", "data.size=[1]", "disc_lr=-1")
+    found = mistakes(
+        MINIMAL, "optim.lr=x", "optim.momentum=2", "data.batch=0", "data.size=[1]", "disc_lr=-1"
+    )
     assert sorted(found) == [
         "data.batch must be positive",
         "data.size must be int, not [1]",
-        "disc_lr must be positive or null",
+        "disc_lr must be positive",
         "optim.lr must be number, not 'x'",
         "optim.momentum must lie in [0, 1)",
     ]
@@ -155,7 +193,10 @@ def test_a_wrong_type_hides_no_broken_rule():
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
-        (["model={bn: seperate, bn_running: target}"], "model.bn must be concat | separate | frozen, not 'seperate'"),
+        (
+            ["model={bn: seperate, bn_running: target}"],
+            "model.bn must be concat | separate | frozen, not 'seperate'",
+        ),
         (["data.target={name: folder, path: 5}"], "data.target.path must be text | null, not 5"),
     ],
 )
@@ -169,15 +210,51 @@ def test_changed_keys_sees_the_order_of_augmentation():
     other = load(MINIMAL, "data.augment={affine: {degrees: 5}, flip: {}}")
     assert list(changed_keys(one, other)) == ["data.augment"]
     assert changed_keys(one, one) == {}
-    assert changed_keys(one, load(MINIMAL, "data.augment={flip: {}, affine: {degrees: 5}}", "data.workers=3")) == {}
-    assert changed_keys(load(MINIMAL), load(MINIMAL, "optim.lr=0.5")) == {"optim.lr": (0.01, 0.5)}
+    assert changed_keys(load(), load(MINIMAL, "optim.lr=0.5")) == {"optim.lr": (0.01, 0.5)}
+
+
+def test_changed_keys_leaves_out_the_free_ones():
+    before, now = load(), load(MINIMAL, "data.workers=3", "out_dir=elsewhere", "seed=1")
+    assert changed_keys(before, now, FREE_AT_RESUME) == {"seed": (0, 1)}
+    assert changed_keys(before, now) == {
+        "data.workers": (0, 3),
+        "out_dir": ("run", "elsewhere"),
+        "seed": (0, 1),
+    }
+    assert set(FREE_AT_RESUME) <= set(all_keys(RunConfig))  # a name that is no key frees nothing
+
+
+def test_changed_keys_of_a_section_that_appears():
+    now = load(MINIMAL, "data.target_test.name=usps")
+    assert changed_keys(load(), now) == {"data.target_test.name": (None, "usps")}
+    assert changed_keys(now, load()) == {"data.target_test.name": ("usps", None)}
+
+
+def test_flat_values_keep_mappings_whole():
+    domains = [f"{{name: {name}, augment: {{flip: {{}}}}}}" for name in ("usps", "mnist")]
+    sources = f"data.source=[{', '.join(domains)}]"
+    flat = flat_values(load(MINIMAL, "data.augment={affine: {degrees: 5}}", sources))
+    assert flat["data.augment"] == {"affine": {"degrees": 5}}
+    assert [s["name"] for s in flat["data.source"]] == ["usps", "mnist"]
+    assert flat["data.source"][0]["augment"] == {"flip": {}}
+    assert (flat["data.target.name"], flat["data.target_test"]) == ("drawn_digits_shifted", None)
+    assert (flat["optim.lr"], flat["layer_weights"]) == (0.01, [1.0])
+    assert set(flat) <= set(all_keys(Config))
 
 
 def test_broken_rules_are_reported_at_once():
-    """Of every section, of the shared keys and of the method's own, beside mistakes of other kinds."""
-    found = mistakes(MINIMAL, "data.batch=0", "optim.lr=-1", "optim.momentum=2", "seed=-1", "adv_weight=-1", "stps=3")
+    """Of every section, of shared keys and of the method's own, with mistakes of other kinds."""
+    found = mistakes(
+        MINIMAL,
+        "data.batch=0",
+        "optim.lr=-1",
+        "optim.momentum=2",
+        "seed=-1",
+        "adv_weight=-1",
+        "stps=3",
+    )
     assert sorted(found) == [
-        "adv_weight, reversal_max and layer_weights must not be negative",
+        "adv_weight must not be negative",
         "data.batch must be positive",
         "optim.lr must be positive",
         "optim.momentum must lie in [0, 1)",
@@ -186,58 +263,81 @@ def test_broken_rules_are_reported_at_once():
     ]
 
 
-@pytest.mark.parametrize(
-    ("override", "expected"),
-    [
-        ("seed=-1", "seed must not be negative"),
-        ("steps=0", "steps must be positive"),
-        ("eval_every=0", "eval_every must be positive"),
-        ("save_every=-5", "save_every must be positive"),
-        ("log_every=0", "log_every must be positive"),
-        ("data.size=0", "data.size must be positive"),
-        ("data.batch=0", "data.batch must be positive"),
-        ("data.eval_batch=0", "data.eval_batch must be positive"),
-        ("data.select_images=0", "data.select_images must be positive"),
-        ("data.workers=-1", "data.workers must not be negative"),
-        ("data.cache_gb=-1", "data.cache_gb must not be negative"),
-        ("data.source.name=minst", "data.source.name: no data set 'minst'; did you mean 'mnist'?"),
-        ("data.source.name=folder", "data.source.path is missing for name: folder"),
-        ("data.target.classes=c.txt", "data.target.classes goes with name: list only"),
-        ("data.target.resize=0", "data.target.resize must be positive"),
-        ("data.augment.afine={}", "data.augment: no operation 'afine'; did you mean affine?"),
-        ("data.augment.flip=yes", "data.augment.flip must be a mapping of parameters, {} for the defaults, not 'yes'"),
-        ("data.augment.affine.degree=3", "data.augment.affine: unknown parameter degree; did you mean degrees?"),
-        ("data.augment.affine.scale=2", "data.augment.affine.scale must be [low, high], not 2"),
-        ("data.augment.affine.scale=[2, 1]", "data.augment.affine.scale must be [low, high], not [2, 1]"),
-        ("data.augment.affine.shear=x", "data.augment.affine.shear must be a number, not 'x'"),
-        ("model={backbone: resnet18, batch_norm: false}", "model.batch_norm: false is for backbone: lenet"),
-        ("model.bn_running=target", "model.bn_running: target needs bn: separate"),
-        ("model.bottleneck=0", "model.bottleneck must be positive or null"),
-        ("optim.lr=0", "optim.lr must be positive"),
-        ("optim.backbone_lr_scale=-1", "optim.backbone_lr_scale must not be negative"),
-        ("optim.momentum=1", "optim.momentum must lie in [0, 1)"),
-        ("optim.weight_decay=-1", "optim.weight_decay must not be negative"),
-        ("optim.schedule_progress=0", "optim.schedule_progress must be total or positive"),
-        ("feature_layers=[]", "feature_layers must name a layer"),
-        ("layer_weights=[1, 1]", "layer_weights needs one weight for each of feature_layers"),
-        ("reversal_max=-1", "adv_weight, reversal_max and layer_weights must not be negative"),
-        ("layer_weights=[-1]", "adv_weight, reversal_max and layer_weights must not be negative"),
-        ("reversal_progress=0", "reversal_progress must be total or positive"),
-        ("disc_hidden=0", "disc_hidden must be positive"),
-        ("disc_lr=0", "disc_lr must be positive or null"),
-        ("data.source.crop=[8, 8]", "data.source: crop for task: segmentation only"),
-        ("data.source.ids=[a, b]", "data.source: ids for task: segmentation only"),
-        ("data.source.resize=[8, 8]", "data.source.resize must be a number for task: classification"),
-        ("data.source.name=drawn_street", "data.source.name: drawn_street is for task: segmentation"),
-        ("data.iou_classes=[a]", "data.iou_classes is for task: segmentation"),
-        (
-            "data.augment.zoom={}",
-            "data.augment: no operation 'zoom'; there are affine, crop, flip, photometric, jitter, blur, cutout",
-        ),
-        ("model.aux_weight=0.1", "model: aux_weight for task: segmentation only"),
-        ("model={head: deeplab_v3, output_stride: 16}", "model: head, output_stride for task: segmentation only"),
-    ],
-)
+LAYER_WEIGHTS = "layer_weights needs one weight, not negative, for each of feature_layers"
+RULES = [
+    ("seed=-1", "seed must not be negative"),
+    ("steps=0", "steps must be positive"),
+    ("eval_every=0", "eval_every must be positive"),
+    ("save_every=-5", "save_every must be positive"),
+    ("log_every=0", "log_every must be positive"),
+    ("data.size=0", "data.size must be positive"),
+    ("data.batch=0", "data.batch must be positive"),
+    ("data.eval_batch=0", "data.eval_batch must be positive"),
+    ("data.select_images=0", "data.select_images must be positive"),
+    ("data.workers=-1", "data.workers must not be negative"),
+    ("data.cache_gb=-1", "data.cache_gb must not be negative"),
+    ("data.source.name=minst", "data.source.name: no data set 'minst'; did you mean 'mnist'?"),
+    ("data.source.name=folder", "data.source.path is missing for name: folder"),
+    ("data.target.classes=c.txt", "data.target.classes goes with name: list only"),
+    ("data.target.resize=0", "data.target.resize must be positive"),
+    ("data.augment.afine={}", "data.augment: no operation 'afine'; did you mean affine?"),
+    (
+        "data.augment.flip=yes",
+        "data.augment.flip must be a mapping of parameters, {} for the defaults, not 'yes'",
+    ),
+    (
+        "data.augment.affine.degree=3",
+        "data.augment.affine: unknown parameter degree; did you mean degrees?",
+    ),
+    ("data.augment.affine.scale=2", "data.augment.affine.scale must be [low, high], not 2"),
+    (
+        "data.augment.affine.scale=[2, 1]",
+        "data.augment.affine.scale must be [low, high], not [2, 1]",
+    ),
+    ("data.augment.affine.shear=x", "data.augment.affine.shear must be a number, not 'x'"),
+    (
+        "model={backbone: resnet18, batch_norm: false}",
+        "model.batch_norm: false is for backbone: lenet",
+    ),
+    ("model.bn_running=target", "model.bn_running: target needs bn: separate"),
+    ("model.bottleneck=0", "model.bottleneck must be positive"),
+    ("optim.lr=0", "optim.lr must be positive"),
+    ("optim.backbone_lr_scale=-1", "optim.backbone_lr_scale must not be negative"),
+    ("optim.momentum=1", "optim.momentum must lie in [0, 1)"),
+    ("optim.weight_decay=-1", "optim.weight_decay must not be negative"),
+    ("optim.schedule_progress=0", "optim.schedule_progress must be positive"),
+    ("feature_layers=[]", "feature_layers must name a layer"),
+    ("layer_weights=[1, 1]", LAYER_WEIGHTS),
+    ("reversal_max=-1", "reversal_max must not be negative"),
+    ("layer_weights=[-1]", LAYER_WEIGHTS),
+    ("reversal_progress=0", "reversal_progress must be positive"),
+    ("disc_hidden=0", "disc_hidden must be positive"),
+    ("disc_lr=0", "disc_lr must be positive"),
+    ("data.source.crop=[8, 8]", "data.source: crop for task: segmentation only"),
+    ("data.source.ids=[a, b]", "data.source: ids for task: segmentation only"),
+    (
+        "data.source.resize=[8, 8]",
+        "data.source.resize must be a number for task: classification",
+    ),
+    (
+        "data.source.name=drawn_street",
+        "data.source.name: drawn_street is for task: segmentation",
+    ),
+    ("data.iou_classes=[a]", "data.iou_classes is for task: segmentation"),
+    (
+        "data.augment.zoom={}",
+        "data.augment: no operation 'zoom'; there are affine, crop, flip, photometric, jitter, "
+        "blur, cutout",
+    ),
+    ("model.aux_weight=0.1", "model: aux_weight for task: segmentation only"),
+    (
+        "model={head: deeplab_v3, output_stride: 16}",
+        "model: head, output_stride for task: segmentation only",
+    ),
+]
+
+
+@pytest.mark.parametrize(("override", "expected"), RULES)
 def test_rules(override, expected):
     assert expected in mistakes(MINIMAL, override)
 
@@ -251,31 +351,35 @@ feature_layers: [layer4]
 TOO_LARGE = "data.target.crop [9, 9] is larger than resize [8, 9]"
 
 
-@pytest.mark.parametrize(
-    ("override", "expected"),
-    [
-        ("model.backbone=lenet", "model.backbone: lenet is for task: classification; choose another"),
-        ("model.bottleneck=8", "model.bottleneck is for task: classification"),
-        ("model.aux_weight=-1", "model.aux_weight must not be negative"),
-        ("data.source.name=mnist", "data.source.name: mnist is for task: classification"),
-        ("data.target.masks=masks", "data.target.ids is missing: what the numbers of its masks mean"),
-        ("data.target.resize=64", "data.target.resize must be [height, width] for task: segmentation"),
-        ("data.target.resize=[64]", "data.target.resize must be a number or [height, width]"),
-        ("data.target.crop=[64]", "data.target.crop must be [height, width]"),
-        ("data.target.crop=[64, 0]", "data.target.crop must be positive"),
-        ("data.target={name: list, path: a, crop: [9, 9], resize: [8, 9]}", TOO_LARGE),
-        ("data.source.masks=masks", "data.source.masks goes with name: folder only"),
-        ("data.source.image_suffix=x", "data.source.image_suffix goes with name: folder only"),
-        ("data.target.mask_suffix=x", "data.target.mask_suffix goes with masks"),
-        ("data.target={name: list, path: a, classes: b}", "data.target.classes: the classes of masks are named by ids"),
-        (
-            "data.augment.affine={}",
-            "data.augment: no operation 'affine'; there are zoom, flip, photometric, jitter, blur, cutout",
-        ),
-        ("data.augment.zoom.scale=[0, 1]", "data.augment.zoom.scale must be above 0, not [0, 1]"),
-        ("data.augment.jitter.gamma=[0, 1]", "data.augment.jitter.gamma must be above 0, not [0, 1]"),
-    ],
-)  # fmt: skip
+RULES_OF_SEGMENTATION = [
+    ("model.backbone=lenet", "model.backbone: lenet is for task: classification; choose another"),
+    ("model.bottleneck=8", "model.bottleneck is for task: classification"),
+    ("model.aux_weight=-1", "model.aux_weight must not be negative"),
+    ("data.source.name=mnist", "data.source.name: mnist is for task: classification"),
+    ("data.target.masks=masks", "data.target.ids is missing: what the numbers of its masks mean"),
+    ("data.target.resize=64", "data.target.resize must be [height, width] for task: segmentation"),
+    ("data.target.resize=[64]", "data.target.resize must be a number or [height, width]"),
+    ("data.target.crop=[64]", "data.target.crop must be [height, width]"),
+    ("data.target.crop=[64, 0]", "data.target.crop must be positive"),
+    ("data.target={name: list, path: a, crop: [9, 9], resize: [8, 9]}", TOO_LARGE),
+    ("data.source.masks=masks", "data.source.masks goes with name: folder only"),
+    ("data.source.image_suffix=x", "data.source.image_suffix goes with name: folder only"),
+    ("data.target.mask_suffix=x", "data.target.mask_suffix goes with masks"),
+    (
+        "data.target={name: list, path: a, classes: b}",
+        "data.target.classes: the classes of masks are named by ids",
+    ),
+    (
+        "data.augment.affine={}",
+        "data.augment: no operation 'affine'; there are zoom, flip, photometric, jitter, blur, "
+        "cutout",
+    ),
+    ("data.augment.zoom.scale=[0, 1]", "data.augment.zoom.scale must be above 0, not [0, 1]"),
+    ("data.augment.jitter.gamma=[0, 1]", "data.augment.jitter.gamma must be above 0, not [0, 1]"),
+]
+
+
+@pytest.mark.parametrize(("override", "expected"), RULES_OF_SEGMENTATION)
 def test_rules_of_segmentation(override, expected):
     assert expected in mistakes(MAPS, override)
 
@@ -287,7 +391,9 @@ def test_defaults_that_follow_the_task(tmp_path):
         assert (config.select, config.data.eval_batch) == (select, batch)
         (tmp_path / "again.yaml").write_text(dump(config))
         assert load_config(Config, str(tmp_path / "again.yaml")) == config
-        chosen = load_config(Config, str(tmp_path / "c.yaml"), ["select=source_val", "data.eval_batch=7"])
+        chosen = load_config(
+            Config, str(tmp_path / "c.yaml"), ["select=source_val", "data.eval_batch=7"]
+        )
         assert (chosen.select, chosen.data.eval_batch) == ("source_val", 7)
 
 
@@ -326,11 +432,16 @@ def test_conditional_takes_the_pooled_layer_only():
     assert mistakes(MINIMAL, "conditional=cdan", *layers) == [
         "conditional needs feature_layers: [pooled], which a classifier has"
     ]
-    assert load(MINIMAL, *layers).layer_weights == [1.0, 1.0]  # without conditioning there may be several
+    assert load(MINIMAL, *layers).layer_weights == [
+        1.0,
+        1.0,
+    ]  # without conditioning there may be several
     assert load(MINIMAL, "conditional=cdan").conditional == "cdan"
 
 
-@pytest.mark.parametrize("text", [MINIMAL + "seed: 1\nsteps: 2\nseed: 3\n", MINIMAL + "optim: {lr: 1, lr: 2}\n"])
+@pytest.mark.parametrize(
+    "text", [MINIMAL + "seed: 1\nsteps: 2\nseed: 3\n", MINIMAL + "optim: {lr: 1, lr: 2}\n"]
+)
 def test_duplicate_keys_are_refused(text):
     with pytest.raises(UserError, match=r"config\.yaml:\d+: duplicate key '(seed|lr)'"):
         load(text)
@@ -400,7 +511,10 @@ def test_an_override_is_key_equals_value(override):
 def test_a_nested_override_opens_a_null_section():
     config = load(MINIMAL, "data.target_test.name=usps", "data.target_test.resize=20")
     assert (config.data.target_test.name, config.data.target_test.resize) == ("usps", 20)
-    assert load(MINIMAL, "data.target_test.name=usps", "data.target_test=null").data.target_test is None
+    assert (
+        load(MINIMAL, "data.target_test.name=usps", "data.target_test=null").data.target_test
+        is None
+    )
 
 
 def test_root_and_cache(monkeypatch):
@@ -438,9 +552,9 @@ def test_a_dumped_config_reads_back_the_same(word):
     assert list(again.data.augment) == ["photometric", "affine"]  # the order is part of it
 
 
-@pytest.mark.parametrize("script", sorted(file.stem for file in [*ROOT.glob("train_*.py"), ROOT / "finetune.py"]))
+@pytest.mark.parametrize("script", TRAINING, ids=lambda path: path.stem)
 def test_help_lists_every_key_with_its_comment(capsys, script):
-    own = load_script(ROOT / f"{script}.py").Config
+    own = load_script(script).Config
     with pytest.raises(SystemExit) as stop:
         parse_args(own, "About this script.", ["--help"])
     assert stop.value.code == 0
@@ -449,32 +563,257 @@ def test_help_lists_every_key_with_its_comment(capsys, script):
     assert all(option in shown for option in ("--config", "--resume", "--dry-run"))
     keys = [key for key in all_keys(own) if not key.startswith("data.target_test.")]
     sections = ("data", "data.source", "data.target", "model", "optim")
-    bare = [
-        key for key in keys
-        if key not in sections and not re.search(rf"^  {re.escape(key)}=\S.*\) \S", shown, re.MULTILINE)
-    ]  # fmt: skip
-    assert bare == []
+    described = re.findall(r"^  (\S+?)=\S.*\) \S", shown, re.MULTILINE)
+    assert [key for key in keys if key not in (*sections, *described)] == []
     assert "  optim.lr=0.01  (number) " in shown
-    assert "  out_dir=required  (text) " in shown
+    assert "  out_dir=null  (text | null) " in shown
+    assert "  data.target.name=required  (text) " in shown
 
 
 @dataclasses.dataclass
-class Minimised(Config):
+class Minimized(Config):
     def trained_criteria(self):
         return {"entropy"}
 
 
 def test_a_criterion_that_is_trained_on_is_warned_of(capsys):
     load()
-    config, args = parse_args(Minimised, "", ["--config", "config.yaml", "select=entropy"])
+    config, args = parse_args(Minimized, "", ["--config", "config.yaml", "select=entropy"])
     assert (config.select, args.resume, args.dry_run) == ("entropy", False, False)
     assert "warning: select: entropy is part of the training loss" in capsys.readouterr().out
-    parse_args(Minimised, "", ["--config", "config.yaml"])
+    parse_args(Minimized, "", ["--config", "config.yaml"])
     parse_args(Config, "", ["--config", "config.yaml", "select=entropy"])
     assert "warning" not in capsys.readouterr().out
 
 
 def test_options_may_stand_between_overrides():
     load()
-    config, args = parse_args(Config, "", ["seed=3", "--resume", "--config", "config.yaml", "steps=5", "--dry-run"])
+    config, args = parse_args(
+        Config, "", ["seed=3", "--resume", "--config", "config.yaml", "steps=5", "--dry-run"]
+    )
     assert (config.seed, config.steps, args.resume, args.dry_run) == (3, 5, True, True)
+
+
+@dataclasses.dataclass
+class Forgetful(RunConfig):
+    method: ClassVar[str] = "forgetful"
+
+
+def test_a_method_states_its_trained_criteria():
+    load()
+    with pytest.raises(UserError, match=r"'forgetful' does not state its trained_criteria\(\)"):
+        parse_args(Forgetful, "", ["--config", "config.yaml"])
+    parse_args(Config, "", ["--config", "config.yaml"])  # control: this one states them
+
+
+def test_overrides_are_recognized_wherever_they_stand():
+    write("a.yaml", MINIMAL + "steps: 7\n")
+    write("b.yaml", "optim: {lr: 0.5}\n")
+    augment = "data.augment={affine: {degrees: 5}}"
+    for words in (
+        ["--config", "a.yaml", "b.yaml", "seed=3", augment],
+        ["--config", "a.yaml", "b.yaml", "seed=4", "--resume", augment, "seed=3"],
+        ["seed=4", "--config", "a.yaml", "b.yaml", "seed=3", augment],
+        ["seed=3", augment, "--config", "a.yaml", "b.yaml"],
+        ["seed=3", "--config", "a.yaml", "--resume", "--config", "b.yaml", augment],
+        ["seed=3", "--config=a.yaml", augment, "--config=b.yaml"],
+    ):
+        config, args = parse_args(Config, "", words)
+        assert (config.seed, config.steps, config.optim.lr) == (3, 7, 0.5), words
+        assert config.data.augment == {"affine": {"degrees": 5}}
+        assert (args.config, args.resume) == (["a.yaml", "b.yaml"], "--resume" in words)
+
+
+def test_words_that_are_no_override_are_files(capsys):
+    write("a.yaml", MINIMAL)
+    with pytest.raises(UserError, match=r"seed: cannot be read"):
+        parse_args(Config, "", ["--config", "a.yaml", "seed"])
+    with pytest.raises(UserError, match=r"unknown key eval-every; did you mean eval_every\?"):
+        parse_args(Config, "", ["--config", "a.yaml", "eval-every=3"])
+    folder = Path("lr=0.1")
+    folder.mkdir()
+    write(folder / "c.yaml", MINIMAL)
+    assert parse_args(Config, "", ["--config", "./lr=0.1/c.yaml"])[0].out_dir == "run"
+    for words in ([], ["--config"], ["--config", "seed=3"]):
+        with pytest.raises(SystemExit) as stop:
+            parse_args(Config, "", words)
+        assert stop.value.code == 2
+        assert "--config" in capsys.readouterr().err
+
+
+# --- several files
+
+
+def test_later_files_win():
+    write("a.yaml", MINIMAL + "steps: 7\nseed: 1\n")
+    write("b.yaml", "steps: 8\namp: float16\n")
+    write("c.yaml", "steps: 9\n")
+    config = load_config(Config, ["a.yaml", "b.yaml", "c.yaml"])
+    assert (config.steps, config.seed, config.amp) == (9, 1, "float16")
+    assert load_config(Config, ["c.yaml", "b.yaml", "a.yaml"]).steps == 7
+    assert load_config(Config, ["a.yaml", "b.yaml"], ["steps=3"]).steps == 3
+
+
+def test_sections_merge_key_by_key_and_all_else_is_replaced():
+    first = (
+        "data:\n"
+        "  source: {name: drawn_digits, resize: 20}\n"
+        "  target: {name: drawn_digits_shifted}\n"
+        "  target_test: {name: usps}\n"
+        "  augment: {affine: {degrees: 5}, flip: {}}\n"
+        "optim: {lr: 0.5, betas: [0.1, 0.2]}\n"
+        "feature_layers: [layer3, layer4]\n"
+        "layer_weights: [1, 2]\n"
+    )
+    second = (
+        "data: {source: {name: usps}, augment: {affine: {shear: 3}}, target_test: null}\n"
+        "optim: {name: adam, betas: [0.3, 0.4]}\n"
+        "feature_layers: [pooled]\n"
+        "layer_weights: [3]\n"
+    )
+    write("a.yaml", first)
+    write("b.yaml", second)
+    config = load_config(Config, ["a.yaml", "b.yaml"])
+    data, optim = config.data, config.optim
+    assert (data.source.name, data.source.resize) == ("usps", 20)
+    assert data.target.name == "drawn_digits_shifted"
+    assert data.augment == {"affine": {"shear": 3}}  # whole, not merged
+    assert data.target_test is None
+    assert (optim.name, optim.lr, optim.betas) == ("adam", 0.5, [0.3, 0.4])
+    assert (config.feature_layers, config.layer_weights) == (["pooled"], [3.0])
+    assert load_config(Config, ["a.yaml"]).data.target_test.name == "usps"  # control
+
+
+def test_a_null_section_is_replaced_and_replaces():
+    """A source of `null` removes the section, and a later mapping fills it again."""
+    write("a.yaml", "data: {source: {name: mnist, resize: 20}, target: {name: usps}}\n")
+    write("b.yaml", "data: {source: null}\ninit_from: run\n")
+    write("c.yaml", "data: {source: {name: drawn_digits}}\ninit_from: null\n")
+    shot = load_script(ROOT / "train_shot.py").Config
+    config = load_config(shot, ["a.yaml", "b.yaml"])
+    assert (config.data.source, config.data.target.name) == (None, "usps")
+    with pytest.raises(UserError, match=r"a\.yaml: data\.source must be null"):
+        load_config(shot, ["a.yaml"], ["init_from=run"])  # control
+    with pytest.raises(UserError, match=r"a\.yaml b\.yaml: data\.source must be a mapping"):
+        load_config(Config, ["a.yaml", "b.yaml"])
+    source = load_config(Config, ["a.yaml", "b.yaml", "c.yaml"]).data.source
+    assert (source.name, source.resize) == ("drawn_digits", None)  # of the last file alone
+
+
+def test_mistakes_of_several_files_name_them_all():
+    write("a.yaml", MINIMAL)
+    write("b.yaml", "stps: 3\n")
+    with pytest.raises(UserError, match=r"^a\.yaml b\.yaml: unknown key stps; did you mean steps"):
+        load_config(Config, ["a.yaml", "b.yaml"])
+    write("b.yaml", "steps: 3\nsteps: 4\n")
+    with pytest.raises(UserError, match=r"^b\.yaml:2: duplicate key 'steps'"):
+        load_config(Config, ["a.yaml", "b.yaml"])
+    write("b.yaml", "")
+    with pytest.raises(UserError, match=r"^b\.yaml: a config is a mapping"):
+        load_config(Config, ["a.yaml", "b.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("files", "folder"),
+    [
+        (["configs/demo/digits.yaml"], "runs/demo/digits"),
+        (["configs/x/mnist_usps.yaml", "configs/x/dann.yaml"], "runs/x/mnist_usps_dann"),
+        (["configs/a/one.yaml", "configs/b/two.yaml", "three.yml"], "runs/a/one_two_three"),
+        (["/home/me/project/configs/pair.yaml"], "runs/pair"),
+        (["../configs/x/y/pair.yaml"], "runs/x/y/pair"),
+        (["mine.yaml"], "runs/mine"),
+        (["/home/me/mine.yaml", "configs/digits/dann.yaml"], "runs/mine_dann"),
+        (["runs/digits/mnist_usps_dann/config.yaml"], "runs/config"),
+    ],
+)  # fmt: skip
+def test_the_default_run_folder(files, folder):
+    assert default_out_dir(files) == folder
+
+
+def test_a_config_without_out_dir_gets_the_default_one():
+    text = MINIMAL.removeprefix("out_dir: run\n")
+    assert text != MINIMAL
+    write("pair.yaml", text)
+    write("dann.yaml", "steps: 7\n")
+    assert load_run_config(Config, "pair.yaml").out_dir == "runs/pair"
+    config = load_run_config(Config, ["pair.yaml", "dann.yaml"])
+    assert config.out_dir == "runs/pair_dann"
+    assert load_run_config(Config, ["pair.yaml"], ["out_dir=here"]).out_dir == "here"
+    write("runs/pair_dann/config.yaml", dump(config))
+    again = load_run_config(Config, "runs/pair_dann/config.yaml")  # names its own folder
+    assert again == config
+
+
+def test_a_run_of_several_files_keeps_the_resolved_config(tmp_path):
+    pair = tiny_config(tmp_path, steps=1, out_dir="null").rename("pair.yaml")
+    write("dann.yaml", "disc_hidden: 8\noptim: {momentum: 0.5}\n")
+    assert train("train_dann", pair, "dann.yaml", "seed=3") == 0
+    text = Path("runs/pair_dann/config.yaml").read_text()
+    tree = yaml.safe_load(text)
+    assert (tree["steps"], tree["disc_hidden"], tree["seed"]) == (1, 8, 3)
+    assert (tree["optim"]["lr"], tree["optim"]["momentum"]) == (0.02, 0.5)
+    assert tree["out_dir"] == "runs/pair_dann"
+    config = load_config(Config, "runs/pair_dann/config.yaml")
+    assert config == load_run_config(Config, ["pair.yaml", "dann.yaml"], ["seed=3"])
+    # Given as the only config, it goes on with its own run.
+    assert train("train_dann", Path("runs/pair_dann/config.yaml"), "--resume") == 0
+
+
+# --- help and ranges
+
+
+def test_help_lists_the_keys_of_the_method_first(capsys):
+    with pytest.raises(SystemExit):
+        parse_args(Config, "", ["--help"])
+    shown = capsys.readouterr().out
+    listed = re.findall(
+        r"^  ([\w.]+)[=:]", shown[shown.index("keys of the config") :], re.MULTILINE
+    )
+    names = [spec.name for spec in dataclasses.fields(Config)]
+    own = [name for name in names if name in Config.__annotations__]
+    assert (len(own) > 5, own[0]) == (True, "adv_weight")
+    assert listed[: len(own) + 1] == [*own, "out_dir"]
+    assert names[0] == "out_dir"  # control: the fields come in another order
+
+
+@dataclasses.dataclass
+class Ranges:
+    share: float = positive(0.5)
+    count: int = not_negative(0)
+    width: int | None = positive(None)
+    over: int | str = positive("total")
+    free: float = 1.0
+
+    def __post_init__(self):
+        require(*range_rules(self))
+
+
+@pytest.mark.parametrize(
+    ("values", "broken"),
+    [
+        ({}, []),
+        ({"share": 0}, ["share must be positive"]),
+        ({"share": -1.5, "count": -1}, ["share must be positive", "count must not be negative"]),
+        ({"width": 0, "over": -3}, ["width must be positive", "over must be positive"]),
+        ({"share": 1e-9, "count": 0, "width": 1, "over": 1, "free": -1}, []),
+        ({"width": None, "over": "word"}, []),  # their types are judged elsewhere
+        ({"count": True, "share": False}, []),
+    ],
+)
+def test_ranges_of_fields(values, broken):
+    if not broken:
+        assert all(holds for holds, _ in range_rules(Ranges(**values)))
+        return
+    with pytest.raises(ValueError, match=broken[0]) as caught:
+        Ranges(**values)
+    assert str(caught.value).splitlines() == broken
+
+
+def test_a_range_keeps_the_default_of_its_field():
+    assert Ranges() == Ranges(0.5, 0, None, "total", 1.0)
+    assert [name for name, spec in Ranges.__dataclass_fields__.items() if spec.metadata] == [
+        "share",
+        "count",
+        "width",
+        "over",
+    ]

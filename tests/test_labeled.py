@@ -5,9 +5,9 @@ import pytest
 import torch
 from PIL import Image
 
-from common.config import DataConfig, DomainConfig
-from common.runtime import UserError
+from common.errors import UserError
 from data import open_domains, train_loader
+from data.config import DataConfig, DomainConfig
 from tests.helpers import (
     SCRIPTS,
     TASKS,
@@ -35,9 +35,12 @@ def folders(pictures, tmp_path):
 
     def make(**keys) -> DataConfig:
         domains = {
-            role: DomainConfig(name="folder", path=path) for role, path in (("source", "photo"), ("target", "sketch"))
+            role: DomainConfig(name="folder", path=path)
+            for role, path in (("source", "photo"), ("target", "sketch"))
         }
-        return DataConfig(**{**domains, "size": 16, "batch": 4, "root": str(tmp_path / "images"), **keys})
+        return DataConfig(
+            **{**domains, "size": 16, "batch": 4, "root": str(tmp_path / "images"), **keys}
+        )
 
     return make
 
@@ -52,12 +55,20 @@ def streets_on_disk(tmp_path):
         for i in range(6):
             image = random.integers(0, 255, (24, 32, 3), np.uint8)
             Image.fromarray(image).save(tmp_path / f"images/{domain}/images/{i}.png")
-            Image.fromarray((image[..., 0] > 120).astype(np.uint8)).save(tmp_path / f"images/{domain}/masks/{i}.png")
+            Image.fromarray((image[..., 0] > 120).astype(np.uint8)).save(
+                tmp_path / f"images/{domain}/masks/{i}.png"
+            )
     write_list(tmp_path, ["dusk/images/2.png dusk/masks/2.png"])
 
     def make(**keys) -> DataConfig:
         day, dusk = (
-            DomainConfig("folder", path=f"{name}/images", masks=f"{name}/masks", ids=["low", "high"], resize=[12, 16])
+            DomainConfig(
+                "folder",
+                path=f"{name}/images",
+                masks=f"{name}/masks",
+                ids=["low", "high"],
+                resize=[12, 16],
+            )
             for name in ("day", "dusk")
         )
         both = {"source": day, "target": dusk, "root": str(tmp_path / "images")}
@@ -67,7 +78,10 @@ def streets_on_disk(tmp_path):
 
 
 def names(images) -> set[str]:
-    return {str(images.images.paths[i].relative_to(images.images.paths[i].parents[2])) for i in images.indices}
+    return {
+        str(images.images.paths[i].relative_to(images.images.paths[i].parents[2]))
+        for i in images.indices
+    }
 
 
 def write_list(tmp_path, lines: list[str], name: str = "few.txt") -> str:
@@ -88,7 +102,7 @@ def test_so_many_of_each_class_are_drawn_by_the_seed(folders):
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_labelled_images_are_in_no_other_set_of_the_target(folders, tmp_path, seed):
+def test_labeled_images_are_in_no_other_set_of_the_target(folders, tmp_path, seed):
     plain, domains = open_domains(folders(), seed), open_domains(folders(target_labeled=3), seed)
     few = names(domains.target_labeled)
     assert len(few) == 9
@@ -98,7 +112,9 @@ def test_labelled_images_are_in_no_other_set_of_the_target(folders, tmp_path, se
         assert few | names(getattr(domains, role)) == names(getattr(plain, role))
     separate = folders(target_labeled=3, target_test=DomainConfig(name="folder", path="sketch"))
     assert not few & names(open_domains(separate, seed).target_test)
-    (tmp_path / "images/other").symlink_to(tmp_path / "images/sketch")  # the same files by another name
+    (tmp_path / "images/other").symlink_to(
+        tmp_path / "images/sketch"
+    )  # the same files by another name
     separate = folders(target_labeled=3, target_test=DomainConfig(name="folder", path="other"))
     assert len(open_domains(separate, seed).target_test) == 18 - 9
 
@@ -116,10 +132,12 @@ def test_a_target_with_a_test_split_keeps_it(tmp_path):
     assert torch.equal(domains.target_test.indices, plain.target_test.indices)
 
 
-def test_a_list_gives_labels_to_an_unlabelled_target(folders, pictures, tmp_path):
+def test_a_list_gives_labels_to_an_unlabeled_target(folders, pictures, tmp_path):
     pictures("flat", 6)
     lines = ["flat/000.png owl", "flat/003.png 0", "flat/001.png dog"]
-    config = folders(target=DomainConfig(name="folder", path="flat"), target_labeled=write_list(tmp_path, lines))
+    config = folders(
+        target=DomainConfig(name="folder", path="flat"), target_labeled=write_list(tmp_path, lines)
+    )
     domains = open_domains(config, 0)
     few = domains.target_labeled
     assert [few.classes[i] for i in few.labels[few.indices]] == ["owl", "cat", "dog"]
@@ -130,7 +148,10 @@ def test_a_list_gives_labels_to_an_unlabelled_target(folders, pictures, tmp_path
 
 def test_what_is_a_source_is_no_target_to_label_or_to_test_on(folders):
     photo, sketch = (DomainConfig("folder", path=path) for path in ("photo", "sketch"))
-    with pytest.raises(UserError, match=r"data\.source: one of several is the target, which leaves no test; set data"):
+    with pytest.raises(
+        UserError,
+        match=r"data\.source: one of several is the target, which leaves no test; set data",
+    ):
         open_domains(folders(source=[photo, sketch]), 0)
     for source in (sketch, [photo, DomainConfig("folder", path="./sketch/", resize=30)]):
         with pytest.raises(ValueError, match="target_labeled: the target is a source too"):
@@ -142,12 +163,20 @@ def test_class_names_with_spaces_in_a_list(pictures, tmp_path, folders):
     pictures("a", classes)
     pictures("b", classes)
     lines = ["b/wild cat/000.png wild cat", "b/cat/001.png cat"]
-    both = {role: DomainConfig(name="folder", path=path) for role, path in (("source", "a"), ("target", "b"))}
-    few = open_domains(folders(**both, target_labeled=write_list(tmp_path, lines)), 0).target_labeled
+    both = {
+        role: DomainConfig(name="folder", path=path)
+        for role, path in (("source", "a"), ("target", "b"))
+    }
+    few = open_domains(
+        folders(**both, target_labeled=write_list(tmp_path, lines)), 0
+    ).target_labeled
     assert [few.classes[i] for i in few.labels] == ["wild cat", "cat"]
     write_list(tmp_path, ["cat", "wild cat"], "classes.txt")
     listed = DomainConfig("list", path="few.txt", classes="classes.txt")
-    assert open_domains(folders(source=listed, target=both["source"]), 0).source.classes == ["cat", "wild cat"]
+    assert open_domains(folders(source=listed, target=both["source"]), 0).source.classes == [
+        "cat",
+        "wild cat",
+    ]
 
 
 def test_masks_of_a_list_and_drawn_ones(streets_on_disk):
@@ -171,19 +200,24 @@ def test_masks_of_a_list_and_drawn_ones(streets_on_disk):
 @pytest.mark.parametrize(
     ("asked", "match"),
     [
-        (6, "data.target_labeled: 6 are asked for, folder sketch has 5 of class dog; ask for fewer"),
+        (
+            6,
+            "data.target_labeled: 6 are .*folder sketch has 5 of class dog",
+        ),
         ("none.txt", "data.target_labeled: .*none.txt cannot be read"),
-        ("bad.txt", "bad.txt:1: label 'horse' is no class number and no name in the source"),
+        ("bad.txt", "bad.txt:1: label 'horse' is .* class number and .* name in the source"),
         ("many.txt", "many.txt:1: label 3 is unknown, the source has numbers 0 to 2"),
         ("twice.txt", "twice.txt:2: names .*sketch/cat/000.png again; an image has one label"),
         ("away.txt", "away.txt:1: there is no file .*nowhere.png"),
         ("bare.txt", "bare.txt:1: has no label; a line is `path label`"),
         ("empty.txt", "data.target_labeled: .*empty.txt names no image"),
-        ("all.txt", "data.target_labeled: all.txt leaves no unlabelled image; give fewer labels"),
+        ("all.txt", "data.target_labeled: all.txt leaves no unlabeled image; give fewer labels"),
     ],
 )
 def test_labels_that_cannot_be_had(folders, tmp_path, asked, match):
-    every = [f"sketch/{name}/{i:03d}.png {name}" for name, count in SKETCH.items() for i in range(count)]
+    every = [
+        f"sketch/{name}/{i:03d}.png {name}" for name, count in SKETCH.items() for i in range(count)
+    ]
     for name, lines in (
         ("bad.txt", ["sketch/cat/000.png horse"]),
         ("away.txt", ["nowhere.png cat"]),
@@ -200,16 +234,21 @@ def test_labels_that_cannot_be_had(folders, tmp_path, asked, match):
 
 def test_labels_of_a_target_without_any(folders, pictures):
     pictures("flat", 6)
-    with pytest.raises(UserError, match="2 images cannot be drawn: folder flat has no labels; name a list file"):
+    with pytest.raises(
+        UserError, match="2 images cannot be drawn: folder flat has no labels; name a list file"
+    ):
         open_domains(folders(target=DomainConfig(name="folder", path="flat"), target_labeled=2), 0)
 
 
 def test_a_list_for_a_set_without_files(folders, tmp_path):
     write_list(tmp_path, ["sketch/cat/000.png 0"])
     drawn = {
-        role: DomainConfig(name) for role, name in (("source", "drawn_digits"), ("target", "drawn_digits_shifted"))
+        role: DomainConfig(name)
+        for role, name in (("source", "drawn_digits"), ("target", "drawn_digits_shifted"))
     }
-    with pytest.raises(UserError, match=r"few\.txt names files, drawn_digits_shifted has none; give a number"):
+    with pytest.raises(
+        UserError, match=r"few\.txt names files, drawn_digits_shifted has none; give a number"
+    ):
         open_domains(folders(**drawn, target_labeled="few.txt"), 0)
 
 
@@ -238,13 +277,19 @@ def test_sources_must_agree(folders, pictures):
     pictures("letters", {"a": 3, "b": 3})
     for other, match in (
         (DomainConfig("folder", path="letters"), "folder letters: its classes differ"),
-        (DomainConfig("folder", path="photo", resize=30), "folder photo 18 px, folder photo 30 px.*resize"),
+        (
+            DomainConfig("folder", path="photo", resize=30),
+            "folder photo 18 px, folder photo 30 px.*resize",
+        ),
     ):
         with pytest.raises(UserError, match=match):
             open_domains(folders(source=[DomainConfig("folder", path="photo"), other]), 0)
     with pytest.raises(ValueError, match="give all the same crop and augment"):
         folders(
-            source=[DomainConfig("folder", path="photo"), DomainConfig("folder", path="photo", augment={"flip": {}})]
+            source=[
+                DomainConfig("folder", path="photo"),
+                DomainConfig("folder", path="photo", augment={"flip": {}}),
+            ]
         )
     with pytest.raises(ValueError, match="source is an empty list"):
         folders(source=[])
@@ -253,7 +298,10 @@ def test_sources_must_agree(folders, pictures):
 def test_sources_of_one_and_of_three_channels(tmp_path):
     digits = [DomainConfig("drawn_digits"), DomainConfig("drawn_digits_shifted")]
     config = DataConfig(
-        source=digits, target=DomainConfig("drawn_digits_shifted"), root=str(tmp_path / "images"), batch=16
+        source=digits,
+        target=DomainConfig("drawn_digits_shifted"),
+        root=str(tmp_path / "images"),
+        batch=16,
     )
     domains = open_domains(config, 0)
     x, y = next(iter(train_loader(domains.source, config, 0, "source", 0, 1)))
@@ -279,9 +327,13 @@ def test_a_run_on_several_sources(tmp_path, task):
 
 
 def test_a_mistake_in_one_of_several_sources_is_named(tmp_path, capsys):
-    with pytest.raises(UserError, match=r"unknown key data\.source\[1\]\.pth; did you mean data\.source\.path"):
+    with pytest.raises(
+        UserError, match=r"unknown key data\.source\[1\]\.pth; did you mean data\.source\.path"
+    ):
         train(
-            "train_dann", tiny_config(tmp_path), "data.source=[{name: drawn_digits}, {name: folder, pth: a, path: b}]"
+            "train_dann",
+            tiny_config(tmp_path),
+            "data.source=[{name: drawn_digits}, {name: folder, pth: a, path: b}]",
         )
 
 
@@ -289,7 +341,9 @@ def test_a_mistake_in_one_of_several_sources_is_named(tmp_path, capsys):
 
 
 def labeled_config(script: str, task: str, tmp_path):
-    return shot_config(tmp_path, task) if script == "train_shot" else config_of(task, tmp_path, script)
+    return (
+        shot_config(tmp_path, task) if script == "train_shot" else config_of(task, tmp_path, script)
+    )
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, "train_shot"])
@@ -319,14 +373,20 @@ def test_masks_enter_the_loss(tmp_path, script):
 
 @pytest.mark.parametrize("few", [True, False])
 def test_labels_teach_what_the_source_does_not(tmp_path, pictures, few):
-    """The source's labels are drawn by lot; two labelled target images a class tell the colours of the two apart."""
+    """The source's labels are random; two labeled target images per class tell the colors apart."""
     pictures("photo", {"cat": 16, "dog": 16})
     pictures("sketch", {"cat": 12, "dog": 12})
     lot = torch.randperm(32, generator=torch.Generator().manual_seed(0)) % 2
     images = [(c, k, i) for k, c in enumerate(("cat", "dog")) for i in range(16)]
-    write_list(tmp_path, [f"{c}/{i:03d}.png {lot[16 * k + i]}" for c, k, i in images], "photo/list.txt")
-    write_list(tmp_path, [f"{c}/{i:03d}.png {k}" for c, k, i in images if i < 12], "sketch/list.txt")
-    domains = "source: {name: list, path: photo/list.txt}, target: {name: list, path: sketch/list.txt}"
+    write_list(
+        tmp_path, [f"{c}/{i:03d}.png {lot[16 * k + i]}" for c, k, i in images], "photo/list.txt"
+    )
+    write_list(
+        tmp_path, [f"{c}/{i:03d}.png {k}" for c, k, i in images if i < 12], "sketch/list.txt"
+    )
+    domains = (
+        "source: {name: list, path: photo/list.txt}, target: {name: list, path: sketch/list.txt}"
+    )
     labels = 2 if few else "null"
     data = f"{{{domains}, size: 16, batch: 8, target_labeled: {labels}, root: {tmp_path}/images}}"
     config = tiny_config(tmp_path, data=data, steps=60, eval_every=60, optim="{lr: 0.05}")
@@ -349,11 +409,14 @@ def test_resume_is_exact(tmp_path, monkeypatch, script):
 
 @pytest.mark.parametrize("script", [*SCRIPTS, "train_shot"])
 def test_no_other_target_label_trains(tmp_path, pictures, script):
-    """Two lists name the same labelled images; the labels of all others differ."""
+    """Two lists name the same labeled images; the labels of all others differ."""
     pictures("photo", {"cat": 12, "dog": 12})
     folder = pictures("sketch", {"cat": 8, "dog": 8})
-    data = "{source: {name: list, path: photo/list.txt}, target: {name: list, path: sketch/list.txt}, "
-    data += f"target_labeled: few.txt, size: 16, batch: 4, root: {tmp_path}/images, cache: {tmp_path}/cache}}"
+    data = (
+        "{source: {name: list, path: photo/list.txt}, target: {name: list, path: sketch/list.txt}, "
+    )
+    data += "target_labeled: few.txt, size: 16, batch: 4, "
+    data += f"root: {tmp_path}/images, cache: {tmp_path}/cache}}"
     few = [f"sketch/{name}/{i:03d}.png" for name in ("cat", "dog") for i in range(2)]
 
     def write(permuted: bool, wrong: bool = False) -> None:
@@ -369,9 +432,15 @@ def test_no_other_target_label_trains(tmp_path, pictures, script):
     write(False)
     config = tiny_config(tmp_path, data=data, select="infomax")
     if script == "train_shot":
-        assert train("train_source", config, "data.target_labeled=null", f"out_dir={tmp_path}/source") == 0
-        config = tiny_config(tmp_path, init_from=tmp_path / "source",
-                             data=data.replace("source: {name: list, path: photo/list.txt}, ", ""))  # fmt: skip
+        assert (
+            train("train_source", config, "data.target_labeled=null", f"out_dir={tmp_path}/source")
+            == 0
+        )
+        config = tiny_config(
+            tmp_path,
+            init_from=tmp_path / "source",
+            data=data.replace("source: {name: list, path: photo/list.txt}, ", ""),
+        )
     states = {}
     for run, keys in {"plain": (False,), "permuted": (True,), "wrong": (False, True)}.items():
         write(*keys)
@@ -381,24 +450,32 @@ def test_no_other_target_label_trains(tmp_path, pictures, script):
     assert differing(states["plain"], states["wrong"]) > 1000  # control: those of the list do
     plain, permuted = (summary(tmp_path / run)["target"] for run in ("plain", "permuted"))
     assert plain["selected"]["step"] == permuted["selected"]["step"]
-    assert plain["last"]["accuracy"] == pytest.approx(100 - permuted["last"]["accuracy"])  # control: they were swapped
+    assert plain["last"]["accuracy"] == pytest.approx(
+        100 - permuted["last"]["accuracy"]
+    )  # control: they were swapped
 
 
 def test_a_saved_draw_is_a_list_file(tmp_path, pictures):
     """Placed below data.root, the list of a run gives the same labels to another."""
     pictures("photo", PHOTO)
     pictures("sketch", SKETCH)
-    data = "{source: {name: folder, path: photo}, target: {name: folder, path: sketch}, size: 16, batch: 4, "
+    data = "{source: {name: folder, path: photo}, target: {name: folder, path: sketch}, "
+    data += "size: 16, batch: 4, "
     config = tiny_config(tmp_path, data=data + f"root: {tmp_path}/images}}")
     assert train("train_dann", config, "data.target_labeled=2", "seed=3") == 0
     text = (tmp_path / "run/target_labeled.txt").read_text()
     (tmp_path / "images/few.txt").write_text(text)
-    assert train("train_dann", config, "data.target_labeled=few.txt", f"out_dir={tmp_path}/listed") == 0
+    assert (
+        train("train_dann", config, "data.target_labeled=few.txt", f"out_dir={tmp_path}/listed")
+        == 0
+    )
     assert summary(tmp_path / "listed")["target_labeled"] == 6
     assert not (tmp_path / "listed/target_labeled.txt").exists()  # it was not drawn
     photo, sketch = (DomainConfig("folder", path=path) for path in ("photo", "sketch"))
     root = str(tmp_path / "images")
-    listed = open_domains(DataConfig(source=photo, target=sketch, target_labeled="few.txt", size=16, root=root), 0)
+    listed = open_domains(
+        DataConfig(source=photo, target=sketch, target_labeled="few.txt", size=16, root=root), 0
+    )
     few = listed.target_labeled
     lines = [
         f"{p.relative_to(tmp_path / 'images')} {few.classes[k]}"
@@ -410,14 +487,17 @@ def test_a_saved_draw_is_a_list_file(tmp_path, pictures):
 def test_a_draw_from_other_images_is_refused_at_resume(tmp_path, monkeypatch, pictures):
     pictures("photo", PHOTO)
     folder = pictures("sketch", SKETCH)
-    data = "{source: {name: folder, path: photo}, target: {name: folder, path: sketch}, size: 16, batch: 4, "
+    data = "{source: {name: folder, path: photo}, target: {name: folder, path: sketch}, "
+    data += "size: 16, batch: 4, "
     config = tiny_config(tmp_path, data=data + f"root: {tmp_path}/images, target_labeled: 2}}")
     with monkeypatch.context() as patch:
         stop_after(patch, 6)
         assert train("train_dann", config) == 143
     drawn = (tmp_path / "run/target_labeled.txt").read_text().split()[0]
     (folder.parent / drawn).rename(folder.parent / drawn.replace(".png", "_moved.png"))
-    with pytest.raises(UserError, match=r"target_labeled\.txt is gone, or was drawn from other images; restore"):
+    with pytest.raises(
+        UserError, match=r"target_labeled\.txt is gone, or was drawn from other images; restore"
+    ):
         train("train_dann", config, "--resume")
 
 

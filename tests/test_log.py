@@ -1,4 +1,4 @@
-"""The log: means, what a resumed run keeps of it, and the progress bar."""
+"""The log: means, the lines that a resumed run keeps, and the progress bar."""
 
 import json
 import math
@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
-from common.log import Log
-from common.runtime import UserError
+from common.errors import UserError
+from training.log import Log
 
 
 def test_means_since_the_last_line(tmp_path):
@@ -25,7 +25,7 @@ def test_means_since_the_last_line(tmp_path):
     ]
 
 
-def test_lines_of_later_steps_and_half_lines_are_dropped(tmp_path):
+def test_lines_of_later_steps_and_incomplete_lines_are_dropped(tmp_path):
     file = tmp_path / "metrics.jsonl"
     file.write_text('{"step": 2, "loss": 1}\n{"step": 6, "loss": 2}\n{"step": 1, "lo')
     Log(file, 8).open(4)

@@ -5,14 +5,15 @@ import math
 import pytest
 import torch
 
-from common.evaluation import IGNORE_INDEX
-from common.runtime import UserError
+from common.errors import UserError
+from common.metrics import IGNORE_INDEX
 from losses.cdan import MultilinearMap, entropy_weights
 from losses.coral import coral_loss
 from losses.domain import SOURCE, TARGET, discriminator_accuracy, domain_loss, one_domain_loss
 from losses.entropy import diversity_loss, entropy_loss, information_map
 from losses.mmd import mmd_loss
-from losses.supervised import cross_entropy, nll_loss
+from losses.supervised import cross_entropy, nll_loss, supervised_loss
+from models import ModelOutput
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -24,24 +25,23 @@ def _softplus(x: float) -> float:
 
 
 def _slow_domain_loss(logits_s, logits_t, weight_s, weight_t) -> float:
-    source = sum(w * _softplus(-x) for x, w in zip(logits_s.tolist(), weight_s.tolist(), strict=True)) / len(logits_s)
-    target = sum(w * _softplus(x) for x, w in zip(logits_t.tolist(), weight_t.tolist(), strict=True)) / len(logits_t)
-    return 0.5 * (source + target)
+    def mean(logits, weights, sign: int) -> float:
+        pairs = zip(logits.tolist(), weights.tolist(), strict=True)
+        return sum(w * _softplus(sign * x) for x, w in pairs) / len(logits)
+
+    return 0.5 * (mean(logits_s, weight_s, -1) + mean(logits_t, weight_t, 1))
 
 
 @pytest.mark.parametrize(("n_s", "n_t"), [(5, 5), (7, 2), (1, 9)])
 def test_domain_loss_is_the_mean_of_both_domains_means(n_s, n_t):
     torch.manual_seed(n_s)
-    logits_s, logits_t, weight_s, weight_t = (
-        3 * torch.randn(n_s),
-        3 * torch.randn(n_t),
-        torch.rand(n_s),
-        torch.rand(n_t),
-    )
+    logits_s, logits_t = 3 * torch.randn(n_s), 3 * torch.randn(n_t)
+    weight_s, weight_t = torch.rand(n_s), torch.rand(n_t)
     plain = _slow_domain_loss(logits_s, logits_t, torch.ones(n_s), torch.ones(n_t))
     assert domain_loss(logits_s, logits_t).item() == pytest.approx(plain, rel=1e-5)
     weighted = _slow_domain_loss(logits_s, logits_t, weight_s, weight_t)
-    assert domain_loss(logits_s, logits_t, weight_s, weight_t).item() == pytest.approx(weighted, rel=1e-5)
+    loss = domain_loss(logits_s, logits_t, weight_s, weight_t)
+    assert loss.item() == pytest.approx(weighted, rel=1e-5)
 
 
 def test_domain_loss_of_an_undecided_discriminator_is_log_2():
@@ -55,19 +55,20 @@ def test_domain_loss_takes_logits_of_any_shape():
 
 
 def test_the_label_convention_does_not_matter():
-    """Target labelled 1 and source 0, the discriminator's sign flipped: the same loss."""
-    logits_s, logits_t, weight_s, weight_t = torch.randn(6), torch.randn(4), torch.rand(6), torch.rand(4)
+    """Target labeled 1 and source 0, the discriminator's sign flipped: the same loss."""
+    logits_s, logits_t = torch.randn(6), torch.randn(4)
+    weight_s, weight_t = torch.rand(6), torch.rand(4)
     loss = domain_loss(logits_s, logits_t, weight_s, weight_t)
     torch.testing.assert_close(domain_loss(-logits_t, -logits_s, weight_t, weight_s), loss)
-    assert (
-        abs(domain_loss(logits_t, logits_s) - domain_loss(logits_s, logits_t)) > 1e-3
-    )  # control: the labels do matter
+    # Control: the labels do matter.
+    assert abs(domain_loss(logits_t, logits_s) - domain_loss(logits_s, logits_t)) > 1e-3
 
 
 def test_an_empty_domain_counts_nothing_and_stays_attached():
     logits_s, nothing = torch.randn(4, requires_grad=True), torch.zeros(0, requires_grad=True)
     loss = domain_loss(logits_s, nothing)
-    assert loss.item() == pytest.approx(0.5 * sum(_softplus(-x) for x in logits_s.tolist()) / 4, rel=1e-5)
+    expected = 0.5 * sum(_softplus(-x) for x in logits_s.tolist()) / 4
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
     both_empty = domain_loss(nothing, nothing)
     assert both_empty.item() == 0
     (loss + both_empty).backward()
@@ -89,11 +90,11 @@ def test_discriminator_accuracy():
     right, wrong = torch.tensor([2.0, 0.5]), torch.tensor([-1.0, -3.0, -0.1])
     assert discriminator_accuracy(right, wrong).item() == 100
     assert discriminator_accuracy(wrong, right).item() == 0
-    assert (
-        discriminator_accuracy(right, right).item() == 50
-    )  # always the same answer: confused, whatever the domains' sizes
+    # Always the same answer: confused, whatever the sizes of the domains.
+    assert discriminator_accuracy(right, right).item() == 50
     assert discriminator_accuracy(wrong, wrong).item() == 50
-    assert discriminator_accuracy(torch.tensor([1.0, 1.0, 1.0, -1.0]), torch.tensor([-1.0])).item() == 87.5
+    three_of_four = torch.tensor([1.0, 1.0, 1.0, -1.0])
+    assert discriminator_accuracy(three_of_four, torch.tensor([-1.0])).item() == 87.5
 
 
 def test_multilinear_map_is_the_outer_product():
@@ -132,7 +133,8 @@ def test_random_multilinear_map_keeps_inner_products():
     kernels = torch.stack(kernels)
     error, spread = kernels.mean(0) - exact @ exact.T, kernels.std(0) / 10
     assert (error.abs() < 4 * spread).all()  # four standard errors
-    assert (spread < 0.05 * (exact @ exact.T).diag().max()).all()  # control: tight enough to see a wrong factor
+    # Control: tight enough to see a wrong factor.
+    assert (spread < 0.05 * (exact @ exact.T).diag().max()).all()
 
 
 def test_entropy_weights_are_one_plus_exp_minus_entropy_in_nats():
@@ -144,7 +146,7 @@ def test_entropy_weights_are_one_plus_exp_minus_entropy_in_nats():
     assert entropy_weights(logits).tolist() == pytest.approx(expected, rel=1e-5)
 
 
-def test_entropy_weights_have_mean_one_a_domain_and_no_gradient():
+def test_entropy_weights_have_mean_one_per_domain_and_no_gradient():
     for scale in (0.1, 5.0):
         weights = entropy_weights((scale * torch.randn(9, 4)).requires_grad_())
         assert weights.mean().item() == pytest.approx(1, abs=1e-6)
@@ -156,7 +158,8 @@ def test_entropy_weights_at_the_extremes():
     sure, unsure = torch.tensor([[1e4, -1e4, 0.0]]), torch.zeros(1, 3)
     weights = entropy_weights(torch.cat([sure, unsure]).half())
     assert weights.isfinite().all()
-    assert (weights[0] / weights[1]).item() == pytest.approx(2 / (1 + 1 / 3), rel=1e-4)  # exp(-log 3) = 1/3: in nats
+    ratio = 2 / (1 + 1 / 3)  # exp(-log 3) = 1/3: in nats
+    assert (weights[0] / weights[1]).item() == pytest.approx(ratio, rel=1e-4)
     assert entropy_weights(torch.zeros(0, 3)).shape == (0,)
 
 
@@ -170,20 +173,21 @@ def test_entropy_and_diversity_against_loops(shape):
     log_p = logits.log_softmax(1)
     points = log_p.exp().movedim(1, -1).reshape(-1, shape[1]).tolist()
     entropies = [_slow_entropy(p) for p in points]
-    assert entropy_loss(information_map(log_p)).item() == pytest.approx(sum(entropies) / len(points))
+    mean_entropy = sum(entropies) / len(points)
+    assert entropy_loss(information_map(log_p)).item() == pytest.approx(mean_entropy)
     mean = [sum(column) / len(points) for column in zip(*points, strict=True)]
     assert diversity_loss(log_p).item() == pytest.approx(1 - _slow_entropy(mean))
     information = information_map(log_p)
     assert information.shape == logits.shape
-    torch.testing.assert_close(information.sum(1).flatten(), torch.tensor(entropies, dtype=torch.float64))
+    expected = torch.tensor(entropies, dtype=torch.float64)
+    torch.testing.assert_close(information.sum(1).flatten(), expected)
 
 
 def test_entropy_of_uniform_and_of_sure_predictions():
     uniform, sure = torch.zeros(4, 4).log_softmax(1), (1e4 * torch.eye(4)).log_softmax(1)
-    assert (entropy_loss(information_map(uniform)).item(), diversity_loss(uniform).item()) == pytest.approx(
-        (1, 0), abs=1e-6
-    )
-    assert (entropy_loss(information_map(sure)).item(), diversity_loss(sure).item()) == pytest.approx((0, 0), abs=1e-6)
+    for log_p, entropy in ((uniform, 1), (sure, 0)):
+        losses = entropy_loss(information_map(log_p)).item(), diversity_loss(log_p).item()
+        assert losses == pytest.approx((entropy, 0), abs=1e-6)
     assert diversity_loss(sure[:1]).item() == 1  # control: all of one class
 
 
@@ -208,14 +212,16 @@ def test_one_domain_loss_is_half_of_the_domain_loss():
     logits_s, logits_t = torch.randn(5), torch.randn(3, 2)
     both = 0.5 * (one_domain_loss(logits_s, SOURCE) + one_domain_loss(logits_t, TARGET))
     torch.testing.assert_close(both, domain_loss(logits_s, logits_t))
-    assert one_domain_loss(torch.tensor([20.0]), SOURCE) < 1e-6 < 1 < one_domain_loss(torch.tensor([20.0]), TARGET)
+    sure = torch.tensor([20.0])
+    assert one_domain_loss(sure, SOURCE) < 1e-6
+    assert one_domain_loss(sure, TARGET) > 1
     assert one_domain_loss(torch.zeros(0), SOURCE).item() == 0
 
 
 def _slow_cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> float:
-    rows, numbers = logits.movedim(1, -1).reshape(-1, logits.shape[1]).tolist(), labels.flatten().tolist()
+    rows = logits.movedim(1, -1).reshape(-1, logits.shape[1]).tolist()
     losses = []
-    for row, label in zip(rows, numbers, strict=True):
+    for row, label in zip(rows, labels.flatten().tolist(), strict=True):
         if label != IGNORE_INDEX:
             losses.append(math.log(sum(math.exp(x) for x in row)) - row[label])
     return sum(losses) / max(len(losses), 1)
@@ -226,11 +232,12 @@ def test_cross_entropy_against_a_loop(shape):
     random = torch.Generator().manual_seed(0)
     logits = torch.randn(shape[0], 5, *shape[1:], generator=random)
     labels = torch.randint(5, shape, generator=random)
-    own, torchs = cross_entropy(logits, labels), torch.nn.functional.cross_entropy(logits, labels)
-    torch.testing.assert_close(own, torchs)
-    assert torch.equal(own, torchs) or len(shape) > 1  # to the bit for classification
+    ours, theirs = cross_entropy(logits, labels), torch.nn.functional.cross_entropy(logits, labels)
+    torch.testing.assert_close(ours, theirs)
+    assert torch.equal(ours, theirs) or len(shape) > 1  # to the bit for classification
     labels.view(-1)[::3] = IGNORE_INDEX
-    assert cross_entropy(logits, labels).item() == pytest.approx(_slow_cross_entropy(logits, labels), rel=1e-5)
+    by_hand = _slow_cross_entropy(logits, labels)
+    assert cross_entropy(logits, labels).item() == pytest.approx(by_hand, rel=1e-5)
     assert torch.equal(cross_entropy(logits, labels), nll_loss(logits.log_softmax(1), labels))
 
 
@@ -249,13 +256,28 @@ def test_cross_entropy_of_nothing_is_nothing_and_stays_attached(shape):
 def test_cross_entropy_of_many_classes_and_of_half_precision():
     logits = torch.randn(4, 300, generator=torch.Generator().manual_seed(0))
     labels = torch.tensor([255, 0, 299, 255])
-    torch.testing.assert_close(cross_entropy(logits, labels), torch.nn.functional.cross_entropy(logits, labels))
+    theirs = torch.nn.functional.cross_entropy(logits, labels)
+    torch.testing.assert_close(cross_entropy(logits, labels), theirs)
     large = torch.tensor([[1e4, -1e4]], dtype=torch.float16, requires_grad=True)
     loss = cross_entropy(large, torch.tensor([1]))
     loss.backward()
     assert loss.dtype == torch.float32
     assert loss.item() == pytest.approx(2e4, rel=1e-3)
     assert large.grad.isfinite().all()
+
+
+def test_supervised_loss_adds_the_auxiliary_head():
+    logits, aux_logits = randn(2, 3, 4, 5), randn(2, 3, 4, 5, seed=1)
+    labels = torch.randint(3, (2, 4, 5), generator=torch.Generator().manual_seed(0))
+    labels[0, :2] = IGNORE_INDEX
+    main, aux = cross_entropy(logits, labels), cross_entropy(aux_logits, labels)
+    loss, parts = supervised_loss(ModelOutput(logits, {}, aux_logits), labels, 0.3)
+    torch.testing.assert_close(loss, main + 0.3 * aux)
+    assert parts == {"cls_loss": main, "aux_cls_loss": aux}  # neither is weighted
+    loss, parts = supervised_loss(ModelOutput(logits, {}), labels, 0.3)
+    assert torch.equal(loss, main)
+    assert parts == {"cls_loss": main}
+    assert abs(main - aux) > 1e-3  # control
 
 
 # --- statistics of features
@@ -271,14 +293,16 @@ def plain_mmd(x_s: torch.Tensor, x_t: torch.Tensor, widths=(0.125, 0.25, 0.5, 1.
 
     s, t = rows[:n], rows[n:]
     pairs = [(i, j) for i in range(n) for j in range(n) if i != j]
-    return sum(k(s[i], s[j]) + k(t[i], t[j]) - k(s[i], t[j]) - k(s[j], t[i]) for i, j in pairs) / (n * (n - 1))
+    terms = (k(s[i], s[j]) + k(t[i], t[j]) - k(s[i], t[j]) - k(s[j], t[i]) for i, j in pairs)
+    return sum(terms) / (n * (n - 1))
 
 
 def plain_coral(x_s: torch.Tensor, x_t: torch.Tensor) -> float:
     def covariance(x):
         mean, d = x.mean(0), x.shape[1]
         return [
-            [sum((r[i] - mean[i]) * (r[j] - mean[j]) for r in x) / (len(x) - 1) for j in range(d)] for i in range(d)
+            [sum((r[i] - mean[i]) * (r[j] - mean[j]) for r in x) / (len(x) - 1) for j in range(d)]
+            for i in range(d)
         ]
 
     a, b, d = covariance(x_s.double()), covariance(x_t.double()), x_s.shape[1]
@@ -305,7 +329,8 @@ def test_equal_samples_have_no_distance(n):
 
 def test_mmd_is_unbiased():
     """Over many pairs of samples of one distribution its mean is 0, and it takes both signs."""
-    values = torch.stack([mmd_loss(randn(8, 3, seed=2 * i), randn(8, 3, seed=2 * i + 1)) for i in range(400)])
+    pairs = [(randn(8, 3, seed=2 * i), randn(8, 3, seed=2 * i + 1)) for i in range(400)]
+    values = torch.stack([mmd_loss(*pair) for pair in pairs])
     assert abs(float(values.mean())) < 3 * float(values.std()) / 20
     assert values.min() < 0 < values.max()
 
@@ -324,13 +349,13 @@ def test_statistics_of_little_or_nothing(loss):
         value.backward()
         assert value.item() == 0
         assert (x.grad == 0).all()
-    same = torch.ones(5, 4, requires_grad=True)  # rows all alike: no width to the kernel
+    same = torch.ones(5, 4, requires_grad=True)  # equal rows: the kernel has no width
     loss(same, same.detach()).backward()
     assert same.grad.isfinite().all()
 
 
 def test_mmd_of_unequal_numbers_is_refused():
-    with pytest.raises(UserError, match="mmd_loss pairs source and target, of which there are 4 and 5"):
+    with pytest.raises(UserError, match=r"mmd_loss pairs source and target.* 4 and 5"):
         mmd_loss(randn(4, 2), randn(5, 2))
 
 
@@ -348,8 +373,8 @@ def test_statistics_are_as_exact_under_autocast(loss, dtype):
 @pytest.mark.parametrize("loss", [mmd_loss, coral_loss])
 def test_descent_matches_the_statistics(loss):
     x_s, x_t = randn(32, 3), (2 + 3 * randn(32, 3, seed=1)).requires_grad_()
-    first = float(loss(x_s, x_t))
+    first = float(loss(x_s, x_t.detach()))
     for _ in range(100):
         (gradient,) = torch.autograd.grad(loss(x_s, x_t), x_t)
         x_t = (x_t - 20 * gradient / gradient.norm() / 20).detach().requires_grad_()
-    assert float(loss(x_s, x_t)) < 0.2 * first
+    assert float(loss(x_s, x_t.detach())) < 0.2 * first

@@ -1,4 +1,7 @@
-"""reproduce.py: the runs it starts, skips and resumes, and the table it makes of them. A small fake script trains."""
+"""reproduce.py: the runs it starts, skips and resumes, and the table it makes of them.
+
+A small fake script takes the place of the training scripts; one test runs a real one.
+"""
 
 import json
 import os
@@ -12,27 +15,46 @@ from pathlib import Path
 import pytest
 
 import reproduce
-from common.config import load_config
-from common.runtime import UserError
+from common.config import dump_value, load_config, parse_yaml
+from common.errors import UserError
+from common.provenance import code_version
+from tests.helpers import tiny_config
 
 ROOT = Path(reproduce.__file__).parent
-FIGURES = {0: 70.0, 1: 80.0, 2: 87.0}  # mean 79, sum of squares 81 + 1 + 64 = 146, / 2 = 73: sd 8.544
-SCRIPT = """
+# Mean 79, sum of squares 81 + 1 + 64 = 146, / 2 = 73: standard deviation 8.544.
+FIGURES = {0: 70.0, 1: 80.0, 2: 87.0}
+SCRIPT = (
+    f"""
 import json, os, pathlib, sys, time
 from dataclasses import dataclass, field
+sys.path.append({str(ROOT)!r})
+from common.config import dump, load_config
+
+@dataclass
+class Data:
+    root: str = "."
+    workers: int = 0
+    size: int = 1
+    augment: dict = field(default_factory=dict)
+
 @dataclass
 class Config:
-    out_dir: str
+    out_dir: str | None = None
     steps: int = 4
     optim: dict = field(default_factory=dict)
     seed: int = 0
-    data: dict = field(default_factory=dict)
-
+    init_from: str | None = None
+    data: Data = field(default_factory=Data)
+"""
+    + """
 def main():
-    values = dict(a.split("=", 1) for a in sys.argv if "=" in a)
-    seed, folder = int(values["seed"]), pathlib.Path(values["out_dir"])
+    words = sys.argv[sys.argv.index("--config") + 1:-1]
+    files = [word for word in words if "=" not in word]
+    config = load_config(Config, files, [word for word in words if "=" in word])
+    seed, folder = config.seed, pathlib.Path(config.out_dir)
     with open("calls.jsonl", "a") as calls:
-        call = {"argv": sys.argv, "omp": os.environ.get("OMP_NUM_THREADS"), "time": time.monotonic()}
+        threads = os.environ.get("OMP_NUM_THREADS")
+        call = {"argv": sys.argv, "omp": threads, "time": time.monotonic()}
         calls.write(json.dumps(call) + "\\n")
     folder.mkdir(parents=True, exist_ok=True)
     print("training")
@@ -48,12 +70,14 @@ def main():
             sys.exit("alone")
         time.sleep(0.02)
     accuracy = json.loads(os.environ["FIGURES"])[str(seed)]
-    target = {name: {"step": 8, "accuracy": accuracy and accuracy + more, "mean_class_accuracy": 1.0}
-              for name, more in (("last", 0), ("selected", 1), ("oracle", 2))}
-    config = pathlib.Path(sys.argv[sys.argv.index("--config") + 1]).read_text()
-    (folder / "config.yaml").write_text(config + "seed: %d\\n" % seed)
+    target = {}
+    for name, more in (("last", 0), ("selected", 1), ("oracle", 2)):
+        figures = {"accuracy": accuracy and accuracy + more, "mean_class_accuracy": 1.0}
+        target[name] = {"step": 8, **figures}
+    (folder / "config.yaml").write_text(dump(config))
     (folder / "summary.json").write_text(json.dumps({
-        "method": "fake", "seed": seed, "steps": 8, "seconds": 10.0 + seed, "machine": "a desk, torch 9",
+        "method": "fake", "seed": seed, "steps": 8, "seconds": 10.0 + seed,
+        "machine": "a desk, torch 9", "commit": "abc1234",
         "target": target, "target_test": "its test split",
         "selection": {"criterion": "infomax", "part_of_training_loss": False, "value": 0.5}}))
     (folder / "status.json").write_text(json.dumps({"state": "finished", "step": 8, "steps": 8}))
@@ -61,10 +85,19 @@ def main():
 if __name__ == "__main__":
     main()
 """
-WAITS = """
-import pathlib, signal, sys, time
+)
+EMPTY = """
+from dataclasses import dataclass, field
+@dataclass
 class Config:
-    pass
+    out_dir: str
+    steps: int
+    optim: dict = field(default_factory=dict)
+"""
+WAITS = (
+    EMPTY
+    + """
+import pathlib, signal, sys, time
 if __name__ == "__main__":
     folder = pathlib.Path(next(a for a in sys.argv if a.startswith("out_dir=")).split("=", 1)[1])
     folder.mkdir(parents=True)
@@ -79,10 +112,12 @@ if __name__ == "__main__":
     (folder / "saved").touch()
     sys.exit(128 + stop[0])
 """
+)
 SUITE = """title: A test
 note: A note.
 runs:
-  - {task: A -> B, method: one, script: train.py, config: one.yaml, published: 77.10, reference: some paper}
+  - {task: A -> B, method: one, script: train.py, config: one.yaml, published: 77.10,
+     reference: some paper}
   - {task: A -> B, method: two, script: train.py, config: two.yaml}
 """
 
@@ -113,14 +148,23 @@ def calls() -> list[dict]:
 
 def cells(text: str, method: str) -> list[str]:
     """The cells of a method's line in a markdown table."""
-    (line,) = [line for line in text.splitlines() if line.startswith("|") and f"| {method} |" in line]
+    (line,) = [
+        line for line in text.splitlines() if line.startswith("|") and f"| {method} |" in line
+    ]
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
 def test_every_config_runs_under_every_seed(folder, capfd):
     assert reproduce.main(["suite.yaml", "--seeds", "0", "2"]) == 0
     expected = [
-        ["train.py", "--config", f"{name}.yaml", f"seed={seed}", f"out_dir=runs/{name}_seed{seed}", "--resume"]
+        [
+            "train.py",
+            "--config",
+            f"{name}.yaml",
+            f"seed={seed}",
+            f"out_dir=runs/{name}_seed{seed}",
+            "--resume",
+        ]
         for seed in (0, 2)
         for name in ("one", "two")
     ]
@@ -146,8 +190,10 @@ def test_finished_runs_are_skipped(folder, capfd):
         ("status.json", '{"state": "running", "step": 4, "steps": 8}'),
         ("status.json", '{"state": "finis'),
         ("summary.json", None),
-        ("config.yaml", "out_dir: runs/one\nsteps: 8\noptim: {lr: 0.1}\nseed: 0\n"),  # the config was edited since
-        ("config.yaml", "out_dir: runs/one\nsteps: 8\noptim: {lr: 0.05, momentum: 0.5}\n"),  # a key was taken out
+        ("status.json", "null"),
+        # The config was edited since, or a key was taken out of it.
+        ("config.yaml", "out_dir: runs/one\nsteps: 8\noptim: {lr: 0.1}\nseed: 0\n"),
+        ("config.yaml", "out_dir: runs/one\nsteps: 8\noptim: {lr: 0.05, momentum: 0.5}\n"),
     ],
 )
 def test_broken_runs_are_resumed(folder, file, text):
@@ -156,7 +202,9 @@ def test_broken_runs_are_resumed(folder, file, text):
     path = Path("runs/one_seed0") / file
     path.write_text(text) if text else path.unlink()
     assert reproduce.main(["suite.yaml", "--seeds", "0"]) == 0
-    assert [call["argv"][2:] for call in calls()] == [["one.yaml", "seed=0", "out_dir=runs/one_seed0", "--resume"]]
+    assert [call["argv"][2:] for call in calls()] == [
+        ["one.yaml", "seed=0", "out_dir=runs/one_seed0", "--resume"]
+    ]
 
 
 def test_scripts_are_imported_as_python_would(folder, capfd):
@@ -171,9 +219,12 @@ def test_scripts_are_imported_as_python_would(folder, capfd):
     calls()
     Path("broken.py").write_text("import nowhere_at_all\n")
     Path("suite.yaml").write_text(SUITE.replace("script: train.py", "script: broken.py"))
-    with pytest.raises(
-        UserError, match=r"broken\.py: its Config cannot be read \(ModuleNotFoundError: .*nowhere_at_all"
-    ):
+    says = r"runs\[0\]\.script: broken\.py: its Config cannot be read \(ModuleNotFoundError: .*nowh"
+    with pytest.raises(UserError, match=says):
+        reproduce.main(["suite.yaml", "--seeds", "1"])
+    Path("broken.py").write_text("class Config:\n    pass\n")
+    reproduce.script_config.cache_clear()
+    with pytest.raises(UserError, match=r"broken\.py: .*\(TypeError: it is not a RunConfig\)"):
         reproduce.main(["suite.yaml", "--seeds", "1"])
     assert calls() == []
 
@@ -182,7 +233,7 @@ def test_a_run_that_trained_elsewhere_is_still_finished(folder):
     reproduce.main(["suite.yaml", "--seeds", "0"])
     calls()
     with open("one.yaml", "a") as file:
-        file.write("data: {workers: 2, root: elsewhere}\n")  # keys that do not change what is learned
+        file.write("data: {workers: 2, root: elsewhere}\n")  # keys of FREE_AT_RESUME
     assert reproduce.main(["suite.yaml", "--seeds", "0"]) == 0
     assert calls() == []
 
@@ -201,10 +252,14 @@ def test_a_failed_run_stops_no_other(folder, capfd, monkeypatch):
 
 
 def test_a_run_without_results_has_failed(folder, capfd):
-    Path("train.py").write_text("class Config:\n    pass\n\nif __name__ == '__main__':\n    print('nothing to do')\n")
+    Path("train.py").write_text(
+        EMPTY + "\nif __name__ == '__main__':\n    print('nothing to do')\n"
+    )
     assert reproduce.main(["suite.yaml", "--seeds", "0"]) == 1
     out = capfd.readouterr().out
-    assert "runs/one_seed0: failed after 0 s with exit code 0: no summary.json of this config" in out
+    assert (
+        "runs/one_seed0: failed after 0 s with exit code 0: no summary.json of this config" in out
+    )
     assert cells(out, "one")[2:7] == ["0 of 1", "-", "-", "-", "-"]
 
 
@@ -215,7 +270,8 @@ def test_table_against_hand_computation(folder, capfd):
     assert cells(out, "one") == ["A -> B", "one", "3", *figures, "11", "77.1 (some paper)"]
     assert cells(out, "two")[-1] == "-"
     assert "oracle (chosen on target test labels: no result)" in cells(out, "method")
-    assert "`python reproduce.py suite.yaml --seeds 0 1 2`: seeds 0 1 2; steps 8; on " in out
+    written = "`python reproduce.py suite.yaml --seeds 0 1 2`: seeds 0 1 2; steps 8; "
+    assert written + "commit abc1234; on a desk, torch 9." in out
     assert "accuracy in percent on its test split" in out
     assert "A note." in out
     reproduce.main(["suite.yaml", "--seeds", "1"])
@@ -268,7 +324,9 @@ def test_out_appends_the_block_where_the_file_lacks_it(folder):
     assert Path("new.md").read_text().startswith("<!-- begin: suite -->\n")
 
 
-@pytest.mark.parametrize("text", ["<!-- begin: suite -->\n", "<!-- end: suite -->\n<!-- begin: suite -->\n"])
+@pytest.mark.parametrize(
+    "text", ["<!-- begin: suite -->\n", "<!-- end: suite -->\n<!-- begin: suite -->\n"]
+)
 def test_out_with_torn_markers_is_refused_before_any_run(folder, text):
     Path("results.md").write_text(text)
     with pytest.raises(UserError, match="once each") as raised:
@@ -283,9 +341,14 @@ def test_list_runs_nothing(folder, capfd):
     Path("train.py").rename("my train.py")
     assert reproduce.main(["suite.yaml", "--seeds", "0", "1", "--list", "--out", "results.md"]) == 0
     lines = capfd.readouterr().out.splitlines()
-    assert lines[0] == f"{sys.executable} 'my train.py' --config one.yaml seed=0 out_dir=runs/one_seed0 --resume"
+    command = "'my train.py' --config one.yaml seed=0 out_dir=runs/one_seed0 --resume"
+    assert lines[0] == f"{sys.executable} {command}"
     folders = [shlex.split(line)[-2] for line in lines]
-    assert folders[1:] == ["out_dir=runs/two_seed0", "out_dir=runs/one_seed1", "out_dir=runs/two_seed1"]
+    assert folders[1:] == [
+        "out_dir=runs/two_seed0",
+        "out_dir=runs/one_seed1",
+        "out_dir=runs/two_seed1",
+    ]
     assert calls() == []
     assert not Path("runs").exists()
     assert not Path("results.md").exists()
@@ -320,10 +383,47 @@ def test_jobs_is_a_limit(folder, monkeypatch):
             "runs[1].script: there is no file train_x.py",
         ),
         ("config: two.yaml", "config: one.yaml", "runs[1] has the out_dir runs/one of another"),
-        ("method: two", "method: one", "runs[1] has the line A -> B / one of another"),
-        (", reference: some paper", "", "published and reference go together"),
-        ("published: 77.10", "published: high", "runs[0].published must be number | null, not 'high'"),
+        ("method: two", "method: one", "runs[1] has the row A -> B / one of another"),
+        (",\n     reference: some paper", "", "runs[0].published and reference go together"),
+        (
+            "published: 77.10",
+            "published: high",
+            "runs[0].published must be number | null, not 'high'",
+        ),
         ("note: A note.\n", "note: A note.\nnote: B\n", "duplicate key 'note'"),
+        ("config: two.yaml", "config: []", "runs[1].config: the list of files is empty"),
+        (
+            "config: two.yaml",
+            "config: [two.yaml, three.yaml]",
+            "runs[1].config: there is no file three.yaml",
+        ),
+        (
+            "config: two.yaml",
+            "config: two.yaml, set: {stps: 3}",
+            "runs[1].config: two.yaml: unknown key stps; did you mean steps?",
+        ),
+        (
+            "config: two.yaml",
+            "config: two.yaml, set: {steps: many}",
+            "runs[1].config: two.yaml: steps must be int, not 'many'",
+        ),
+        ("config: two.yaml", "config: two.yaml, set: [steps]", "runs[1].set must be mapping"),
+        (
+            "config: two.yaml",
+            "config: two.yaml, set: {steps=3: 4}",
+            "runs[1].set: 'steps=3' is not a dotted key",
+        ),
+        (
+            "config: two.yaml",
+            "config: two.yaml, set: {seed: 3}",
+            "runs[1].set: the seed comes from --seeds",
+        ),
+        (
+            "config: two.yaml",
+            "config: two.yaml, set: {out_dir: runs//one/}",
+            "runs[1] has the out_dir runs/one of another",
+        ),
+        ("config: two.yaml", "config: two.yaml, expected: high", "runs[1].expected must be number"),
         (SUITE[SUITE.index("  - ") :], "  []\n", "runs is empty"),
     ],
 )
@@ -337,7 +437,9 @@ def test_a_bad_suite_is_one_sentence(folder, old, new, says):
     assert calls() == []
 
 
-@pytest.mark.parametrize("options", [["--jobs", "0"], ["--seeds", "1", "1"], ["--seeds", "0", "-1"]])
+@pytest.mark.parametrize(
+    "options", [["--jobs", "0"], ["--seeds", "1", "1"], ["--seeds", "0", "-1"]]
+)
 def test_bad_arguments(folder, options):
     with pytest.raises(UserError, match=options[0]):
         reproduce.main(["suite.yaml", *options])
@@ -346,7 +448,9 @@ def test_bad_arguments(folder, options):
 
 def test_a_bad_suite_on_the_command_line(folder):
     Path("one.yaml").unlink()
-    done = subprocess.run([sys.executable, str(ROOT / "reproduce.py"), "suite.yaml"], capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "reproduce.py"), "suite.yaml"], capture_output=True, text=True
+    )
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr == "error: suite.yaml: runs[0].config: there is no file one.yaml\n"
@@ -372,28 +476,22 @@ def test_a_signal_reaches_the_runs_and_starts_no_more(folder):
     assert not Path("results.md").exists()
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs/suites").glob("*.yaml")), ids=lambda path: path.stem)
-def test_the_suites_of_the_repository(path, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    suite = load_config(reproduce.Suite, str(path))
-    assert all(entry.script.startswith(("train_", "finetune")) for entry in suite.runs)
-
-
 def test_what_selected_is_said():
     def run(criterion: str, part: bool = False) -> dict:
         return {"selection": {"criterion": criterion, "part_of_training_loss": part}}
 
-    free = "Selected without target labels by entropy, infomax, which for b is part of the training loss and no judge."
+    free = (
+        "Selected without target labels by entropy, infomax, which for b is part of the training "
+        "loss and no judge."
+    )
     assert reproduce.selection([("a", run("entropy")), ("b", run("infomax", True))]) == free
-    labels = "Selected by val_loss, on the labels of the very images the figures are of: no test figures."
+    labels = (
+        "Selected by val_loss, on the labels of the very images that the figures are computed on: "
+        "no test figures."
+    )
     assert reproduce.selection([("a", run("val_loss"))]) == labels
     both = "Selected without target labels by entropy. " + labels
     assert reproduce.selection([("a", run("val_loss")), ("b", run("entropy"))]) == both
-
-
-def test_there_are_suites():
-    for name in ("demo", "digits", "digits_paper", "pacs"):
-        assert (ROOT / f"configs/suites/{name}.yaml").is_file()
 
 
 AFTER = """title: A test
@@ -407,20 +505,15 @@ runs:
 def starts_from(folder):
     """The second config starts from the first one's run; the script asks for it."""
     Path("suite.yaml").write_text(AFTER)
-    text = SCRIPT.replace("    out_dir: str\n", "    out_dir: str\n    init_from: str = None\n").replace(
-        'print("training")',
-        'start = values.get("init_from")\n'
+    text = SCRIPT.replace(
+        '    print("training")',
+        '    start = config.init_from\n'
         '    if start and not (pathlib.Path(start) / "summary.json").is_file():\n'
         '        sys.exit("error: there is no " + start)\n'
         '    time.sleep(0.3)\n'
         '    print("training")',
     )  # fmt: skip
-    text = text.replace(
-        '(folder / "config.yaml").write_text(config + "seed: %d\\n" % seed)',
-        '(folder / "config.yaml").write_text(\n'
-        '        config + "seed: %d\\n" % seed + ("init_from: %s\\n" % start if start else ""))',
-    )
-    assert text.count("start") == 6
+    assert text.count("start") == 4
     Path("train.py").write_text(text)
     return folder
 
@@ -430,18 +523,26 @@ def test_a_run_waits_for_the_one_it_starts_from(starts_from, capfd):
     arguments = {tuple(call["argv"][3:]): call["time"] for call in calls()}
     for seed in (0, 1):
         first = (f"seed={seed}", f"out_dir=runs/one_seed{seed}", "--resume")
-        second = (f"seed={seed}", f"init_from=runs/one_seed{seed}", f"out_dir=runs/two_seed{seed}", "--resume")
+        second = (
+            f"seed={seed}",
+            f"init_from=runs/one_seed{seed}",
+            f"out_dir=runs/two_seed{seed}",
+            "--resume",
+        )
         assert arguments[second] > arguments[first] + 0.3
     assert len(arguments) == 4
     assert cells(capfd.readouterr().out, "two")[2] == "2"
-    assert reproduce.main(["suite.yaml", "--seeds", "0", "1"]) == 0  # finished already, under its own start
+    # Finished already, each under its own start.
+    assert reproduce.main(["suite.yaml", "--seeds", "0", "1"]) == 0
     assert calls() == []
 
 
 def test_a_run_whose_start_failed_fails_too(starts_from, monkeypatch, capfd):
     monkeypatch.setenv("FAIL_SEED", "0")
     Path("two.py").write_text(Path("train.py").read_text().replace("FAIL_SEED", "NEVER"))
-    Path("suite.yaml").write_text(AFTER.replace("method: two, script: train.py", "method: two, script: two.py"))
+    Path("suite.yaml").write_text(
+        AFTER.replace("method: two, script: train.py", "method: two, script: two.py")
+    )
     assert reproduce.main(["suite.yaml", "--seeds", "0", "--jobs", "2"]) == 1
     out = capfd.readouterr().out
     assert "runs/two_seed0: failed: runs/one_seed0, which it starts from, is not finished" in out
@@ -453,12 +554,220 @@ def test_a_run_is_not_finished_if_its_start_was_edited(starts_from, capfd):
     assert cells(capfd.readouterr().out, "two")[2] == "1"
     with open("one.yaml", "a") as config:
         config.write("data: {size: 3}\n")
-    assert reproduce.main(["suite.yaml", "--seeds", "0"]) == 0  # the fake script trains again whatever it finds
+    # The fake script trains again, whatever it finds in its folder.
+    assert reproduce.main(["suite.yaml", "--seeds", "0"]) == 0
     assert [call["argv"][2] for call in calls()][-2:] == ["one.yaml", "two.yaml"]
 
 
 def test_a_start_that_no_earlier_entry_makes(folder):
     for name in ("runs/two", "runs/elsewhere"):
         Path("suite.yaml").write_text(AFTER.replace("runs/one}", f"{name}}}"))
-        with pytest.raises(UserError, match=rf"runs\[1\]\.init_from: {name} is the out_dir of no earlier entry"):
+        with pytest.raises(
+            UserError, match=rf"runs\[1\]\.init_from: {name} is the out_dir of no earlier entry"
+        ):
             reproduce.main(["suite.yaml"])
+
+
+def write_suite(*entries: str) -> None:
+    lines = "".join(f"  - {{task: A, {entry}}}\n" for entry in entries)
+    Path("suite.yaml").write_text(f"title: A test\nruns:\n{lines}")
+
+
+GAIN = "{photometric: {gain: [0.5, 1.5], noise: 0.1}, affine: {degrees: 15}}"
+
+
+def test_several_files_and_set_reach_the_run(folder, capfd):
+    """Later files win over earlier ones, `set` wins over the files, and a finished run is known."""
+    Path("pair.yaml").write_text("steps: 3\noptim: {lr: 0.05}\ndata: {size: 7}\n")
+    Path("method.yaml").write_text("steps: 9\n")
+    write_suite(
+        "method: plain, script: train.py, config: pair.yaml, expected: 12.5",
+        "method: both, script: train.py, config: [pair.yaml, method.yaml]",
+        "method: more, script: train.py, config: [pair.yaml, method.yaml], "
+        f"set: {{data.size: 5, data.augment: {GAIN}, init_from: null, out_dir: runs/more}}",
+    )
+    assert reproduce.main(["suite.yaml", "--seeds", "1"]) == 0
+    files, end = ["--config", "pair.yaml", "method.yaml"], ["seed=1", "--resume"]
+    augment = f"data.augment={GAIN}"
+    assert [call["argv"][1:] for call in calls()] == [
+        ["--config", "pair.yaml", end[0], "out_dir=runs/pair_seed1", end[1]],
+        [*files, end[0], "out_dir=runs/pair_method_seed1", end[1]],
+        [
+            *files,
+            "data.size=5",
+            augment,
+            "init_from=null",
+            end[0],
+            "out_dir=runs/more_seed1",
+            end[1],
+        ],
+    ]
+    trained = parse_yaml(Path("runs/more_seed1/config.yaml").read_text(), "")
+    assert trained["steps"] == 9
+    assert trained["optim"] == {"lr": 0.05}
+    assert trained["data"]["size"] == 5
+    assert trained["data"]["augment"] == parse_yaml(GAIN, "")
+    assert list(trained["data"]["augment"]) == ["photometric", "affine"]  # the order matters
+    assert "12.5" not in capfd.readouterr().out  # `expected` is for a test, not for the table
+    assert reproduce.main(["suite.yaml", "--seeds", "1"]) == 0
+    assert calls() == []
+    Path("method.yaml").write_text("steps: 8\n")  # a later file counts as well
+    assert reproduce.main(["suite.yaml", "--seeds", "1"]) == 0
+    assert [call["argv"][-2] for call in calls()] == [
+        "out_dir=runs/pair_method_seed1",
+        "out_dir=runs/more_seed1",
+    ]
+
+
+def test_another_value_in_set_is_another_run(folder):
+    entry = "method: one, script: train.py, config: one.yaml, set: {data.size: 5}"
+    write_suite(entry)
+    reproduce.main(["suite.yaml", "--seeds", "0"])
+    calls()
+    write_suite(entry.replace("5", "6"))
+    assert reproduce.main(["suite.yaml", "--seeds", "0"]) == 0
+    assert [call["argv"][3] for call in calls()] == ["data.size=6"]
+
+
+@pytest.mark.parametrize(
+    ("files", "changes", "expected"),
+    [
+        (["configs/a/pair.yaml"], "{}", "runs/a/pair"),
+        (["configs/a/pair.yaml", "configs/b/method.yaml"], "{}", "runs/a/pair_method"),
+        (["configs/a/pair.yaml", "configs/b/named.yaml"], "{}", "runs/named"),
+        (["configs/b/named.yaml", "configs/a/pair.yaml"], "{}", "runs/named"),
+        (["configs/b/named.yaml"], "{out_dir: elsewhere/x}", "elsewhere/x"),
+        (["configs/b/named.yaml"], "{out_dir: null}", "runs/b/named"),
+        (["configs/a/pair.yaml"], '{out_dir: "runs/a: b"}', "runs/a: b"),
+    ],
+)
+def test_the_folder_of_an_entry(folder, files, changes, expected):
+    """out_dir of `set`, else of the files, else the names of the files."""
+    for name in ("a/pair", "b/method", "b/named"):
+        file = Path(f"configs/{name}.yaml")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("out_dir: runs/named\n" if "named" in name else "steps: 2\n")
+    write_suite(f"method: one, script: train.py, config: [{', '.join(files)}], set: {changes}")
+    (entry,) = load_config(reproduce.Suite, "suite.yaml").runs
+    assert entry.out_dir == expected
+    job = reproduce.Job(entry, 3)
+    assert job.folder == Path(f"{expected}_seed3")
+    (out_dir,) = [word for word in job.command() if word.startswith("out_dir=")]
+    assert parse_yaml(out_dir.partition("=")[2], "") == f"{expected}_seed3"
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *(None, True, 0, -3, 1.0, 1e-3, 5e-5, 1e22),
+        *("", "null", "true", "1", "1e-4", "010", "off", "a: b", "a #b", "- a", "[x", "{", "x, y"),
+        *("it's", '"', "*a", "&a", "!a", "%", "@", "a\nb", " a ", "tête", "a=b", "~", "x" * 300),
+        *([], {}, [1, [2.5, "a, b"]], {"b": {"gain": [0.5, 1.5]}, "a": {}}, {"x": None}),
+    ],
+    ids=repr,
+)
+def test_values_survive_the_command_line(value):
+    text = dump_value(value)
+    again = parse_yaml(text, "")
+    assert repr(again) == repr(value)  # types and the order of keys, too
+    assert "\n" not in text or "\n" in str(value)
+
+
+def test_every_mistake_is_told_at_once(folder):
+    write_suite(
+        "method: one, script: train.py, config: [one.yaml, three.yaml], published: 3",
+        "method: two, script: train.py, config: two.yaml, set: {stps: 3, data.sise: 4}, sed: 1",
+    )
+    with pytest.raises(UserError) as raised:
+        reproduce.main(["suite.yaml"])
+    lines = [line.strip() for line in str(raised.value).splitlines()]
+    assert lines == [
+        "suite.yaml: runs[0].config: there is no file three.yaml",
+        "suite.yaml: runs[0].published and reference go together",
+        "suite.yaml: unknown key runs[1].sed; did you mean runs[1].set?",
+        "suite.yaml: runs[1].config: two.yaml: unknown key stps; did you mean steps?",
+        "suite.yaml: runs[1].config: two.yaml: unknown key data.sise; did you mean data.size?",
+    ]
+    write_suite(  # rules across entries
+        "method: one, script: train.py, config: one.yaml, init_from: runs/two",
+        "method: one, script: train.py, config: [two.yaml, one.yaml]",
+    )
+    with pytest.raises(UserError) as raised:
+        reproduce.main(["suite.yaml"])
+    assert [line.strip() for line in str(raised.value).splitlines()] == [
+        "suite.yaml: runs[0].init_from: runs/two is the out_dir of no earlier entry",
+        "suite.yaml: runs[1] has the out_dir runs/one of another",
+        "suite.yaml: runs[1] has the row A / one of another",
+    ]
+    assert calls() == []
+
+
+def set_commit(run: str, commit: str | None, drop: bool = False) -> None:
+    file = Path("runs") / run / "summary.json"
+    summary = {**json.loads(file.read_text()), "commit": commit}
+    if drop:
+        del summary["commit"]
+    file.write_text(json.dumps(summary))
+
+
+def footer(out: str) -> str:
+    (line,) = [line for line in out.splitlines() if line.startswith("Written by ")]
+    return line
+
+
+def test_the_table_names_the_commit(folder, capfd):
+    reproduce.main(["suite.yaml", "--seeds", "0", "1"])
+    out = capfd.readouterr().out
+    assert "; steps 8; commit abc1234; on a desk, torch 9." in footer(out)
+    assert "warning" not in out
+
+    set_commit("two_seed1", "def5678-dirty")
+    reproduce.main(["suite.yaml", "--seeds", "0", "1", "--out", "results.md"])
+    out = capfd.readouterr().out
+    assert "; commits abc1234, def5678-dirty (mixed); on " in footer(out)
+    (warning,) = [line for line in out.splitlines() if line.startswith("warning: ")]
+    assert warning.startswith("warning: the table mixes runs of commits abc1234, def5678-dirty; ")
+    assert footer(out) in Path("results.md").read_text()
+    assert "warning" not in Path("results.md").read_text()
+
+    reproduce.main(["suite.yaml", "--seeds", "0"])  # the runs of one seed only
+    out = capfd.readouterr().out
+    assert "; commit abc1234; on " in footer(out)
+    assert "warning" not in out
+
+
+@pytest.mark.parametrize("drop", [False, True], ids=["null", "older run"])
+def test_an_unknown_commit(folder, capfd, drop):
+    """A run outside git has null; the summary of an older version lacks the key."""
+    reproduce.main(["suite.yaml", "--seeds", "0"])
+    set_commit("one_seed0", None, drop)
+    capfd.readouterr()
+    reproduce.main(["suite.yaml", "--seeds", "0"])
+    out = capfd.readouterr().out
+    assert "; commits abc1234, an unknown commit (mixed); on " in footer(out)
+    assert out.count("warning: the table mixes runs of commits abc1234, an unknown commit; ") == 1
+    set_commit("two_seed0", None)
+    reproduce.main(["suite.yaml", "--seeds", "0"])
+    out = capfd.readouterr().out
+    assert "; steps 8; an unknown commit; on " in footer(out)
+    assert "warning" not in out
+
+
+def test_a_real_run(tmp_path, capfd, monkeypatch):
+    """train_source.py, of two files and `set`: trained once, known as finished after that."""
+    tiny_config(tmp_path, out_dir="null")
+    Path("method.yaml").write_text("steps: 4\n")
+    write_suite(
+        f"method: source, script: {ROOT}/train_source.py, config: [config.yaml, method.yaml], "
+        "set: {steps: 2, data.augment: {photometric: {gain: [0.5, 1.5]}}}"
+    )
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    reproduce.script_config.cache_clear()
+    assert reproduce.main(["suite.yaml", "--seeds", "3"]) == 0
+    out = capfd.readouterr().out
+    assert "runs/config_method_seed3: finished after " in out
+    assert cells(out, "source")[2] == "1"
+    commit = reproduce.commit_note([code_version() or reproduce.UNKNOWN_COMMIT])
+    assert f"; steps 2; {commit}; on " in footer(out)
+    assert reproduce.main(["suite.yaml", "--seeds", "3"]) == 0
+    assert "runs/config_method_seed3: finished already" in capfd.readouterr().out

@@ -1,9 +1,11 @@
 """A run stopped at any step and resumed equals the uninterrupted one to the bit."""
 
+import functools
+
 import pytest
 import torch
 
-from common.runtime import UserError
+from common.errors import UserError
 from tests.helpers import (
     SCRIPTS,
     differing,
@@ -17,13 +19,13 @@ from tests.helpers import (
 )
 
 LAST = "checkpoints/step_00000010.pt"
-DROPOUT = {  # dropout: the random state must be kept too
-    "train_source": [],
+SELF_TRAINING = ["threshold_mode=class_balanced", "distribution_alignment=true", "pseudo_warmup=0"]
+KEYS = {  # keys that give a script a state to keep: dropout draws from the random generator
     "train_dann": ["disc_norm=dropout"],
     "train_advent": ["adv_weight=0.5", "div_weight=0.5"],
     "train_mmd": ["coral_weight=1"],
     "train_adda": ["disc_norm=dropout"],
-    "train_pseudo": ["threshold_mode=class_balanced", "distribution_alignment=true", "pseudo_warmup=0"],
+    "train_pseudo": SELF_TRAINING,
 }
 
 
@@ -43,7 +45,7 @@ def whole(tmp_path_factory):
     folders = {}
     for script in SCRIPTS:
         folder = tmp_path_factory.mktemp(script)
-        assert train(script, tiny_config(folder), *DROPOUT[script]) == 0
+        assert train(script, tiny_config(folder), *KEYS.get(script, [])) == 0
         folders[script] = folder / "run"
     return folders
 
@@ -52,32 +54,45 @@ def whole(tmp_path_factory):
 @pytest.mark.parametrize(("workers", "workers_after"), [(0, 0), (2, 0)])
 def test_exact_on_maps(tmp_path, monkeypatch, script, workers, workers_after):
     """Segmentation: joint crops, an auxiliary head, and for AdvEnt two discriminators."""
-    config = street_config(tmp_path, script)
-    assert train(script, config, *DROPOUT[script], f"out_dir={tmp_path}/whole") == 0
+    config, keys = street_config(tmp_path, script), KEYS.get(script, [])
+    assert train(script, config, *keys, f"out_dir={tmp_path}/whole") == 0
     with monkeypatch.context() as patch:
         stop_after(patch, 6)
-        assert train(script, config, *DROPOUT[script], f"data.workers={workers}") == 143
-    assert train(script, config, *DROPOUT[script], f"data.workers={workers_after}", "--resume") == 0
+        assert train(script, config, *keys, f"data.workers={workers}") == 143
+    assert train(script, config, *keys, f"data.workers={workers_after}", "--resume") == 0
     assert _same_run(tmp_path / "whole", tmp_path / "run") == 0
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize(("stop", "workers", "workers_after"), [(1, 0, 0), (3, 0, 0), (7, 2, 2), (6, 2, 0), (9, 0, 2)])
-def test_stopped_and_resumed_is_exact(tmp_path, monkeypatch, whole, script, stop, workers, workers_after):
-    config = tiny_config(tmp_path)
+@pytest.mark.parametrize(
+    ("stop", "workers", "workers_after"), [(1, 0, 0), (3, 0, 0), (7, 2, 2), (6, 2, 0), (9, 0, 2)]
+)
+def test_stopped_and_resumed_is_exact(
+    tmp_path, monkeypatch, whole, script, stop, workers, workers_after
+):
+    config, keys = tiny_config(tmp_path), KEYS.get(script, [])
     with monkeypatch.context() as patch:
         stop_after(patch, stop)
-        assert train(script, config, *DROPOUT[script], f"data.workers={workers}") == 143
+        assert train(script, config, *keys, f"data.workers={workers}") == 143
     assert (tmp_path / f"run/checkpoints/step_{stop:08d}.pt").is_file()
-    assert train(script, config, *DROPOUT[script], f"data.workers={workers_after}", "--resume") == 0
+    assert train(script, config, *keys, f"data.workers={workers_after}", "--resume") == 0
     assert _same_run(whole[script], tmp_path / "run") == 0
 
 
-@pytest.mark.parametrize("lost", ["nothing", "teacher", "histogram", "mean prediction", "confidence"])
+OTHER = {  # another value in place of a statistic, by its number of axes
+    0: lambda confidence: 100 * confidence,
+    1: lambda mean: torch.arange(10.0) ** 3 / 2025,
+    2: lambda histogram: histogram.flip(-1),
+}
+
+
+@pytest.mark.parametrize(
+    "lost", ["nothing", "teacher", "mean_s", "mean_t", "confidence_s", "histogram"]
+)
 def test_every_statistic_of_self_training_is_kept(tmp_path, monkeypatch, lost):
     """Exact with all of them, and another training without any one."""
-    mode = ["threshold_mode=relative", "threshold=0.3"] if lost == "confidence" else DROPOUT["train_pseudo"]
-    keys = [*mode, "distribution_alignment=true", "pseudo_warmup=0", "ema_decay=0.9"]
+    relative = ["threshold_mode=relative", "threshold=0.3"]
+    keys = [*SELF_TRAINING, *(relative if lost == "confidence_s" else []), "ema_decay=0.9"]
     config = tiny_config(tmp_path, strong_augment="{cutout: {}}")
     assert train("train_pseudo", config, *keys, f"out_dir={tmp_path}/whole") == 0
     with monkeypatch.context() as patch:
@@ -86,9 +101,8 @@ def test_every_statistic_of_self_training_is_kept(tmp_path, monkeypatch, lost):
     file = tmp_path / "run/checkpoints/step_00000006.pt"
     state = weights(tmp_path / "run", "checkpoints/step_00000006.pt")
     for name, value in state["statistics"].items():
-        part = {"0": "mean prediction", "1": "mean prediction", "2": "confidence", "3": "histogram"}
-        if part.get(name[0]) == lost and name.endswith(("value", "counts")):
-            value.copy_({0: 100 * value, 1: torch.arange(10.0) ** 3 / 2025}.get(value.dim(), value.flip(-1)))
+        if name in (f"{lost}.value", f"{lost}.counts"):
+            value.copy_(OTHER[value.dim()](value))
     if lost == "teacher":
         for value in state["teacher"].values():
             value.zero_()
@@ -101,7 +115,12 @@ def test_every_statistic_of_self_training_is_kept(tmp_path, monkeypatch, lost):
 
 
 EVERYTHING = {
-    "adam, own statistics, dropout": ["optim.name=adam", "optim.lr=1e-3", "model.bn=separate", "disc_norm=dropout"],
+    "adam, own statistics, dropout": [
+        "optim.name=adam",
+        "optim.lr=1e-3",
+        "model.bn=separate",
+        "disc_norm=dropout",
+    ],
     "random map": ["conditional=cdan_e", "model.bottleneck=512"],  # 512 x 10 is beyond 4096
     "float16": ["amp=float16", "eval_every=1000", "data.select_images=20"],
 }
@@ -111,9 +130,10 @@ EVERYTHING = {
 def test_exact_with_other_states(tmp_path, monkeypatch, keys):
     """What else has a state: Adam, domain statistics, a random map as buffers, the loss scale."""
     config = tiny_config(tmp_path)
-    if "amp=float16" in keys:  # overflows at first, so that steps are skipped and the scale falls before the stop
-        scaler = torch.amp.GradScaler
-        monkeypatch.setattr(torch.amp, "GradScaler", lambda *a, **k: scaler(*a, init_scale=2.0**40, **k))
+    if "amp=float16" in keys:
+        # Overflows at first, so that steps are skipped and the scale falls before the stop.
+        huge = functools.partial(torch.amp.GradScaler, init_scale=2.0**40)
+        monkeypatch.setattr(torch.amp, "GradScaler", huge)
     assert train("train_dann", config, *keys, f"out_dir={tmp_path}/whole") == 0
     with monkeypatch.context() as patch:
         stop_after(patch, 6)
@@ -131,8 +151,11 @@ def test_exact_with_other_states(tmp_path, monkeypatch, keys):
 def test_exact_with_images_from_a_cache_file(tmp_path, monkeypatch, pictures, workers):
     pictures("photo", {"cat": 12, "dog": 12})
     pictures("sketch", {"cat": 6, "dog": 6})
-    data = "{source: {name: folder, path: photo}, target: {name: folder, path: sketch}, size: 16, batch: 4, "
-    data += f"root: {tmp_path}/images, cache: {tmp_path}/cache, cache_gb: 0, augment: {{crop: {{}}, flip: {{}}}}}}"
+    data = (
+        "{source: {name: folder, path: photo}, target: {name: folder, path: sketch}, "
+        f"size: 16, batch: 4, root: {tmp_path}/images, cache: {tmp_path}/cache, cache_gb: 0, "
+        "augment: {crop: {}, flip: {}}}"
+    )
     config = tiny_config(tmp_path, data=data)
     assert train("train_dann", config, "data.cache_gb=1", f"out_dir={tmp_path}/whole") == 0
     with monkeypatch.context() as patch:
@@ -143,7 +166,7 @@ def test_exact_with_images_from_a_cache_file(tmp_path, monkeypatch, pictures, wo
 
 
 def test_the_selected_weights_are_those_of_the_history(tmp_path, monkeypatch, whole):
-    """An evaluation after the last checkpoint may have overwritten model.pt; resuming puts it back."""
+    """Resuming puts model.pt back, where a later evaluation had overwritten it."""
     config = tiny_config(tmp_path)
     with monkeypatch.context() as patch:
         stop_after(patch, 6)
@@ -184,15 +207,20 @@ def test_control_a_lost_state_is_seen(tmp_path, monkeypatch, whole, lost):
     file.with_name(file.name + ".sha256").unlink()
     torch.save(state, file)
     assert train("train_dann", config, "disc_norm=dropout", "--resume") == 0
-    last, other = (weights(folder, LAST)["model"] for folder in (whole["train_dann"], tmp_path / "run"))
-    assert differing(last, other) > 1000 if lost != "batch norm" else differing(last, other) > 100
+    folders = whole["train_dann"], tmp_path / "run"
+    changed = differing(*(weights(folder, LAST)["model"] for folder in folders))
+    assert changed > (100 if lost == "batch norm" else 1000)
 
 
 def test_same_seed_same_weights_other_seed_other_weights(tmp_path, whole):
-    assert train("train_dann", tiny_config(tmp_path), "disc_norm=dropout") == 0
+    config, other = tiny_config(tmp_path), ["seed=1", f"out_dir={tmp_path}/other"]
+    assert train("train_dann", config, "disc_norm=dropout") == 0
     assert _same_run(whole["train_dann"], tmp_path / "run") == 0
-    assert train("train_dann", tiny_config(tmp_path), "disc_norm=dropout", "seed=1", f"out_dir={tmp_path}/other") == 0
-    a, b = (torch.cat([v.flatten().float() for v in weights(tmp_path / run).values()]) for run in ("run", "other"))
+    assert train("train_dann", config, "disc_norm=dropout", *other) == 0
+    a, b = (
+        torch.cat([v.flatten().float() for v in weights(tmp_path / run).values()])
+        for run in ("run", "other")
+    )
     assert (a != b).float().mean() > 0.9
 
 
@@ -216,7 +244,7 @@ def test_damaged_newest_falls_back_and_none_usable_is_exit_4(tmp_path, capsys, w
 def test_killed_before_the_first_checkpoint_starts_again(tmp_path, monkeypatch, whole):
     config = tiny_config(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr("common.run.Run.save", lambda self, step: {}["killed"])
+        patch.setattr("training.run.Run.save", lambda self, step: {}["killed"])
         with pytest.raises(KeyError):
             train("train_source", config)
     assert train("train_source", config, "--resume") == 0
@@ -228,4 +256,6 @@ def test_not_finite_stops_with_exit_3_and_keeps_the_last_good_checkpoint(tmp_pat
         train("train_source", tiny_config(tmp_path), "optim.lr=1e20", "save_every=1", "log_every=1")
     assert error.value.code == 3
     for file in (tmp_path / "run/checkpoints").glob("*.pt"):
-        assert all(torch.isfinite(v).all() for v in weights(file.parent, file.name)["model"].values())
+        assert all(
+            torch.isfinite(v).all() for v in weights(file.parent, file.name)["model"].values()
+        )

@@ -7,7 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import data.classification
 import data.domains
+import data.segmentation
 from losses.shot import at_features, at_images, centroid_sums, nearest_centroid, unit_features
 from tests.helpers import (
     ROOT,
@@ -29,16 +31,19 @@ def rand(*shape, seed=0):
     return torch.rand(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def plain_centroids(features: torch.Tensor, p: torch.Tensor) -> torch.Tensor:
-    """Equations 4 to 6, row by row, as the authors' code has them: (M, D) and (M, K) -> (K, D + 1)."""
+def plain_centroids(features: torch.Tensor, p: torch.Tensor, passes: int) -> torch.Tensor:
+    """Equations 4 to 6, row by row, as in the authors' code: (M, D), (M, K) -> (K, D + 1)."""
     rows = [F.normalize(torch.cat([row, torch.ones(1)]), dim=0) for row in features]
     present = [k for k in range(p.shape[1]) if (p.argmax(1) == k).any()]
     assigned = p
-    for _ in range(2):
+    for _ in range(passes):
         centroids = {}
         for k in present:
             if assigned[:, k].sum() > 0:
-                mean = sum(a * row for a, row in zip(assigned[:, k], rows, strict=True)) / assigned[:, k].sum()
+                mean = (
+                    sum(a * row for a, row in zip(assigned[:, k], rows, strict=True))
+                    / assigned[:, k].sum()
+                )
                 centroids[k] = mean / mean.norm()
         labels = [max(centroids, key=lambda k: float(row @ centroids[k])) for row in rows]
         assigned = F.one_hot(torch.tensor(labels), p.shape[1]).float()
@@ -55,7 +60,9 @@ def test_sums_and_nearest_against_loops(shape):
     assert unit.shape == (shape[0], 5, *shape[1:])
     rows, weights_of = unit.movedim(1, -1).reshape(-1, 5), p.movedim(1, -1).reshape(-1, 3)
     torch.testing.assert_close(rows.norm(dim=1), torch.ones(30))
-    sums = torch.stack([sum(w[k] * r for r, w in zip(rows, weights_of, strict=True)) for k in range(3)])
+    sums = torch.stack(
+        [sum(w[k] * r for r, w in zip(rows, weights_of, strict=True)) for k in range(3)]
+    )
     torch.testing.assert_close(centroid_sums(unit, p), sums)
 
     centroids = F.normalize(rand(3, 5, seed=2) - 0.3)
@@ -89,32 +96,41 @@ class _Table(torch.nn.Module):
         return _Out(*(table[index] for table in reversed(self.table)))
 
 
-class _Going:
-    stopping = None
+def centroids_after(passes: int, model, batches, autocast) -> torch.Tensor:
+    """What the script computes: by the predictions, then by the nearest centroid."""
+    compute = load_script(ROOT / "train_shot.py").compute_centroids
+    centroids = None
+    for _ in range(passes):
+        centroids = compute(model, batches, "pooled", centroids, autocast, torch.device("cpu"))
+    return centroids
 
 
 def test_centroids_of_the_whole_set_against_a_loop():
     features, logits = rand(50, 4), 6 * rand(50, 5, seed=1)
     logits[:, 3] = -5  # never predicted
-    compute = load_script(ROOT / "train_shot.py").compute_centroids
-    batches, autocast = torch.arange(50).split(7), torch.autocast("cpu", enabled=False)
-    found = compute(_Table(features, logits), batches, "pooled", torch.device("cpu"), autocast, _Going)
-    torch.testing.assert_close(found, plain_centroids(features, logits.softmax(1)))
-    assert (found[3] == 0).all()
+    model, batches = _Table(features, logits), torch.arange(50).split(7)
+    autocast = torch.autocast("cpu", enabled=False)
+    for passes in (1, 2):
+        computed = centroids_after(passes, model, batches, autocast)
+        torch.testing.assert_close(computed, plain_centroids(features, logits.softmax(1), passes))
+        assert (computed[3] == 0).all()
+    by_prediction = plain_centroids(features, logits.softmax(1), 1)
+    assert (by_prediction - computed).abs().max() > 0.01  # control: the second pass matters
 
 
 def test_centroids_of_many_positions_under_autocast():
     """float16 ends at 65504: what is summed over positions and batches is float32."""
     features, logits = torch.ones(2, 4, 250, 250), torch.zeros(2, 3, 250, 250)
     features[1, 0], logits[0, 0], logits[1, 1] = 3, 9, 9
-    compute = load_script(ROOT / "train_shot.py").compute_centroids
-    found = [
-        compute(_Table(features, logits), torch.arange(2).split(1), "pooled", torch.device("cpu"), autocast, _Going)
+    model, batches = _Table(features, logits), torch.arange(2).split(1)
+    low, full = (
+        centroids_after(2, model, batches, autocast)
         for autocast in (torch.autocast("cpu", torch.float16), torch.autocast("cpu", enabled=False))
-    ]
-    assert torch.equal(*found)
+    )
+    assert low.dtype == torch.float32
+    assert torch.equal(low, full)
     expected = F.normalize(torch.tensor([[1.0, 1, 1, 1, 1], [3, 1, 1, 1, 1], [0, 0, 0, 0, 0]]))
-    torch.testing.assert_close(found[0], expected)
+    torch.testing.assert_close(low, expected)
 
 
 def test_labels_at_another_resolution():
@@ -128,13 +144,17 @@ def test_labels_at_another_resolution():
 
 def test_a_forced_collapse_raises_the_alarm(tmp_path):
     config = shot_config(tmp_path, optim="{lr: 0.1, schedule: constant}")
-    short = ["steps=160", "log_every=10", "eval_every=1000", "data.batch=16", "centroid_every=1000"]
+    short = ["steps=160", "log_every=10", "eval_every=1000", "save_every=1000"]
+    short += ["data.batch=16", "centroid_every=1000"]
     healthy = ["optim.lr=0.005"]
     assert train("train_shot", config, *short, *healthy, f"out_dir={tmp_path}/healthy") == 0
     assert summary(tmp_path / "healthy")["collapse_alarms"] == []
     collapse = ["ent_weight=3", "div_weight=0", "pseudo_weight=0", "optim.lr=0.02"]
     assert train("train_shot", config, *short, *collapse, f"out_dir={tmp_path}/collapsed") == 0
-    assert any("vanished" in alarm["reason"] for alarm in summary(tmp_path / "collapsed")["collapse_alarms"])
+    assert any(
+        "vanished" in alarm["reason"]
+        for alarm in summary(tmp_path / "collapsed")["collapse_alarms"]
+    )
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -151,7 +171,16 @@ def test_a_run(tmp_path, command, task):
     assert result["target"]["last"][figure] is not None
     assert result["selection"]["part_of_training_loss"]
     lines = [line for line in metrics(tmp_path / "run") if "lr" in line]
-    names = ["ent_loss", "div_loss", "pseudo_loss", "confidence", "agreement", "lr", "vanished", "drift"]
+    names = [
+        "ent_loss",
+        "div_loss",
+        "pseudo_loss",
+        "confidence",
+        "agreement",
+        "lr",
+        "vanished",
+        "drift",
+    ]
     assert list(lines[0]) == ["step", *names]
     state = weights(tmp_path / "run", LAST)
     assert (state["memory"]["centroids"].norm(dim=1) > 0.99).any()
@@ -159,11 +188,19 @@ def test_a_run(tmp_path, command, task):
 
 @pytest.mark.parametrize("task", TASKS)
 def test_the_classifier_is_frozen_and_everything_else_moves(tmp_path, task):
-    model = {"classification": "{bottleneck: 16}", "segmentation": "{backbone: mobilenet_v2, head: deeplab_v3, "
-             "output_stride: 16, aux_weight: 0.1}"}[task]  # fmt: skip
+    model = {
+        "classification": "{bottleneck: 16}",
+        "segmentation": "{backbone: mobilenet_v2, head: deeplab_v3, "
+        "output_stride: 16, aux_weight: 0.1}",
+    }[task]
     config = shot_config(tmp_path, task)
     keys = [f"model={model}", "optim.weight_decay=0"]
-    assert train("train_source", tmp_path / "config.yaml", *keys, "steps=4", f"out_dir={tmp_path}/from") == 0
+    assert (
+        train(
+            "train_source", tmp_path / "config.yaml", *keys, "steps=4", f"out_dir={tmp_path}/from"
+        )
+        == 0
+    )
     assert train("train_shot", config, *keys, f"init_from={tmp_path}/from", "optim.lr=0.1") == 0
     before, after = weights(tmp_path / "from"), weights(tmp_path / "run", LAST)["model"]
     for name, value in before.items():
@@ -213,7 +250,8 @@ def test_a_signal_while_centroids_are_computed_saves_and_leaves(tmp_path, monkey
     def interrupted(self):
         for number, batch in enumerate(target_pass(self)):
             passes.append(number)
-            if len(passes) == 22:  # in the second pass over five batches of the third time, before step 9
+            # In the second of two passes over five batches, the third time, before step 9.
+            if len(passes) == 22:
                 signal.raise_signal(signal.SIGTERM)
             yield batch
 
@@ -240,24 +278,36 @@ def test_a_signal_while_centroids_are_computed_saves_and_leaves(tmp_path, monkey
 def test_target_labels_do_not_train_or_select(tmp_path, monkeypatch, task):
     config = shot_config(tmp_path, task)
     assert train("train_shot", config, f"out_dir={tmp_path}/plain") == 0
-    opener = {"classification": "open_drawn", "segmentation": "open_street"}[task]
+    module, opener = {
+        "classification": (data.classification, "open_drawn"),
+        "segmentation": (data.segmentation, "open_street"),
+    }[task]
     figure = {"classification": "accuracy", "segmentation": "mean_iou"}[task]
-    plain_opener = getattr(data.domains, opener)
+    plain_opener = getattr(module, opener)
 
     def permuted(name, train_split):
         images = plain_opener(name, train_split)
-        labels = images.labels.roll(1, 0) if task == "classification" else (images.labels + 1) % len(images.classes)
+        labels = (
+            images.labels.roll(1, 0)
+            if task == "classification"
+            else (images.labels + 1) % len(images.classes)
+        )
         return dataclasses.replace(images, labels=labels)
 
-    monkeypatch.setattr(data.domains, opener, permuted)
+    monkeypatch.setattr(module, opener, permuted)
     assert train("train_shot", config, f"out_dir={tmp_path}/permuted") == 0
     assert differing(weights(tmp_path / "plain"), weights(tmp_path / "permuted")) == 0
     plain, other = (summary(tmp_path / run)["target"] for run in ("plain", "permuted"))
     assert plain["selected"]["step"] == other["selected"]["step"]
     assert plain["last"][figure] != other["last"][figure]  # control
     other_start = ["seed=5", f"out_dir={tmp_path}/source5"]
-    assert train("train_source", tmp_path / "config.yaml", *other_start) == 0  # control: the source model does matter
-    assert train("train_shot", config, f"init_from={tmp_path}/source5", f"out_dir={tmp_path}/control") == 0
+    assert (
+        train("train_source", tmp_path / "config.yaml", *other_start) == 0
+    )  # control: the source model does matter
+    assert (
+        train("train_shot", config, f"init_from={tmp_path}/source5", f"out_dir={tmp_path}/control")
+        == 0
+    )
     assert differing(weights(tmp_path / "plain"), weights(tmp_path / "control")) > 1000
 
 

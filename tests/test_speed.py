@@ -1,3 +1,5 @@
+"""The benchmark: the same steps as a plain run, beside an honest bare model."""
+
 import re
 import signal
 import time
@@ -7,11 +9,11 @@ import pytest
 import torch
 
 import data.decoded
-from benchmarks.speed import HEADER, measure, table_line
-from common.log import Log
-from common.runtime import UserError
-from data.loaders import TrainBatches
-from tests.helpers import ROOT, differing, train, weights
+from benchmarks.speed import HEADER, main, measure, run_name, table_line
+from common.errors import UserError
+from data.classification import TrainBatches
+from tests.helpers import ROOT, differing, load_script, weights
+from training.log import Log
 
 ROUNDS, STEPS, BATCH = 3, 2, 8
 TINY = [f"data.batch={BATCH}", "data.select_images=50", "log_every=3"]
@@ -25,12 +27,15 @@ def signals():
         signal.signal(number, handler)
 
 
-def config(method: str) -> Path:
-    return ROOT / "configs" / "demo" / f"{method}.yaml"
+def config(method: str) -> list[str]:
+    """The demo config of a method on the built-in digits; source-only training is the pair's."""
+    names = ["digits"] if method == "source" else ["digits", method]
+    return [str(ROOT / "configs" / "demo" / f"{name}.yaml") for name in names]
 
 
 def turns_of(method: str, *overrides: str):
-    return measure(ROOT / f"train_{method}.py", str(config(method)), [*TINY, *overrides], ROUNDS, STEPS)
+    script = ROOT / f"train_{method}.py"
+    return measure(script, config(method), [*TINY, *overrides], ROUNDS, STEPS)
 
 
 def edited(folder: Path, *changes: tuple[str, str]) -> Path:
@@ -45,23 +50,48 @@ def edited(folder: Path, *changes: tuple[str, str]) -> Path:
 
 
 def test_command_prints_a_table_line(command):
-    short = ["--rounds", "7", "--steps", "2"]
-    code, out, err = command("benchmarks/speed", ROOT / "train_source.py", "--config", config("source"), *TINY, *short)
+    words = ["--config", *config("dann"), *TINY, "--rounds", "7", "--steps", "2"]
+    code, out, err = command("benchmarks/speed", ROOT / "train_dann.py", *words)
     assert code == 0, err
     header, rule, line = out.splitlines()
     assert f"{header}\n{rule}" == HEADER
     number = r"(\d+\.\d+)"
     ratio = rf"{number} \({number}-{number}\)"
-    found = re.fullmatch(rf"\| source \| {BATCH} \| {number} \| {number} \| {ratio} \| {ratio} \|", line)
-    assert found, line
-    for median, low, high in (map(float, found.groups()[i : i + 3]) for i in (2, 5)):
+    run = re.escape(f"train_dann, digits dann, `{' '.join(TINY)}`")
+    figures = re.fullmatch(
+        rf"\| {run} \| {2 * BATCH} \| {number} \| {number} \| {ratio} \| {ratio} \|", line
+    )
+    assert figures, line
+    for median, low, high in (map(float, figures.groups()[i : i + 3]) for i in (2, 5)):
         assert 0 < low <= median <= high
 
 
-def test_too_few_rounds_are_refused(command):
-    code, _, err = command("benchmarks/speed", ROOT / "train_source.py", "--config", config("source"), "--rounds", "6")
-    assert code == 2
-    assert "at least 7" in err
+def test_the_recorded_outcomes_are_named_as_the_commands_print_them():
+    text = (ROOT / "benchmarks" / "README.md").read_text()
+    assert HEADER in text
+    commands = re.findall(r"^    python benchmarks/speed.py (.*)", text.replace("\\\n", ""), re.M)
+    assert len(commands) == 6
+    for command_line in commands:
+        script, option, *words = command_line.split(" --rounds")[0].split()
+        assert option == "--config"
+        files = [word for word in words if word.endswith(".yaml")]
+        overrides = [word for word in words if word not in files]
+        assert all((ROOT / file).is_file() for file in (script, *files))
+        assert f"\n| {run_name(ROOT / script, files, overrides)} |" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--config", *config("source"), "--rounds", "6"], "at least 7"),
+        (["--config", "data.batch=8"], "needs a yaml file"),
+    ],
+)
+def test_a_wrong_command_is_refused(capsys, words, message):
+    with pytest.raises(SystemExit) as stop:
+        main([str(ROOT / "train_source.py"), *words])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -83,8 +113,10 @@ def test_bare_model_sees_as_many_images_as_the_script(method, overrides, images)
 
 def test_images_forwarded_without_gradient_do_not_count(tmp_path):
     step = "        optimizer.zero_grad(set_to_none=True)\n"
-    teacher = edited(tmp_path, (step, f"        with torch.no_grad():\n            model(x_s)\n{step}"))
-    assert len(measure(teacher, str(config("source")), TINY, ROUNDS, STEPS).bare.x) == BATCH
+    teacher = edited(
+        tmp_path, (step, f"        with torch.no_grad():\n            model(x_s)\n{step}")
+    )
+    assert len(measure(teacher, config("source"), TINY, ROUNDS, STEPS).bare.x) == BATCH
 
 
 def test_bare_model_is_the_same_network_contiguous_and_apart():
@@ -99,12 +131,15 @@ def test_bare_model_is_the_same_network_contiguous_and_apart():
 
 def test_bare_model_forwards_what_the_classifier_does(monkeypatch):
     batches, batch = {}, TrainBatches.__getitem__
-    monkeypatch.setattr(TrainBatches, "__getitem__", lambda own, step: batches.setdefault(step, batch(own, step)))
+    monkeypatch.setattr(
+        TrainBatches, "__getitem__", lambda own, step: batches.setdefault(step, batch(own, step))
+    )
     bare = turns_of("source", "model.bottleneck=16").bare
     bare.model.eval()
-    normalised = bare.forward()
-    del bare.model.normalise  # the network's own takes the images as they are
-    torch.testing.assert_close(normalised, bare.model(batches[STEPS - 1][0]).logits)  # of the last warm-up step
+    normalized = bare.forward()
+    del bare.model.normalize  # the network's own takes the images as they are
+    last_of_warm_up = batches[STEPS - 1][0]
+    torch.testing.assert_close(normalized, bare.model(last_of_warm_up).logits)
 
 
 @pytest.mark.parametrize("disc_norm", ["batch", "dropout"])  # dropout draws from the global stream
@@ -113,8 +148,9 @@ def test_the_measured_run_is_the_plain_run(tmp_path, disc_norm):
     turns = turns_of("dann", *overrides)
     assert Log.add is add
     total = (ROUNDS + 1) * STEPS
-    rest = [f"out_dir={tmp_path / 'run'}", f"steps={total}", f"eval_every={total}", f"save_every={total}"]
-    assert train("train_dann", config("dann"), *overrides, *rest) == 0
+    rest = [f"{key}={total}" for key in ("steps", "eval_every", "save_every")]
+    command = ["--config", *config("dann"), *overrides, *rest, f"out_dir={tmp_path / 'run'}"]
+    assert load_script(ROOT / "train_dann.py").main(command) == 0
     assert differing(weights(tmp_path / "run"), dict(turns.model.state_dict())) == 0
 
 
@@ -139,15 +175,24 @@ def test_image_files_are_decoded_before_the_first_step(pictures, tmp_path, monke
     root = pictures("one", {"a": 12, "b": 12}).parent
     pictures("two", {"a": 12, "b": 12})
     events, decode, batch = [], data.decoded.decode, TrainBatches.__getitem__
-    monkeypatch.setattr(data.decoded, "decode", lambda *args: events.append("decode") or decode(*args))
-    monkeypatch.setattr(TrainBatches, "__getitem__", lambda *args: events.append("batch") or batch(*args))
+    monkeypatch.setattr(
+        data.decoded, "decode", lambda *args: events.append("decode") or decode(*args)
+    )
+    monkeypatch.setattr(
+        TrainBatches, "__getitem__", lambda *args: events.append("batch") or batch(*args)
+    )
     domains = ["data.source={name: folder, path: one}", "data.target={name: folder, path: two}"]
-    turns_of("dann", *domains, f"data.root={root}", f"data.cache={tmp_path / 'cache'}", "data.size=16")
+    turns_of(
+        "dann", *domains, f"data.root={root}", f"data.cache={tmp_path / 'cache'}", "data.size=16"
+    )
     assert events[:48] == ["decode"] * 48
     assert set(events[48:]) == {"batch"}
 
 
 def test_a_script_that_ends_early_is_an_error(tmp_path):
-    loop, end = ("range(start + 1, config.steps + 1)", "range(start + 1, 4)"), ("    run.finish(", "    dict(")
+    loop = ("run.steps(start)", "itertools.islice(run.steps(start), 3)")
+    module = ("import torch\n", "import itertools\n\nimport torch\n")
+    end = ("    return run.finish(domains)", "    return 0")
+    script = edited(tmp_path, loop, module, end)
     with pytest.raises(UserError, match="before the last round"):
-        measure(edited(tmp_path, loop, end), str(config("source")), TINY, ROUNDS, STEPS)
+        measure(script, config("source"), TINY, ROUNDS, STEPS)

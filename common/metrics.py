@@ -1,0 +1,122 @@
+"""Metrics of predictions with labels, and criteria of predictions without labels."""
+
+import math
+
+import torch
+
+IGNORE_INDEX = 255  # the label of a pixel that is neither trained nor evaluated on
+
+
+def labeled_mask(labels: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """True where a label is not `IGNORE_INDEX`; with more than 255 classes, everywhere."""
+    return (labels != IGNORE_INDEX) | (num_classes > IGNORE_INDEX)
+
+
+def confusion_matrix(logits: torch.Tensor, labels: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """Counts (K, K) int64 on the logits' device; rows are labels, columns are predictions.
+
+    Args:
+        logits: (N, K, ...).
+        labels: (N, ...); `IGNORE_INDEX` is not counted.
+        num_classes: K.
+    """
+    predictions, labels = logits.argmax(1).flatten(), labels.flatten()
+    counts = labeled_mask(labels, num_classes)
+    index = labels[counts] * num_classes + predictions[counts]
+    return torch.bincount(index, minlength=num_classes**2).view(num_classes, num_classes)
+
+
+def accuracies(confusion: torch.Tensor) -> dict[str, float | None]:
+    """`accuracy` and `mean_class_accuracy` in percent.
+
+    The mean is taken over the classes that have a label. Both are None without any label.
+    """
+    confusion = confusion.double().cpu()
+    per_class, present = confusion.sum(1), confusion.sum(1) > 0
+    if not present.any():
+        return {"accuracy": None, "mean_class_accuracy": None}
+    hits = confusion.diag()
+    return {
+        "accuracy": 100 * float(hits.sum() / per_class.sum()),
+        "mean_class_accuracy": 100 * float((hits[present] / per_class[present]).mean()),
+    }
+
+
+def ious(confusion: torch.Tensor, classes: list[str], over: list[str] | None = None) -> dict:
+    """Intersection over union in percent, from the confusion matrix of an entire set.
+
+    Args:
+        confusion: counts (K, K) of `confusion_matrix`.
+        classes: the K class names.
+        over: the classes over which the mean is taken; None for all.
+
+    Returns:
+        A dict of `mean_iou`, the mean over the classes that have a label in the set;
+        `pixel_accuracy`, the share of labeled pixels that are predicted correctly; and `iou`, the
+        value of each class by name, None for a class without a label.
+    """
+    confusion = confusion.double().cpu()
+    labels_per_class, hits = confusion.sum(1), confusion.diag()
+    values = (100 * hits / (labels_per_class + confusion.sum(0) - hits)).tolist()
+    iou = {
+        name: value if count > 0 else None
+        for name, value, count in zip(classes, values, labels_per_class.tolist(), strict=True)
+    }
+    present = [iou[name] for name in over or classes if iou[name] is not None]
+    total = float(labels_per_class.sum())
+    return {
+        "mean_iou": sum(present) / len(present) if present else None,
+        "pixel_accuracy": 100 * float(hits.sum()) / total if total else None,
+        "iou": iou,
+    }
+
+
+def main_metric(metrics: dict) -> str:
+    """The metric that ranks the evaluations of a run: `mean_iou` if present, else `accuracy`."""
+    return "mean_iou" if "mean_iou" in metrics else "accuracy"
+
+
+class Criteria:
+    """Label-free criteria in units of log K; higher is better.
+
+    entropy: minus the mean entropy of the predictions. infomax: the entropy of the mean prediction
+    (diversity) minus the mean entropy. Both use a float32 log_softmax and float64 sums.
+    """
+
+    def __init__(self, num_classes: int):
+        self.num_classes = num_classes
+        self.count = 0
+        self.entropy = self.mean = 0.0
+
+    def add(self, logits: torch.Tensor) -> None:
+        """Add a batch of logits (N, K, ...)."""
+        log_p = logits.float().log_softmax(1).transpose(0, 1).flatten(1)
+        p = log_p.exp()
+        self.entropy = self.entropy - (p * log_p).sum(dtype=torch.float64)
+        self.mean = self.mean + p.sum(1, dtype=torch.float64)
+        self.count += p.shape[1]
+
+    def values(self) -> dict[str, float]:
+        mean = self.mean / self.count
+        entropy = float(self.entropy / self.count) / math.log(self.num_classes)
+        diversity = -float(torch.xlogy(mean, mean).sum()) / math.log(self.num_classes)
+        return {"entropy": -entropy, "infomax": diversity - entropy}
+
+
+class ValidationLoss:
+    """Mean cross-entropy on labels, in nats, from a float32 log_softmax and float64 sums."""
+
+    def __init__(self):
+        self.log_likelihood = 0.0
+        self.count = 0
+
+    def add(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
+        """Add a batch of logits (N, K, ...) and labels (N, ...); `IGNORE_INDEX` is not counted."""
+        counts = labeled_mask(labels, logits.shape[1])
+        log_p = logits.float().log_softmax(1).gather(1, (labels * counts)[:, None])[:, 0]
+        self.log_likelihood = self.log_likelihood + (log_p * counts).sum(dtype=torch.float64)
+        self.count = self.count + counts.sum()
+
+    def value(self) -> float | None:
+        """The mean; None without any label."""
+        return -float(self.log_likelihood / self.count) if self.count > 0 else None

@@ -1,0 +1,210 @@
+"""Images with one class each. data/segmentation.py defines the same names; see data/tasks.py."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset
+from torchvision.transforms.v2 import functional as F
+
+from common.errors import UserError
+from common.metrics import accuracies
+from data.augment import Augment
+from data.config import FILES, DataConfig, DomainConfig
+from data.decoded import Decoded, decoded_images
+from data.digits import open_digits
+from data.drawn import open_drawn
+from data.folder import read_labeled, read_list, scan_folder
+from data.image_set import ImageSet, image_set
+from data.labeled import hold_out_of_each
+from data.order import Order, generator
+
+LABELS = "a folder per class, or `path label` lines"  # what labels look like, for messages
+
+
+def open_set(
+    domain: DomainConfig,
+    role: str,
+    config: DataConfig,
+    train: bool,
+    read_only: bool,
+    trains: bool = False,
+) -> ImageSet | None:
+    """The training or test split of a domain; None for the test split of a set that has none.
+
+    Digits are resized to `resize` (default `data.size`), files to `resize` (default 8/7 of
+    `data.size`, which leaves room for crops).
+
+    Args:
+        domain: the section of the config.
+        role: its place in the config, for messages.
+        config: the section `data`.
+        train: the training split, or the test split.
+        read_only: store and download nothing (dry run).
+        trains: whether the labels are for training; no effect here, see data/segmentation.py.
+    """
+    root = Path(config.root)
+    if domain.name not in FILES:
+        if domain.name.startswith("drawn"):
+            images = open_drawn(domain.name, train)
+        else:
+            cache = Path(config.cache)
+            images = open_digits(domain.name, domain.path, root, train, cache, read_only)
+        return replace(images, images=_square(images.images, domain.resize or config.size))
+    if not train:
+        return None
+    if domain.name == "folder":
+        files, labels, classes = scan_folder(domain.path, root)
+    else:
+        files, labels, classes = read_list(domain.path, domain.classes, root)
+    return _decoded(domain, files, labels, classes, config, read_only)
+
+
+def _square(images: torch.Tensor, side: int) -> torch.Tensor:
+    return images if images.shape[-1] == side else F.resize(images, [side, side], antialias=True)
+
+
+def _decoded(
+    domain: DomainConfig,
+    files: list[Path],
+    labels: list[int] | None,
+    classes: list[str] | None,
+    config: DataConfig,
+    read_only: bool,
+) -> ImageSet:
+    """The set of image files, decoded to a square.
+
+    Args:
+        domain: the section of the config.
+        files: the images.
+        labels: their class numbers, or None.
+        classes: the class names, or None.
+        config: the section `data`.
+        read_only: store nothing (dry run).
+    """
+    side = domain.resize or round(config.size * 8 / 7)
+    folder = None if read_only else Path(config.cache)
+    limit = config.cache_gb * 2**30
+    images = decoded_images(files, (side, side), folder, limit, shared=config.workers > 0)
+    return image_set(f"{domain.name} {domain.path}", images, labels, classes)
+
+
+def check_sources(sources: list[ImageSet]) -> None:
+    """Raise `UserError` where the images of several sources differ in size."""
+    sides = [_side(source) for source in sources]
+    if len(set(sides)) > 1:
+        pairs = zip(sources, sides, strict=True)
+        shown = ", ".join(f"{source.name} {side} px" for source, side in pairs)
+        raise UserError(
+            f"data.source: the sources are one set, whose images have one size ({shown}); "
+            "give each a resize"
+        )
+
+
+def _side(images: ImageSet) -> int:
+    decoded = isinstance(images.images, Decoded)
+    return images.images.shapes[0][-1] if decoded else images.images.shape[-1]
+
+
+def hold_out(images: ImageSet, seed: int, count: int) -> tuple[ImageSet, ImageSet]:
+    """(`count` images drawn at random by `seed`, the rest)."""
+    order = torch.randperm(len(images), generator=generator(seed, "source_val"))
+    return images.subset(order[:count].sort().values), images.subset(order[count:].sort().values)
+
+
+def split_validation(
+    train: ImageSet, config: DataConfig, seed: int, read_only: bool
+) -> tuple[ImageSet, ImageSet]:
+    """Split a labeled target.
+
+    Args:
+        train: the labeled images of the target.
+        config: the section `data`.
+        seed: of the draw.
+        read_only: store nothing (dry run).
+
+    Returns:
+        (validation set, training set); the former is `data.val_share` of each class.
+    """
+    val, train = hold_out_of_each(train, config.val_share, seed)
+    return replace(train, indices=val.indices), train
+
+
+def with_training_labels(
+    target: ImageSet, config: DataConfig, classes: list[str], read_only: bool
+) -> ImageSet:
+    """The target with labels for training, of which `draw_labeled` draws a few.
+
+    Args:
+        target: the set as it is opened for evaluation.
+        config: the section `data`.
+        classes: the class names of the source, by number.
+        read_only: store nothing (dry run).
+    """
+    return target
+
+
+def open_listed(path: str, config: DataConfig, classes: list[str], read_only: bool) -> ImageSet:
+    """The labeled target images that the list file `data.target_labeled` names.
+
+    Args:
+        path: the list file, below `data.root`.
+        config: the section `data`.
+        classes: the class names of the source, by number.
+        read_only: store nothing (dry run).
+    """
+    files, labels = read_labeled(path, classes, Path(config.root))
+    listed = replace(config.target, name="list", path=path)
+    return _decoded(listed, files, labels, classes, config, read_only)
+
+
+def measure(config: DataConfig, classes: list[str]) -> Callable[[torch.Tensor], dict]:
+    """The function that computes the metrics of a confusion matrix (K, K)."""
+    return accuracies
+
+
+def describe_sizes(sets: dict[str, ImageSet], config: DataConfig) -> str:
+    """The size of training images."""
+    return f"3x{config.size}x{config.size}"
+
+
+def _three_channels(images: torch.Tensor) -> torch.Tensor:
+    return images.expand(-1, 3, -1, -1).contiguous()
+
+
+class TrainBatches(Dataset):
+    """Batch `step` (from 0) of the endless, shuffled, augmented set: images, and labels if any."""
+
+    def __init__(self, images: ImageSet, config: DataConfig, seed: int, role: str):
+        self.set, self.config, self.seed, self.role = images, config, seed, role
+        self.order = Order(seed, role, len(images))
+        self.augment = Augment(config.augment_of(role), config.size)
+
+    def __getitem__(self, step: int):
+        batch = self.config.batch
+        index = self.set.indices[self.order.positions(step * batch, batch)]
+        images = self.set.images[index]
+        if images.shape[-1] < self.config.size:
+            images = F.center_crop(images, [self.config.size])  # pads with zeros
+        images = self.augment(images, generator(self.seed, self.role, "augment", step))
+        if images.shape[-1] > self.config.size:
+            images = F.center_crop(images, [self.config.size])
+        images = _three_channels(images)
+        return images if self.set.labels is None else (images, self.set.labels[index])
+
+
+class EvalBatches(Dataset):
+    """The set in its own order, cropped or padded at the center, not augmented."""
+
+    def __init__(self, images: ImageSet, config: DataConfig):
+        self.set, self.config = images, config
+
+    def __len__(self) -> int:
+        return -(-len(self.set) // self.config.eval_batch)
+
+    def __getitem__(self, k: int):
+        batch = self.config.eval_batch
+        index = self.set.indices[k * batch : (k + 1) * batch]
+        images = _three_channels(F.center_crop(self.set.images[index], [self.config.size]))
+        return images if self.set.labels is None else (images, self.set.labels[index])

@@ -1,0 +1,255 @@
+"""The `data` section of a config: which domains, and how their images are prepared."""
+
+import difflib
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from common.config import not_negative, positive, range_rules
+from common.errors import require
+from data.augment import IN_PLACE, OPERATIONS, check_augment
+
+DRAWN = {
+    "classification": ("drawn_digits", "drawn_digits_shifted"),
+    "segmentation": ("drawn_street", "drawn_street_dusk"),
+}
+DIGITS = ("mnist", "usps", "svhn", "mnistm")
+FILES = ("folder", "list")
+EVAL_BATCH = {"classification": 250, "segmentation": 1}
+
+
+@dataclass
+class DomainConfig:
+    name: str  # mnist usps svhn mnistm | folder list | drawn_digits[_shifted] drawn_street[_dusk]
+    path: str | None = None  # below data.root: the folder, the list file, or mnistm's photographs
+    classes: str | None = None  # list: file below data.root with one class name per line, in order
+    resize: int | list[int] | None = None  # px, or [height, width]: size of images before cropping
+    masks: str | None = None  # segmentation, folder: the folder of masks, below data.root
+    image_suffix: str | None = None  # segmentation, folder: end of an image's name, after its stem
+    mask_suffix: str | None = None  # segmentation, folder: the same for masks; null: the extension
+    ids: str | list[str] | dict | None = None  # segmentation: numbers in a mask; data/id_maps.py
+    crop: list[int] | None = None  # segmentation: [height, width] of training crops; null: none
+    augment: dict | None = None  # of this domain's training images; null: data.augment
+
+    def __post_init__(self):
+        sides = self.resize if isinstance(self.resize, list) else [self.resize]
+        both_sizes = isinstance(self.resize, list) and self.crop
+        require(
+            *self._name_rules(),
+            (all(side is None or side > 0 for side in sides), "resize must be positive"),
+            (all(side > 0 for side in self.crop or ()), "crop must be positive"),
+            (
+                not isinstance(self.resize, list) or len(self.resize) == 2,
+                "resize must be a number or [height, width]",
+            ),
+            (self.crop is None or len(self.crop) == 2, "crop must be [height, width]"),
+            (
+                not both_sizes or all(c <= r for c, r in zip(self.crop, self.resize, strict=False)),
+                f"crop {self.crop} is larger than resize {self.resize}",
+            ),
+        )
+
+    def _name_rules(self) -> list[tuple[bool, str]]:
+        names = (*DIGITS, *FILES, *DRAWN["classification"], *DRAWN["segmentation"])
+        near = difflib.get_close_matches(self.name, names, 1)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names)}"
+        folder = self.name == "folder"
+        return [
+            (self.name in names, f"name: no data set {self.name!r}; {hint}"),
+            (
+                self.name not in (*FILES, "mnistm") or self.path is not None,
+                f"path is missing for name: {self.name}",
+            ),
+            (
+                self.classes is None or self.name == "list",
+                "classes goes with name: list only",
+            ),
+            (self.masks is None or folder, "masks goes with name: folder only"),
+            (self.image_suffix is None or folder, "image_suffix goes with name: folder only"),
+            (self.mask_suffix is None or self.masks is not None, "mask_suffix goes with masks"),
+        ]
+
+    def rules(self, role: str, task: str) -> list[tuple[bool, str]]:
+        """Rules (holds, sentence) that the task asks of a domain, named by its `role`."""
+        if task == "classification":
+            keys = ("masks", "image_suffix", "ids", "crop")
+            given = [key for key in keys if getattr(self, key) is not None]
+            known = self.name in (*FILES, *DIGITS, *DRAWN[task])
+            return [
+                (not given, f"{role}: {', '.join(given)} for task: segmentation only"),
+                (
+                    not isinstance(self.resize, list),
+                    f"{role}.resize must be a number for task: classification",
+                ),
+                (known, f"{role}.name: {self.name} is for task: segmentation"),
+            ]
+        known = self.name in (*FILES, *DRAWN[task])
+        return [
+            (
+                not isinstance(self.resize, int),
+                f"{role}.resize must be [height, width] for task: segmentation",
+            ),
+            (self.classes is None, f"{role}.classes: the classes of masks are named by ids"),
+            (known, f"{role}.name: {self.name} is for task: classification"),
+            (
+                self.masks is None or self.ids is not None,
+                f"{role}.ids is missing: what the numbers of its masks mean",
+            ),
+        ]
+
+
+@dataclass
+class DataConfig:
+    source: DomainConfig | list[DomainConfig]  # the labeled domain, or several as one
+    target: DomainConfig  # the unlabeled domain; its training labels are dropped on loading
+    target_test: DomainConfig | None = None  # null: the set's test split, else the target images
+    target_labeled: int | str | None = None  # labels to train on: images per class, or a list file
+    task: Literal["classification", "segmentation"] = "classification"  # of images | of pixels
+    root: str | None = None  # null: the variable DA_DATA, else ./datasets
+    size: int = positive(28)  # classification: px of the square the network sees
+    batch: int = positive(64)  # images per step and domain
+    eval_batch: int | None = positive(None)  # images per evaluation step; null: 250, masks: 1
+    augment: dict = field(default_factory=dict)  # operation: {parameter: value}; data/augment.py
+    select_images: int = positive(2000)  # target training images that the label-free criteria see
+    iou_classes: list[str] | None = None  # segmentation: classes of the mean IoU; null: all
+    workers: int = not_negative(0)  # loader processes per domain; results do not depend on it
+    cache: str | None = None  # folder of decoded images, not under root; null: ./cache
+    cache_gb: float = not_negative(2.0)  # larger sets, and all sets with workers, go to .npy files
+
+    def __post_init__(self):
+        self.root = self.root or os.environ.get("DA_DATA") or "datasets"
+        self.cache = self.cache or "cache"
+        if self.eval_batch is None:
+            self.eval_batch = EVAL_BATCH[self.task]
+        root, cache = Path(self.root).resolve(), Path(self.cache).resolve()
+        require(
+            *range_rules(self),
+            *self.domain_rules(),
+            *self.extra_rules(),
+            (
+                not cache.is_relative_to(root),
+                f"cache {self.cache} lies under root {self.root}; name another folder",
+            ),
+            (
+                self.iou_classes is None or self.task == "segmentation",
+                "iou_classes is for task: segmentation",
+            ),
+            (
+                self.target_labeled is None or not self.target_is_source(),
+                "target_labeled: the target is a source too, and all of its labels are trained on; "
+                "leave it out",
+            ),
+            (
+                not isinstance(self.target_labeled, int) or self.target_labeled > 0,
+                "target_labeled must be positive, a list file, or null",
+            ),
+            *((False, s) for s in check_augment(self.augment, OPERATIONS[self.task])),
+        )
+
+    def domain_rules(self) -> list[tuple[bool, str]]:
+        """Rules (holds, sentence) of each domain, and of several sources as one set."""
+        several = len(self.sources) > 1
+        domains = {
+            f"source[{i}]" if several else "source": domain for i, domain in enumerate(self.sources)
+        }
+        domains |= {"target": self.target, "target_test": self.target_test}
+        domains = {role: domain for role, domain in domains.items() if domain}
+        shared = [(domain.crop, domain.augment) for domain in self.sources if domain]
+        rules = [
+            (self.source != [], "source is an empty list; it must name a domain"),
+            (
+                all(pair == shared[0] for pair in shared),
+                "source: several sources are one set; give all the same crop and augment",
+            ),
+            (
+                self.target_test is None or self.target_test.augment is None,
+                "target_test.augment: test images are never augmented; leave it out",
+            ),
+        ]
+        for role, domain in domains.items():
+            rules += domain.rules(role, self.task)
+            mistakes = check_augment(domain.augment or {}, OPERATIONS[self.task])
+            rules += [(False, f"{role}.{mistake}") for mistake in mistakes]
+        return rules
+
+    def extra_rules(self) -> list[tuple[bool, str]]:
+        """Rules (holds, sentence) that a subclass adds."""
+        return []
+
+    def strong_view_rules(self, strong_augment: dict, mix: str = "none") -> list[tuple[bool, str]]:
+        """Rules (holds, sentence) of the strong view of a target image and of its mixing."""
+        segmentation = self.task == "segmentation"
+        operations = IN_PLACE if segmentation else OPERATIONS[self.task]
+        source_crop = self.sources[0].crop if self.sources else None
+        two_crops = source_crop and self.target.crop and source_crop != self.target.crop
+        mistakes = check_augment(strong_augment, operations, "strong_augment")
+        return [
+            *((False, mistake) for mistake in mistakes),
+            (mix == "none" or segmentation, f"mix: {mix} is for data.task: segmentation"),
+            (
+                mix == "none" or not two_crops,
+                f"mix: {mix} pastes source onto target images; give data.source and data.target "
+                "the same crop",
+            ),
+        ]
+
+    @property
+    def sources(self) -> list[DomainConfig]:
+        """The source domains; none for a method without a source."""
+        if self.source is None:
+            return []
+        return self.source if isinstance(self.source, list) else [self.source]
+
+    def target_is_source(self) -> bool:
+        """Whether the target's images are those of a source."""
+        if self.target is None:
+            return False
+
+        def images(domain: DomainConfig) -> tuple[str, str]:
+            return domain.name, os.path.realpath(Path(self.root, domain.path or ""))
+
+        return images(self.target) in [images(domain) for domain in self.sources if domain]
+
+    def augment_of(self, role: str) -> dict:
+        """The augmentation of source, target or target_labeled."""
+        domain = self.sources[0] if role == "source" else self.target
+        return self.augment if domain.augment is None else domain.augment
+
+
+@dataclass
+class TargetDataConfig(DataConfig):
+    """`DataConfig` of a method that adapts a trained model without the source's images."""
+
+    source: None = field(default=None, kw_only=True)  # null: this method sees no source images
+    classes_from: str | None = None  # a run folder that names the classes; null: init_from
+
+
+@dataclass
+class LabeledDataConfig(DataConfig):
+    """`DataConfig` of a method that trains on a labeled target; a part of it is for validation."""
+
+    source: None = field(default=None, kw_only=True)  # null: this method sees no source images
+    target: DomainConfig = field(kw_only=True)  # the labeled images
+    target_test: DomainConfig | None = None  # the validation set; null: val_share of the target
+    target_labeled: None = None  # null: all of the target is labeled
+    batch: int = positive(64)  # images per step
+    val_share: float | None = None  # of each class, held out by seed; null: 0.2 without target_test
+
+    def __post_init__(self):
+        if self.val_share is None and self.target_test is None:
+            self.val_share = 0.2
+        super().__post_init__()
+
+    def extra_rules(self):
+        both = self.val_share is not None and self.target_test is not None
+        return [
+            (
+                self.val_share is None or 0 < self.val_share < 1,
+                "val_share must lie between 0 and 1",
+            ),
+            (
+                not both,
+                "val_share is for a target without target_test; leave one of them out",
+            ),
+        ]

@@ -1,0 +1,223 @@
+"""Images with masks. data/classification.py defines the same names; see data/tasks.py."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch.utils.data import Dataset
+
+from common.errors import UserError
+from common.metrics import ious
+from data.augment import JointAugment
+from data.config import FILES, DataConfig, DomainConfig
+from data.decoded import MaskDecoder, check_sizes, decoded_images, decoded_masks
+from data.drawn_street import open_street
+from data.folder import read_mask_list, scan_masks
+from data.id_maps import id_map
+from data.image_set import ImageSet, image_set
+from data.order import Order, generator
+
+LABELS = "masks and ids"  # what labels look like, for messages
+
+
+def open_set(
+    domain: DomainConfig,
+    role: str,
+    config: DataConfig,
+    train: bool,
+    read_only: bool,
+    trains: bool = False,
+) -> ImageSet | None:
+    """The training or test split of a domain; None for the test split of a set that has none.
+
+    Args:
+        domain: the section of the config.
+        role: its place in the config, for messages.
+        config: the section `data`.
+        train: the training split, or the test split.
+        read_only: store nothing (dry run).
+        trains: whether the masks are for training; these are resized with their images. Masks for
+            evaluation keep their size.
+    """
+    root = Path(config.root)
+    if domain.name not in FILES:
+        images = open_street(domain.name, train)
+        if domain.resize not in (None, list(images.images.shape[2:])):
+            raise UserError(
+                f"data.{role}.resize: {domain.name} is drawn at its own size; leave resize out"
+            )
+        return replace(images, crop=domain.crop and tuple(domain.crop))
+    if not train:
+        return None
+    if domain.name == "folder":
+        suffixes = domain.image_suffix, domain.mask_suffix
+        files, mask_files = scan_masks(domain.path, domain.masks, suffixes, root)
+    else:
+        files, mask_files = read_mask_list(domain.path, root)
+    size = domain.resize and tuple(domain.resize)
+    folder = None if read_only else Path(config.cache)
+    storage = folder, config.cache_gb * 2**30, config.workers > 0
+    images = decoded_images(files, size, *storage)
+    masks = classes = None
+    for file, shape in zip(files, images.shapes, strict=True):
+        if domain.crop and (domain.crop[0] > shape[1] or domain.crop[1] > shape[2]):
+            raise UserError(
+                f"data.{role}.crop: {domain.crop} is larger than {file} of {list(shape[1:])} px"
+            )
+    if mask_files is not None:
+        if domain.ids is None:
+            raise UserError(f"data.{role}.ids is missing: what the numbers of its masks mean")
+        table, classes = id_map(domain.ids, f"data.{role}.ids")
+        check_sizes(files, mask_files)
+        decoder = MaskDecoder(table, classes, size if trains else None)
+        masks = decoded_masks(mask_files, decoder, *storage)
+    return image_set(f"{domain.name} {domain.path}", images, masks, classes, domain.crop)
+
+
+def check_sources(sources: list[ImageSet]) -> None:
+    """Accept sources of different sizes: crops give the batch one size."""
+
+
+def hold_out(images: ImageSet, seed: int, count: int) -> tuple[ImageSet, ImageSet]:
+    """(`count` images that follow each other, from a place drawn by `seed`, the rest).
+
+    The images may be frames of a video, where neighbors are nearly the same.
+    """
+    random = generator(seed, "source_val")
+    first = int(torch.randint(len(images) - count + 1, (), generator=random))
+    order = torch.arange(len(images)).roll(-first)
+    return images.subset(order[:count].sort().values), images.subset(order[count:].sort().values)
+
+
+def split_validation(
+    train: ImageSet, config: DataConfig, seed: int, read_only: bool
+) -> tuple[ImageSet, ImageSet]:
+    """Split a labeled target.
+
+    Args:
+        train: the labeled images of the target.
+        config: the section `data`.
+        seed: of the draw.
+        read_only: store nothing (dry run).
+
+    Returns:
+        (validation set, training set); the former is `data.val_share` of its images.
+    """
+    count = max(round(config.val_share * len(train)), 1)
+    if count >= len(train):
+        raise UserError(
+            f"data.val_share: {config.val_share} of {len(train)} images leaves none to train on"
+        )
+    # For validation, masks keep their size.
+    evaluated = open_set(config.target, "target", config, True, read_only)
+    val, train = hold_out(train, seed, count)
+    return replace(evaluated, images=train.images, indices=val.indices), train
+
+
+def with_training_labels(
+    target: ImageSet, config: DataConfig, classes: list[str], read_only: bool
+) -> ImageSet:
+    """The target with masks for training, of which `draw_labeled` draws a few.
+
+    Args:
+        target: the set as it is opened for evaluation.
+        config: the section `data`.
+        classes: the class names of the source, by number.
+        read_only: store nothing (dry run).
+    """
+    trains = open_set(config.target, "target", config, True, read_only, trains=True)
+    return trains.relabeled(classes)
+
+
+def open_listed(path: str, config: DataConfig, classes: list[str], read_only: bool) -> ImageSet:
+    """The labeled target images that the list file `data.target_labeled` names.
+
+    Args:
+        path: the list file, below `data.root`.
+        config: the section `data`.
+        classes: the class names of the source, by number.
+        read_only: store nothing (dry run).
+    """
+    no_folder = {"masks": None, "image_suffix": None, "mask_suffix": None}
+    listed = replace(config.target, name="list", path=path, **no_folder)
+    labeled = open_set(listed, "target", config, True, read_only, trains=True)
+    if labeled.labels is None:
+        raise UserError(f"data.target_labeled: {path} names no masks; its lines are `image mask`")
+    return labeled.relabeled(classes)
+
+
+def measure(config: DataConfig, classes: list[str]) -> Callable[[torch.Tensor], dict]:
+    """The function that computes the metrics of a confusion matrix (K, K)."""
+    return functools.partial(ious, classes=classes, over=config.iou_classes)
+
+
+def describe_sizes(sets: dict[str, ImageSet], config: DataConfig) -> str:
+    """The size of training images, by role."""
+    return ", ".join(f"{role} {_train_size(images)}" for role, images in sets.items())
+
+
+def _train_size(images: ImageSet) -> str:
+    if isinstance(images.images, torch.Tensor):
+        shapes = {tuple(images.images.shape[1:])}
+    else:
+        shapes = set(images.images.shapes)
+    size = images.crop or (next(iter(shapes))[1:] if len(shapes) == 1 else ("H", "W"))
+    return f"3x{size[0]}x{size[1]}"
+
+
+class TrainBatches(Dataset):
+    """Batch `step` (from 0) of the endless, shuffled, augmented set: images, and masks if any."""
+
+    def __init__(self, images: ImageSet, config: DataConfig, seed: int, role: str):
+        self.set, self.config, self.seed, self.role = images, config, seed, role
+        self.order = Order(seed, role, len(images))
+        self.augment = JointAugment(config.augment_of(role), images.crop)
+
+    def __getitem__(self, step: int):
+        random, batch = generator(self.seed, self.role, "augment", step), self.config.batch
+        positions = self.order.positions(step * batch, batch)
+        images, masks = [], []
+        for index in self.set.indices[positions].split(1):
+            mask = None if self.set.labels is None else self.set.labels[index][0]
+            image, mask = self.augment(self.set.images[index][0], mask, random)
+            images.append(image)
+            masks.append(mask)
+        if any(image.shape != images[0].shape for image in images):
+            raise UserError(
+                f"{self.set.name}: its images differ in size, and a batch has one size; set "
+                f"data.{self.role.removesuffix('_labeled')}.crop or resize, or data.batch: 1"
+            )
+        images = torch.stack(images)
+        return images if self.set.labels is None else (images, torch.stack(masks).long())
+
+
+class EvalBatches(Dataset):
+    """The set in its own order: entire images, and masks at their own size.
+
+    A batch ends where the sizes change.
+    """
+
+    def __init__(self, images: ImageSet, config: DataConfig):
+        self.set, self.batches = images, []
+        last = None
+        for index in images.indices.tolist():
+            size = tuple(_shape(x, index) for x in (images.images, images.labels))
+            if size != last or len(self.batches[-1]) == config.eval_batch:
+                self.batches.append([])
+            self.batches[-1].append(index)
+            last = size
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __getitem__(self, k: int):
+        index = torch.tensor(self.batches[k])
+        images = self.set.images[index]
+        return images if self.set.labels is None else (images, self.set.labels[index].long())
+
+
+def _shape(images: object | None, index: int) -> tuple[int, ...] | None:
+    """The shape of one image; None for a tensor or no images, which have one size."""
+    return images.shapes[index] if hasattr(images, "shapes") else None

@@ -1,0 +1,57 @@
+"""The `model` section of a config."""
+
+from dataclasses import dataclass, field, fields
+from typing import Literal
+
+from common.config import not_negative, positive, range_rules
+from common.errors import require
+from models.backbones import BACKBONES
+
+Backbone = Literal[tuple(BACKBONES)]
+
+
+@dataclass
+class ModelConfig:
+    backbone: Backbone = "lenet"  # lenet: for digits; the others are torchvision's
+    weights: str | None = None  # null | name in torchvision's weights enum | file below data.root
+    weights_missing: list[str] = field(default_factory=list)  # prefixes that may be missing
+    batch_norm: bool = True  # lenet only: with or without batch norm
+    bn: Literal["concat", "separate", "frozen"] = "concat"  # one forward on both | one each | fixed
+    bn_running: Literal["both", "target"] = "both"  # bn: separate: whose statistics evaluate
+    bn_affine: Literal["train", "frozen"] = "train"  # scale and shift of batch norm
+    channels_last: bool = False  # memory layout; speed only
+    bottleneck: int | None = positive(None)  # width of Linear + BN + ReLU before the classifier
+    dropout: float = 0.0  # classification: share of the classifier's inputs
+    head: Literal["deeplab_v2", "deeplab_v3"] = "deeplab_v2"  # segmentation: the head on layer4
+    output_stride: Literal[8, 16] = 8  # segmentation: px of the image per px of layer4 (dilated)
+    aux_weight: float = not_negative(0.0)  # segmentation: of an auxiliary head on layer3; 0: none
+
+    def __post_init__(self):
+        require(
+            *range_rules(self),
+            (
+                self.batch_norm or self.backbone == "lenet",
+                "batch_norm: false is for backbone: lenet",
+            ),
+            (
+                self.bn_running == "both" or self.bn == "separate",
+                "bn_running: target needs bn: separate",
+            ),
+            (0 <= self.dropout < 1, "dropout must lie in [0, 1)"),
+        )
+
+    def rules(self, task: str) -> list[tuple[bool, str]]:
+        """Rules (holds, sentence) that the task asks of the model."""
+        if task == "classification":
+            defaults = {spec.name: spec.default for spec in fields(self)}
+            keys = ("head", "output_stride", "aux_weight")
+            changed = [key for key in keys if getattr(self, key) != defaults[key]]
+            return [(not changed, f"model: {', '.join(changed)} for task: segmentation only")]
+        return [
+            (
+                self.backbone != "lenet",
+                "model.backbone: lenet is for task: classification; choose another",
+            ),
+            (self.bottleneck is None, "model.bottleneck is for task: classification"),
+            (self.dropout == 0, "model.dropout is for task: classification"),
+        ]

@@ -1,0 +1,161 @@
+"""Weights from files: ImageNet weights of a backbone, and the model of an earlier run."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torchvision
+from torch import nn
+
+from common.errors import UserError
+from common.files import load_tensors, trained_classes
+
+HEADS = ("head.", "aux_head.")
+
+
+class Mismatch(NamedTuple):
+    """Names of the tensors of a state that do not fit a module.
+
+    missing: absent from the state; extra: unknown to the module; shape: of another shape.
+    """
+
+    missing: list[str]
+    extra: list[str]
+    shape: list[str]
+
+    def __bool__(self) -> bool:
+        return any(self)
+
+    def __str__(self) -> str:
+        parts = []
+        for names, word in zip(self, ("missing", "unknown", "of another shape"), strict=True):
+            if names:
+                verb = "tensor is" if len(names) == 1 else "tensors are"
+                parts.append(f"{len(names)} {verb} {word} (first: {names[0]})")
+        return ", ".join(parts)
+
+
+def compare(module: nn.Module, state: dict, optional: Iterable[str] = ()) -> Mismatch:
+    """Which tensors of `state` do not fit `module`.
+
+    Args:
+        optional: prefixes of tensors that may be missing or of another shape.
+    """
+    expected, optional = module.state_dict(), tuple(optional)
+    needed = [name for name in expected if not name.startswith(optional)]
+    return Mismatch(
+        missing=[name for name in needed if name not in state],
+        extra=[name for name in state if name not in expected],
+        shape=[
+            name
+            for name in needed
+            if name in state and getattr(state[name], "shape", None) != expected[name].shape
+        ],
+    )
+
+
+def _read_weights(name: str, weights: str, root: str) -> dict:
+    """The state dict of a file below `root`, or of a name in torchvision's enum (downloaded)."""
+    path = Path(root, weights)
+    if path.is_file():
+        return load_tensors(path)
+    if name == "lenet" or path.suffix:
+        raise UserError(f"model.weights: there is no file {path}")
+    enum = torchvision.models.get_model_weights(name)
+    if weights not in enum.__members__:
+        names = ", ".join(enum.__members__)
+        raise UserError(
+            f"model.weights: no file {path}, and {name} has no weights {weights!r}; "
+            f"there are {names}"
+        )
+    try:
+        return enum[weights].get_state_dict(progress=True, check_hash=True)
+    except OSError as error:
+        raise UserError(
+            f"model.weights: {weights} of {name} cannot be downloaded ({error}); "
+            "name a file instead"
+        ) from None
+
+
+def load_weights(
+    backbone: nn.Module, name: str, weights: str, root: str, optional: list[str]
+) -> None:
+    """Load ImageNet weights in torchvision's names. Prints "loaded N of M tensors".
+
+    Args:
+        backbone: of `build_backbone`; the file's classifier is left out.
+        name: the backbone's name, for torchvision's enum and for messages.
+        weights: a name of the enum, or a file below `root`.
+        optional: prefixes of tensors that may be missing (`model.weights_missing`).
+
+    Raises:
+        UserError: no such name or file, or a tensor is missing, unknown or of another shape.
+    """
+    state = _read_weights(name, weights, root)
+    state = {key.removeprefix("features."): value for key, value in state.items()}
+    not_loaded = ("classifier.", *backbone.left_out)
+    state = {key: value for key, value in state.items() if not key.startswith(not_loaded)}
+    # Batch counters are left at 0: older files have none, and only momentum: null reads them.
+    expected = backbone.state_dict()
+    counters = [name for name in expected if name.endswith("num_batches_tracked")]
+    expected = {name: value for name, value in expected.items() if name not in counters}
+    mismatch = compare(backbone, state, (*optional, *counters))
+    fitting = {k: v for k, v in state.items() if k in expected and v.shape == expected[k].shape}
+    print(f"weights {weights}: loaded {len(fitting)} of {len(expected)} tensors")
+    if mismatch:
+        raise UserError(
+            f"model.weights: {weights} does not fit {name}: {mismatch}; are they weights of "
+            "another backbone? What may be missing is named in model.weights_missing"
+        )
+    backbone.load_state_dict(fitting, strict=False)
+
+
+def init_from(model: nn.Module, path: str, classes: list[str], new_head: bool = False) -> None:
+    """Load the model of an earlier run.
+
+    Args:
+        model: takes the weights.
+        path: a run folder, or its model.pt.
+        classes: names of the model's classes, which must be those of the run's summary.json, if
+            there is one, in the same order.
+        new_head: allow other classes; the heads of `model` are then not loaded, which is printed.
+
+    Raises:
+        UserError: there is no such file, a tensor does not fit, or the classes differ.
+    """
+    file = Path(path, "model.pt") if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise UserError(f"init_from: there is no {file}")
+    try:
+        state = load_tensors(file)
+    except UserError as error:
+        raise UserError(f"init_from: {error}") from None
+    trained = trained_classes(path)
+    same_classes = trained in (None, classes)
+    replaced = []
+    if new_head and (not same_classes or _heads_differ(model, state)):
+        new_heads = {k: v for k, v in model.state_dict().items() if k.startswith(HEADS)}
+        replaced = [name for name in new_heads if name in state]
+        state |= {name: new_heads[name] for name in replaced}
+    if mismatch := compare(model, state):
+        raise UserError(
+            f"init_from: {file} does not fit this model: {mismatch}; "
+            "is it a run of another `model` or of other classes?"
+        )
+    if not same_classes and not replaced:
+        pairs = enumerate(zip(trained, classes, strict=False))
+        i = next((i for i, (before, now) in pairs if before != now), 0)
+        raise UserError(
+            f"init_from: {file} was trained on other classes, or in another order: "
+            f"its class {i} is {trained[i]!r}, here it is {classes[i]!r}"
+        )
+    model.load_state_dict(state)
+    note = f", with a new head for {len(classes)} classes" if replaced else ""
+    print(f"started from {file}{note}")
+
+
+def _heads_differ(model: nn.Module, state: dict[str, torch.Tensor]) -> bool:
+    """Whether a tensor of the heads has another shape in `state`."""
+    heads = {k: v for k, v in model.state_dict().items() if k.startswith(HEADS)}
+    return any(k in state and state[k].shape != v.shape for k, v in heads.items())

@@ -1,0 +1,322 @@
+"""The conformance kit: what every training script must hold, a copied one too.
+
+    python -m pytest tests/test_method.py
+    python -m pytest tests/test_method.py --script train_mine.py --config pair.yaml mine.yaml
+
+Without --script it runs over all training scripts of the project, each with its demo config (the
+file in configs/demo/ whose first line names it). Words such as `mine_weight=2` behind the files
+override keys. Runs take a few steps on the config's own data; they write into temporary folders.
+"""
+
+import ast
+import dataclasses
+import json
+import math
+import shlex
+import signal
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.errors import UserError
+from data import LabeledDataConfig, classification, segmentation
+from data.image_set import ImageSet, Renumbered
+from tests.conftest import REAL_DATA, START_FOLDER
+from tests.helpers import ROOT, TRAINING, differing, load_script, metrics, stop_after, summary
+from training.config import load_run_config
+
+STEPS = 6
+LAST = f"checkpoints/step_{STEPS:08d}.pt"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A script with the config that it is tried on."""
+
+    script: Path
+    files: tuple[str, ...]
+    overrides: tuple[str, ...]
+
+    @property
+    def config_class(self) -> type:
+        return load_script(self.script).Config
+
+    def load(self, *overrides: str):
+        return load_run_config(self.config_class, self.files, [*self.overrides, *overrides])
+
+    def run(self, folder: Path, *arguments: str) -> int:
+        """Train for a few steps in `folder`; returns the exit code."""
+        handlers = {n: signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)}
+        command = ["--config", *self.files, *self.overrides, *self.short(folder), *arguments]
+        try:
+            return load_script(self.script).main(command)
+        except SystemExit as stop:
+            return stop.code
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+
+    def short(self, folder: Path) -> list[str]:
+        """Overrides that make a run short and let it write to `folder` alone."""
+        config = load_run_config(self.config_class, self.files, self.overrides)
+        segments = config.data.task == "segmentation"
+        keys = {
+            "out_dir": folder,
+            "steps": STEPS,
+            "eval_every": 3,
+            "save_every": 3,
+            "log_every": 2,
+            "data.batch": min(config.data.batch, 2 if segments else 8),
+            "data.select_images": min(config.data.select_images, 8 if segments else 60),
+            "data.cache": folder.parent / "cache",
+            "data.root": absolute_root(config.data.root),
+        }
+        for spec in dataclasses.fields(config):  # such as head_steps, which must not exceed steps
+            value = getattr(config, spec.name)
+            if spec.name.endswith("_steps") and isinstance(value, int) and value > 0:
+                keys[spec.name] = STEPS // 2
+        return [f"{key}={value}" for key, value in keys.items()]
+
+
+def absolute_root(root: str) -> Path:
+    """`data.root` against the folder that pytest was started in."""
+    if REAL_DATA is not None and root == "datasets":
+        return REAL_DATA
+    return START_FOLDER / root
+
+
+def demo_command(script: Path) -> list[str]:
+    """The words of the first line of the script's demo config on images with a class each."""
+    for file in sorted((ROOT / "configs/demo").glob("*.yaml")):
+        words = shlex.split(file.read_text().splitlines()[0].removeprefix("#"))
+        if words[:2] == ["python", script.name] and "configs/demo/street.yaml" not in words:
+            return words
+    raise AssertionError(
+        f"no file in configs/demo/ has the first line `# python {script.name} ...`"
+    )
+
+
+def method_of(script: Path, words: list[str], folder: Path) -> Method:
+    """A `Method` from the words after --config, relative to `folder`."""
+    overrides = tuple(word for word in words if "=" in word and not word.endswith(".yaml"))
+    files = tuple(str(folder / word) for word in words if word not in overrides)
+    return Method(script, files, overrides)
+
+
+def pytest_generate_tests(metafunc):
+    given = metafunc.config.getoption("--script")
+    if given:
+        words = metafunc.config.getoption("--config") or []
+        methods = [method_of(START_FOLDER / given, words, START_FOLDER)]
+    else:
+        methods = [method_of(s, demo_command(s)[3:], ROOT) for s in TRAINING]
+    metafunc.parametrize("method", methods, ids=lambda m: m.script.stem, scope="module")
+
+
+@pytest.fixture(scope="module")
+def ready(method, tmp_path_factory) -> Method:
+    """The method, with a source model where its config starts from one that is not there."""
+    if not method.files:
+        pytest.fail("--script needs --config: the yaml files to try the script on")
+    start = method.load().init_from
+    if start is None or (START_FOLDER / start).exists():
+        found = () if start is None else (f"init_from={START_FOLDER / start}",)
+        return dataclasses.replace(method, overrides=(*method.overrides, *found))
+    folder = tmp_path_factory.mktemp("source") / "run"
+    pair = Method(ROOT / "train_source.py", method.files[:1], ())
+    assert pair.run(folder) == 0, f"init_from: no run {start}, and none could be trained"
+    return dataclasses.replace(method, overrides=(*method.overrides, f"init_from={folder}"))
+
+
+@pytest.fixture(scope="module")
+def whole(ready, tmp_path_factory) -> Path:
+    """The folder of the method's uninterrupted run."""
+    folder = tmp_path_factory.mktemp(ready.script.stem) / "run"
+    assert ready.run(folder) == 0
+    return folder
+
+
+def tensors(folder: Path, file: str = LAST) -> dict:
+    return torch.load(folder / file, weights_only=True)
+
+
+def test_the_script_is_one_of_the_family(method):
+    """The rules that guard correctness; tests/test_laws.py has those of style."""
+    tree = ast.parse(method.script.read_text())
+    nodes = list(ast.walk(tree))
+    stems = {file.stem for file in ROOT.glob("*.py")}
+    modules = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    assert not stems & modules, "a script imports no other: it would change with that one"
+    config = method.config_class
+    assert "trained_criteria" in vars(config), (
+        "Config must state trained_criteria() itself: which of entropy and infomax the loss "
+        "contains; these are no judge of the run (docs/selection.md)"
+    )
+    twins = [s.stem for s in TRAINING if s.resolve() != method.script.resolve()]
+    names = [load_script(ROOT / f"{stem}.py").Config.method for stem in twins]
+    assert config.method not in names, (
+        f"Config.method is {config.method!r}, the name of another script: --resume and tables "
+        "tell methods apart by it"
+    )
+
+
+def test_a_dry_run_writes_nothing(ready, tmp_path, capsys):
+    assert ready.run(tmp_path / "run", "--dry-run") == 0
+    assert "nothing was written" in capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resume_is_exact(ready, whole, tmp_path, monkeypatch, workers):
+    """Stopped in the middle and resumed: no number differs from the uninterrupted run."""
+    folder = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)
+        assert ready.run(folder, f"data.workers={workers}") == 128 + signal.SIGTERM
+    assert ready.run(folder, f"data.workers={workers}", "--resume") == 0
+    assert metrics(folder) == metrics(whole), (
+        "the log differs after a resume: a running figure is not in the checkpoint, or a random "
+        "number is drawn from a stream of its own"
+    )
+    before, after = tensors(whole), tensors(folder)
+    lost = {name: differing(before[name], after[name]) for name in before if name != "seconds"}
+    lost = {name: count for name, count in lost.items() if count}
+    assert not lost, (
+        f"numbers that differ after a resume: {lost}; name everything that learns or remembers in "
+        "run.begin, and draw random numbers from data.order.generator(seed, purpose, step)"
+    )
+    assert differing(tensors(whole, "model.pt"), tensors(folder, "model.pt")) == 0
+
+
+def change_target(monkeypatch, change, train: bool) -> None:
+    """Let `change` replace the `ImageSet` of the target (and of target_test) on opening."""
+    for module in (classification, segmentation):
+        opened = module.open_set
+
+        def changed(domain, role, config, is_train, *rest, opened=opened, **named):
+            images = opened(domain, role, config, is_train, *rest, **named)
+            hit = role == "target_test" or (role == "target" and is_train == train)
+            return change(images) if hit and images is not None else images
+
+        monkeypatch.setattr(module, "open_set", changed)
+
+
+def shift_labels(images: ImageSet) -> ImageSet:
+    """Every label becomes the next class."""
+    if images.labels is None:
+        return images
+    count = len(images.classes)
+    following = torch.arange(1, count + 1) % count
+    if isinstance(images.labels, torch.Tensor) and images.labels.dim() == 1:
+        return dataclasses.replace(images, labels=following[images.labels])
+    return dataclasses.replace(images, labels=Renumbered(images.labels, following))
+
+
+def needs_target_labels(method: Method) -> bool:
+    data = method.load().data
+    return isinstance(data, LabeledDataConfig) or data.target_labeled is not None
+
+
+def test_target_labels_do_not_train_or_select(ready, whole, tmp_path, monkeypatch):
+    if needs_target_labels(ready):
+        pytest.skip("this config trains on target labels: they are meant to be used")
+    for train in (True, False):
+        change_target(monkeypatch, shift_labels, train)
+    folder = tmp_path / "run"
+    assert ready.run(folder) == 0
+    assert differing(tensors(whole)["model"], tensors(folder)["model"]) == 0, (
+        "other target labels, other weights: the method has read labels of the target"
+    )
+    before, after = summary(whole)["target"], summary(folder)["target"]
+    for name in ("last", "selected"):
+        assert before[name]["step"] == after[name]["step"], "target labels have selected a step"
+    if before["oracle"]["step"] is not None:
+        assert before["last"] != after["last"], "control: the labels were changed"
+
+
+class Negative:
+    """The negative of images: `images[index]`."""
+
+    def __init__(self, images):
+        self.images = images
+        if not isinstance(images, torch.Tensor):
+            self.shapes = images.shapes
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: torch.Tensor) -> torch.Tensor:
+        return 255 - self.images[index]
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.images.shape
+
+
+def negative(images: ImageSet) -> ImageSet:
+    pixels = images.images
+    replaced = 255 - pixels if isinstance(pixels, torch.Tensor) else Negative(pixels)
+    return dataclasses.replace(images, images=replaced)
+
+
+def frozen_norm(method: Method) -> list[str]:
+    """Overrides that fix batch norm, so that target images act through the losses alone."""
+    keys = ["model.bn=frozen", "model.bn_running=both"]
+    try:
+        method.load(*keys)
+    except UserError:
+        return []
+    return keys
+
+
+def test_target_images_move_the_weights(ready, tmp_path, monkeypatch):
+    """Other target images, other weights; in source-only training the same weights."""
+    keys = frozen_norm(ready)
+    assert ready.run(tmp_path / "plain", *keys) == 0
+    change_target(monkeypatch, negative, train=True)
+    assert ready.run(tmp_path / "negative", *keys) == 0
+    changed = differing(*(tensors(tmp_path / name)["model"] for name in ("plain", "negative")))
+    if ready.config_class.method == "source":
+        assert changed == 0, "source-only training has seen a target image"
+    else:
+        assert changed > 0, "no loss depends on the target's images: the method adapts nothing"
+
+
+def loss_weights(method: Method) -> list[str]:
+    """The method's own keys that weigh a loss, and are above 0 in its config."""
+    config = method.load()
+    own = vars(method.config_class)["__annotations__"]
+    weights = [key for key in own if key.endswith("_weight")]
+    return [key for key in weights if (getattr(config, key) or 0) > 0]
+
+
+def test_the_loss_of_the_method_moves_the_weights(ready, whole, tmp_path):
+    keys = loss_weights(ready)
+    if not keys:
+        pytest.skip("no key of this method's own ends in _weight")
+    moved = {}
+    for key in keys:
+        assert ready.run(tmp_path / key, f"{key}=0") == 0
+        moved[key] = differing(tensors(whole)["model"], tensors(tmp_path / key)["model"])
+    assert any(moved.values()), f"a weight of 0 trains the same: {moved}"
+
+
+@pytest.mark.parametrize("amp", ["float16", "bfloat16"])
+def test_mixed_precision_trains(ready, tmp_path, amp):
+    keys = [f"amp={amp}", "steps=2", "log_every=1", "eval_every=1000"]
+    halved = [f"{key.split('=')[0]}=1" for key in ready.short(tmp_path) if "_steps=" in key]
+    assert ready.run(tmp_path / "run", *keys, *halved) == 0
+    lines = [line for line in metrics(tmp_path / "run") if "lr" in line]
+    figures = [v for line in lines for v in line.values() if isinstance(v, float)]
+    assert figures
+    assert all(math.isfinite(figure) for figure in figures)
+
+
+def test_a_run_leaves_what_others_read(whole):
+    """summary.json for tables and for init_from, model.pt, the resolved config."""
+    result = json.loads((whole / "summary.json").read_text())
+    assert {"method", "target", "classes", "commit", "selection"} <= set(result)
+    assert (whole / "config.yaml").is_file()
+    assert all(value.isfinite().all() for value in tensors(whole, "model.pt").values())

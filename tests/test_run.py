@@ -1,0 +1,316 @@
+"""The run folder: when a run saves, how it leaves, and what it writes without being asked."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import ClassVar
+
+import pytest
+import torch
+
+from common import provenance
+from common.errors import UserError, exit_with
+from models import build_model
+from tests.helpers import (
+    TRAINING,
+    any_config,
+    finetune_config,
+    metrics,
+    street_config,
+    summary,
+    tiny_config,
+    train,
+    weights,
+)
+from training import run as run_module
+from training.config import RunConfig, load_run_config
+from training.run import Run
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+@pytest.fixture(autouse=True)
+def handlers():
+    """The test process keeps its own signal handlers."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@dataclass
+class Config(RunConfig):
+    method: ClassVar[str] = "counting"
+
+    def trained_criteria(self):
+        return set()
+
+
+class Counter(torch.nn.Module):
+    """A state of a run: the steps taken."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("steps", torch.tensor(0))
+
+
+class Counting:
+    """A script without a method: its steps count themselves."""
+
+    def __init__(self, file: Path, *overrides: str, resume=False, dry_run=False):
+        config = load_run_config(Config, str(file), overrides)
+        self.config, self.run = config, Run(config, SimpleNamespace(resume=resume, dry_run=dry_run))
+        self.domains = self.run.open_domains()
+        self.model, self.counter = build_model(config, self.domains.classes), Counter()
+        self.start = self.run.begin(model=self.model, counter=self.counter)
+
+    def loop(self, during=lambda step: None, after=lambda step: None) -> list[int]:
+        """Take the steps; `during` is called within each of them, `after` at its end."""
+        steps = []
+        for step in self.run.steps(self.start):
+            during(step)
+            self.counter.steps += 1
+            steps.append(step)
+            self.run.log.add(cls_loss=1.0)
+            if self.run.due(step, self.config.log_every):
+                self.run.log.write(step)
+            if self.run.due(step, self.config.eval_every):
+                self.run.evaluate(step, self.model, self.domains.evaluation())
+            after(step)
+        return steps
+
+
+def counted(folder: Path, step: int) -> int:
+    """The steps that a checkpoint has counted."""
+    state = weights(folder, f"checkpoints/step_{step:08d}.pt")
+    assert state["step"] == step
+    return int(state["counter"]["steps"])
+
+
+def checkpoints(folder: Path) -> list[int]:
+    return sorted(int(file.stem[5:]) for file in (folder / "checkpoints").glob("*.pt"))
+
+
+def status(folder: Path) -> tuple[str, int]:
+    state = json.loads((folder / "status.json").read_text())
+    return state["state"], state["step"]
+
+
+# --- steps
+
+
+def test_a_run_saves_after_the_steps_where_that_is_due(tmp_path):
+    counting = Counting(tiny_config(tmp_path, steps=7, save_every=3))
+    saved = []  # step 3 itself is not saved before it is over
+    assert counting.loop(after=lambda step: saved.append(counting.run.saved)) == [*range(1, 8)]
+    assert saved == [None, None, None, 3, 3, 3, 6]
+    assert checkpoints(tmp_path / "run") == [6, 7]  # the newest two, and always the last step
+    assert counted(tmp_path / "run", 6) == 6
+    assert status(tmp_path / "run") == ("running", 7)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_a_signal_ends_the_run_after_its_step_which_is_saved(tmp_path, capsys, number):
+    file = tiny_config(tmp_path, save_every=1000)
+    counting, ended = Counting(file), []
+
+    def during(step):
+        if step == 3:
+            signal.raise_signal(number)
+            assert signal.getsignal(number) == signal.SIG_DFL  # a second one leaves at once
+
+    with pytest.raises(SystemExit) as stop:
+        counting.loop(during, ended.append)
+    assert stop.value.code == 128 + number
+    assert ended == [1, 2, 3]
+    assert checkpoints(tmp_path / "run") == [3]
+    assert counted(tmp_path / "run", 3) == 3
+    assert status(tmp_path / "run") == ("stopped", 3)
+    assert number.name in capsys.readouterr().out
+
+    again = Counting(file, resume=True)
+    assert (again.start, int(again.counter.steps)) == (3, 3)
+    assert again.loop() == [4, 5, 6, 7, 8, 9, 10]
+
+
+def test_a_dry_run_takes_one_step_and_writes_nothing(tmp_path):
+    file = tiny_config(tmp_path)
+    before = sorted(tmp_path.rglob("*"))
+    counting = Counting(file, dry_run=True)
+    assert counting.loop() == [1]
+    assert counting.run.finish(counting.domains) == 0
+    assert sorted(tmp_path.rglob("*")) == before
+    assert Counting(file).loop() == [*range(1, 11)]  # control
+    assert sorted(tmp_path.rglob("*")) != before
+
+
+# --- watch
+
+
+@pytest.mark.parametrize("save_every", [3, 1000], ids=["saved before", "not yet saved"])
+def test_a_signal_within_a_pass_ends_the_run_as_after_the_step_before(tmp_path, save_every):
+    file = tiny_config(tmp_path, save_every=save_every)
+    counting, seen = Counting(file), []
+
+    def batches():
+        for number in range(5):
+            if number == 2:
+                signal.raise_signal(signal.SIGTERM)
+            yield number
+
+    def during(step):
+        if step == 4:
+            seen.extend(counting.run.watch((10, 11), 3))  # control: without a signal all pass
+            for number in counting.run.watch(batches(), 3):
+                seen.append(number)
+
+    with pytest.raises(SystemExit) as stop:
+        counting.loop(during)
+    assert stop.value.code == 128 + signal.SIGTERM
+    assert seen == [10, 11, 0, 1]
+    assert checkpoints(tmp_path / "run") == [3]
+    assert counted(tmp_path / "run", 3) == 3
+    assert status(tmp_path / "run") == ("stopped", 3)
+    assert Counting(file, resume=True).start == 3
+
+
+def test_a_signal_within_a_pass_before_the_first_step(tmp_path):
+    file = tiny_config(tmp_path)
+    counting = Counting(file)
+    signal.raise_signal(signal.SIGTERM)
+    with pytest.raises(SystemExit):
+        next(counting.run.watch([0], 0))
+    assert status(tmp_path / "run") == ("stopped", 0)
+    assert Counting(file, resume=True).start == 0
+
+
+# --- end_after
+
+
+@pytest.mark.parametrize("end", [None, 4], ids=["control", "ends early"])
+def test_the_step_a_run_ends_after_is_its_last(tmp_path, end):
+    """It is saved, logged, evaluated and drawn as the last of `config.steps` is."""
+    every = {"steps": 6, "eval_every": 4, "log_every": 1000, "save_every": 1000}
+    counting = Counting(street_config(tmp_path, "train_source", **every))
+    run, folder, last = counting.run, tmp_path / "run", end or 6
+
+    def after(step):
+        if step == end:
+            assert not run.due(step, 1000)  # control
+            run.end_after(step)
+            assert run.due(step, 1000)
+            run.log.flush(step)
+
+    assert counting.loop(after=after)[-1] == last
+    assert run.finish(counting.domains) == 0
+    assert checkpoints(folder) == [last]
+    assert counted(folder, last) == last
+    assert [line["step"] for line in metrics(folder) if "cls_loss" in line] == [last]
+    evaluated = [line["step"] for line in metrics(folder) if "cls_loss" not in line]
+    assert evaluated == sorted({4, last})
+    assert [file.name for file in (folder / "pictures").iterdir()] == [f"step_{last:08d}.png"]
+    assert summary(folder)["steps"] == summary(folder)["target"]["last"]["step"] == last
+    assert status(folder) == ("finished", last)
+
+
+def test_a_run_that_has_ended_takes_no_step(tmp_path):
+    counting = Counting(tiny_config(tmp_path, steps=2))
+    counting.run.end_after(0)
+    assert counting.loop() == []
+
+
+# --- what is written without being asked for
+
+
+def test_the_drawn_images_are_listed(tmp_path):
+    """A script opens its domains and begins; it cannot forget the lists."""
+    file = tiny_config(tmp_path)
+    with_labels = Counting(file, "data.target_labeled=2")
+    text = (tmp_path / "run/target_labeled.txt").read_text()
+    assert text == with_labels.domains.lists["target_labeled.txt"]
+    assert len(text.splitlines()) >= len(with_labels.domains.target_labeled) == 20
+    Counting(file, f"out_dir={tmp_path}/without")
+    assert not list((tmp_path / "without").glob("*.txt"))  # control
+
+
+def test_the_drawn_images_of_fine_tuning_are_listed(tmp_path):
+    assert train("finetune", finetune_config(tmp_path), "steps=1", "head_steps=1") == 0
+    assert {file.name for file in (tmp_path / "run").glob("*.txt")} == {"train.txt", "val.txt"}
+
+
+@pytest.mark.parametrize("commit", ["1234567890-dirty", None])
+def test_the_summary_names_the_commit(tmp_path, monkeypatch, commit):
+    monkeypatch.setattr(run_module, "code_version", lambda: commit)
+    assert train("train_source", tiny_config(tmp_path), "steps=1") == 0
+    assert "commit" in summary(tmp_path / "run")
+    assert summary(tmp_path / "run")["commit"] == commit
+
+
+@pytest.mark.skipif(shutil.which("git") is None, reason="there is no git")
+def test_the_commit_is_that_of_the_code(tmp_path, monkeypatch):
+    """Of a repository that begins here; a folder of one that begins above is not described."""
+    file = tmp_path / "project" / "common" / "provenance.py"
+    file.parent.mkdir(parents=True)
+    file.write_text("")
+    monkeypatch.setattr(provenance, "__file__", str(file))
+    for name in [name for name in os.environ if name.startswith("GIT_")]:  # within a hook of git
+        monkeypatch.delenv(name)
+
+    def git(folder: Path, *words: str) -> str:
+        who = ["-c", "user.name=tester", "-c", "user.email=tester@localhost"]
+        command = ["git", "-C", str(folder), *who, *words]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
+
+    git(tmp_path, "init", "--quiet")
+    git(tmp_path, "add", ".")
+    git(tmp_path, "commit", "--quiet", "--message", "above")
+    assert provenance.code_version() is None
+    project = tmp_path / "project"
+    git(project, "init", "--quiet")
+    assert provenance.code_version() is None  # no commit yet
+    git(project, "add", ".")
+    git(project, "commit", "--quiet", "--message", "here")
+    commit = git(project, "rev-parse", "HEAD")[:10]
+    assert provenance.code_version() == commit
+    file.write_text("changed")
+    assert provenance.code_version() == f"{commit}-dirty"
+    monkeypatch.setenv("PATH", str(tmp_path))  # without git
+    assert provenance.code_version() is None
+
+
+# --- what is refused
+
+
+@pytest.mark.parametrize("script", [file.stem for file in TRAINING])
+def test_several_processes_are_refused(tmp_path, monkeypatch, capsys, script):
+    config = any_config(script, tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="WORLD_SIZE") as error:
+        train(script, config)
+    assert error.value.code == 2
+    with pytest.raises(SystemExit) as stop:
+        exit_with(lambda: train(script, config))
+    assert stop.value.code == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert lines[0].startswith("error: WORLD_SIZE")
+    assert not (tmp_path / "run").exists()
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert train(script, config, "--dry-run") == 0  # control
+
+
+def test_state_that_is_not_named_is_refused(tmp_path):
+    """The check itself is tested with training/state.py; here that a run makes it."""
+    config = load_run_config(Config, str(tiny_config(tmp_path)))
+    run = Run(config, SimpleNamespace(resume=False, dry_run=False))
+    model = build_model(config, run.open_domains().classes)
+    forgotten = torch.nn.Linear(1, 1)
+    with pytest.raises(UserError, match="forgotten"):
+        run.begin(model=model)
+    assert not (tmp_path / "run").exists()
+    assert run.begin(model=model, forgotten=forgotten) == 0

@@ -1,0 +1,90 @@
+"""Minimum class confusion of the target's predictions: MCC (arXiv:1912.03699).
+
+    minimize  cls_loss + mcc_weight * mcc_loss
+
+CE is over the class of an image, or of each of its pixels. The script's page in docs/ explains
+every metric.
+
+    python train_mcc.py --config configs/demo/digits.yaml configs/demo/mcc.yaml
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from common.config import not_negative, positive
+from common.errors import exit_with
+from losses.mcc import mcc_loss
+from losses.supervised import supervised_loss
+from models import build_model, forward_domains
+from training.config import RunConfig, parse_args
+from training.device import get_device
+from training.optim import build_optimizer, set_rates
+from training.run import Run
+
+
+@dataclass
+class Config(RunConfig):
+    method: ClassVar[str] = "mcc"
+    mcc_weight: float = not_negative(1.0)  # of mcc_loss
+    temperature: float = positive(2.5)  # of the target's predictions in mcc_loss
+
+    def trained_criteria(self):
+        return {"entropy", "infomax"}  # confident and even predictions
+
+
+def main(argv: list[str] | None = None) -> int:
+    # --- set-up
+    config, args = parse_args(Config, __doc__, argv)
+    device = get_device(config.device)
+    autocast = torch.autocast(device.type, getattr(torch, config.amp), config.amp != "float32")
+    scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "float16")
+    run = Run(config, args)
+    domains = run.open_domains()
+
+    # --- model
+    model = build_model(config, domains.classes).to(device).train()
+    optimizer = build_optimizer(config.optim, model)
+    start = run.begin(model=model, optimizer=optimizer, scaler=scaler)
+
+    # --- data
+    source = domains.batches("source", start, config.steps)
+    target = domains.batches("target", start, config.steps)
+    labeled = domains.batches("target_labeled", start, config.steps)
+    evaluation = domains.evaluation()
+
+    # --- train
+    for step in run.steps(start):
+        lr = set_rates(optimizer, config.optim, step - 1, config.steps)
+        x_s, y_s = (x.to(device, non_blocking=True) for x in next(source))
+        x_t = next(target).to(device, non_blocking=True)
+
+        with autocast:
+            out_s, out_t = forward_domains(model, x_s, x_t, config.model)
+            loss, losses = supervised_loss(out_s, y_s, config.model.aux_weight)
+            losses["mcc_loss"] = mcc_loss(out_t.logits, config.temperature)
+            loss = loss + config.mcc_weight * losses["mcc_loss"]
+            if labeled:
+                x_l, y_l = (x.to(device, non_blocking=True) for x in next(labeled))
+                target_cls_loss, _ = supervised_loss(model(x_l), y_l, config.model.aux_weight)
+                losses["target_cls_loss"] = target_cls_loss
+                loss = loss + target_cls_loss
+
+        optimizer.zero_grad(set_to_none=True)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+
+        run.log.add(**losses)
+        if run.due(step, config.log_every):
+            run.log.write(step, lr=lr)
+        if run.due(step, config.eval_every):
+            with autocast:
+                run.evaluate(step, model, evaluation)
+
+    return run.finish(domains)
+
+
+if __name__ == "__main__":
+    exit_with(main)

@@ -1,0 +1,1 @@
+"""What surrounds a training step, never the step itself: config, run folder, log, evaluation."""

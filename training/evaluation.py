@@ -1,0 +1,152 @@
+"""Evaluation of a model on the sets of a run, and the choice of an evaluation."""
+
+import math
+from collections.abc import Iterable, Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from common.errors import UserError
+from common.metrics import Criteria, ValidationLoss, confusion_matrix, main_metric
+from data import EvaluationSets
+
+EXAMPLES = 4  # target images whose predictions `evaluate` returns
+
+
+class Examples:
+    """A few images of a loader with their predictions, for pictures of segmentation.
+
+    Attributes:
+        rows: (uint8 image (3, H, W), prediction (H, W), label (H', W') or None), on the CPU.
+    """
+
+    def __init__(self, loader: Iterable):
+        self.step = max(len(loader) // EXAMPLES, 1)
+        self.number = 0
+        self.rows: list[tuple] = []
+
+    def add(self, images: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor | None) -> None:
+        """Add the next batch: images (N, 3, H, W), logits (N, K, ...), labels (N, ...) or None."""
+        due = self.number % self.step == 0 and len(self.rows) < EXAMPLES
+        self.number += 1
+        if due and logits.dim() > 2:
+            label = None if labels is None else labels[0].cpu()
+            self.rows.append((images[0].cpu(), logits[0].argmax(0).cpu(), label))
+
+
+def predict_labeled(model: nn.Module, loader: Iterable, device: torch.device) -> Iterator[tuple]:
+    """(images, logits, labels) of each batch, the latter two on the device.
+
+    Logits are enlarged to labels of another size, never the other way round.
+    """
+    for images, labels in loader:
+        logits = model(images.to(device, non_blocking=True)).logits
+        if logits.shape[2:] != labels.shape[1:]:
+            size = labels.shape[1:]
+            logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+        yield images, logits, labels.to(device, non_blocking=True)
+
+
+def source_figures(model: nn.Module, sets: EvaluationSets, device: torch.device) -> dict:
+    """Metrics on the held-out source images; each is None without a source."""
+    k = len(sets.classes)
+    confusion = torch.zeros(k, k, dtype=torch.int64, device=device)
+    for _, logits, labels in predict_labeled(model, sets.source_val or (), device):
+        confusion += confusion_matrix(logits, labels, k)
+    figures = sets.measure(confusion)
+    if sets.source_val is not None and figures[main_metric(figures)] is None:
+        raise UserError(
+            "source_val: none of the held-out source images has a labeled pixel; "
+            "correct its masks or its ids"
+        )
+    return figures
+
+
+def target_figures(
+    model: nn.Module, sets: EvaluationSets, device: torch.device
+) -> tuple[dict, float | None, list]:
+    """(metrics, validation loss in nats or None, examples) on the labeled target images."""
+    k = len(sets.classes)
+    confusion = torch.zeros(k, k, dtype=torch.int64, device=device)
+    if sets.target_test is None:
+        return sets.measure(confusion), None, []
+    loss, examples = ValidationLoss(), Examples(sets.target_test)
+    for images, logits, labels in predict_labeled(model, sets.target_test, device):
+        confusion += confusion_matrix(logits, labels, k)
+        examples.add(images, logits, labels)
+        if sets.val_loss:
+            loss.add(logits, labels)
+    return sets.measure(confusion), loss.value(), examples.rows
+
+
+def label_free_criteria(
+    model: nn.Module, sets: EvaluationSets, device: torch.device
+) -> tuple[dict[str, float], list]:
+    """(criteria, examples) on the unlabeled target images; none without such a set."""
+    if sets.target_train is None:
+        return {}, []
+    criteria, examples = Criteria(len(sets.classes)), Examples(sets.target_train)
+    for images in sets.target_train:
+        logits = model(images.to(device, non_blocking=True)).logits
+        criteria.add(logits)
+        examples.add(images, logits, None)
+    return criteria.values(), examples.rows
+
+
+@torch.inference_mode()
+def evaluate(model: nn.Module, sets: EvaluationSets) -> tuple[dict, list]:
+    """Measure a model in eval mode; its mode is restored. Precision is the caller's autocast.
+
+    Returns:
+        (metrics, examples). metrics: `source_val` and `target`, in which each metric is None
+        without labels, and `criteria`: `source_val`, the label-free ones, and `val_loss`, which is
+        minus the loss in nats, each if there is a set for it; higher is better. examples: the rows
+        of `Examples`.
+
+    Raises:
+        UserError: no pixel of a set has a label.
+    """
+    device = next(model.parameters()).device
+    was_training = model.training
+    model.eval()
+    source = source_figures(model, sets, device)
+    target, val_loss, examples = target_figures(model, sets, device)
+    label_free, unlabeled_examples = label_free_criteria(model, sets, device)
+    criteria = {} if sets.source_val is None else {"source_val": source[main_metric(source)]}
+    criteria |= label_free
+    if sets.val_loss:
+        if val_loss is None:
+            raise UserError(
+                "target_test: none of the validation images has a labeled pixel; "
+                "correct its masks or its ids"
+            )
+        criteria["val_loss"] = -val_loss
+    model.train(was_training)
+    metrics = {"source_val": source, "target": target, "criteria": criteria}
+    return metrics, examples if sets.target_test is not None else unlabeled_examples
+
+
+def _rank(value: float | None) -> float:
+    return -math.inf if value is None or math.isnan(value) else value
+
+
+def choose(history: list[dict], select: str) -> dict:
+    """Last, selected and oracle entries of a run.
+
+    Args:
+        history: {"step", "criteria", "target"} of each evaluation.
+        select: the criterion whose highest value selects; of equal values the first one.
+
+    Returns:
+        `last`, `selected` and `oracle`: the step and the target metrics of an evaluation. The
+        oracle is chosen with the test labels of the target: it is a bound, not a result.
+    """
+    selected = max(history, key=lambda e: _rank(e["criteria"][select]))
+    figure = main_metric(history[-1]["target"])
+    oracle = max(history, key=lambda e: _rank(e["target"][figure]))
+    chosen = {"last": history[-1], "selected": selected, "oracle": oracle}
+    entries = {name: {"step": e["step"], **e["target"]} for name, e in chosen.items()}
+    if history[-1]["target"][figure] is None:
+        entries["oracle"]["step"] = None
+    return entries

@@ -1,0 +1,136 @@
+"""Means of a run's metrics, written every `log_every` steps. A line waits once for the device."""
+
+import json
+import math
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from common.errors import UserError
+from common.files import write_text
+
+
+class Log:
+    """Writes the means of all values since the last line to metrics.jsonl and to the screen.
+
+    A terminal shows a progress bar; other outputs get a line every 20 seconds at most, with the
+    remaining time.
+
+    Args:
+        path: metrics.jsonl, or None to write no file (dry run).
+        steps: steps of the run.
+    """
+
+    def __init__(self, path: Path | None, steps: int):
+        self.path, self.steps = path, steps
+        self.sums, self.counts = {}, {}
+        self.bar = None
+        self.printed = -math.inf  # time of the last line on the screen
+        self.start = 0
+
+    def state_dict(self) -> dict:
+        return {"sums": dict(self.sums), "counts": dict(self.counts)}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.sums, self.counts = dict(state["sums"]), dict(state["counts"])
+
+    def open(self, step: int) -> None:
+        """Begin after `step` steps. Lines of later steps, which a broken run wrote, are removed."""
+        if self.path is not None and self.path.exists():
+            lines = []
+            for line in self.path.read_text().splitlines(keepends=True):
+                try:
+                    keep = json.loads(line)["step"] <= step and line.endswith("\n")
+                except ValueError:
+                    keep = False  # the run was killed while it wrote this line
+                lines += [line] if keep else []
+            write_text(self.path, "".join(lines))
+        self.start, self.started = step, time.monotonic()
+        if sys.stderr.isatty():
+            self.bar = tqdm(
+                total=self.steps, initial=step, unit="step", dynamic_ncols=True, smoothing=0.05
+            )
+
+    def add(self, **values: torch.Tensor | float) -> None:
+        """Add the values of one step, by name. Tensors stay on the device."""
+        for name, value in values.items():
+            value = value.detach().float() if isinstance(value, torch.Tensor) else value
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+            self.counts[name] = self.counts.get(name, 0) + 1
+        if self.bar is not None:
+            self.bar.update()
+
+    def write(self, step: int, **values: float | None) -> None:
+        """Write the means since the last call, and `values` unchanged.
+
+        Names with a dot, such as `accepted.road`, are written to the file only.
+        """
+        means = self.check_finite(step)
+        self.sums, self.counts = {}, {}
+        self.record({"step": step, **means, **values})
+        shown = "  ".join(
+            f"{name} {value:.4g}" for name, value in {**means, **values}.items() if "." not in name
+        )
+        if self.bar is not None:
+            self.bar.set_postfix_str(shown, refresh=False)
+        elif time.monotonic() - self.printed > 20 or step == self.steps:
+            self.printed = time.monotonic()
+            seconds_per_step = (self.printed - self.started) / max(step - self.start, 1)
+            minutes, seconds = divmod(int(seconds_per_step * (self.steps - step)), 60)
+            print(f"step {step}/{self.steps}  {shown}  ({minutes}:{seconds:02d} left)", flush=True)
+
+    def flush(self, step: int, **values: float | None) -> None:
+        """Call `write` if anything was added since the last line."""
+        if self.sums:
+            self.write(step, **values)
+
+    def check_finite(self, step: int) -> dict[str, float]:
+        """The means since the last line.
+
+        Raises:
+            UserError: (code 3) a mean is not finite; the message names the first one.
+        """
+        if not self.sums:
+            return {}
+        tensors = {
+            name: total for name, total in self.sums.items() if isinstance(total, torch.Tensor)
+        }
+        totals = dict(self.sums)
+        if tensors:
+            # The only synchronization with the device.
+            numbers = torch.stack([total.double() for total in tensors.values()]).tolist()
+            totals.update(zip(tensors, numbers, strict=True))
+        means = {name: total / self.counts[name] for name, total in totals.items()}
+        for name, mean in means.items():
+            if not math.isfinite(mean):
+                raise UserError(
+                    f"step {step}: {name} is {mean}; "
+                    "lower optim.lr, or use amp: float32, and --resume from the last checkpoint",
+                    3,
+                )
+        return means
+
+    def record(self, line: dict) -> None:
+        """Append one line to metrics.jsonl."""
+        if self.path is not None:
+            try:
+                with open(self.path, "a") as file:
+                    file.write(json.dumps(line) + "\n")
+            except OSError as error:
+                raise UserError(
+                    f"{self.path}: cannot be written ({error.strerror}); free some space", 5
+                ) from None
+
+    def print(self, text: str) -> None:
+        """Print a line, above the progress bar if there is one."""
+        if self.bar is not None:
+            self.bar.write(text)
+        else:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.close()

@@ -1,0 +1,390 @@
+"""The run folder: what a run writes, and how it continues after a stop.
+
+config.yaml  metrics.jsonl  status.json  summary.json  model.pt  checkpoints/step_00000080.pt
+pictures/step_00000080.png  for segmentation
+stage1.pt  of fine-tuning
+target_labeled.txt, train.txt, val.txt  where images were drawn by the seed
+"""
+
+import json
+import math
+import re
+import signal
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+
+from common import files
+from common.config import changed_keys, dump, flatten, load_config
+from common.errors import UserError
+from common.provenance import code_version
+from data import Domains, EvaluationSets, open_domains
+from training.config import FREE_AT_RESUME
+from training.device import describe_machine, get_device, seed_everything
+from training.evaluation import choose, evaluate
+from training.log import Log
+from training.pictures import save_pictures
+from training.state import check_state
+
+KEEP = 2  # checkpoints: the newest, and the one before in case the newest is damaged
+
+
+def iou_table(target: dict[str, dict]) -> str:
+    """The IoU of each class, one column per figure of the target; `-` for a class without label."""
+    classes = list(target["last"]["iou"])
+    width = max(map(len, classes))
+    lines = [f"{'IoU':{width}}" + "".join(f"{name:>10}" for name in target)]
+    for name in classes:
+        values = (entry["iou"][name] for entry in target.values())
+        cells = ("-" if value is None else f"{value:.1f}" for value in values)
+        lines.append(f"{name:{width}}" + "".join(f"{cell:>10}" for cell in cells))
+    return "\n".join(lines)
+
+
+class Run:
+    """One training run and its folder.
+
+    It seeds the random generators. Nothing is written before `begin`, and nothing at all in a dry
+    run. A script calls, in this order, `open_domains`, `begin`, `steps` (with `log`, `due` and
+    `evaluate` in the loop) and `finish`.
+
+    Attributes:
+        log: a `Log`, for the losses of a step.
+        selected: the weights that model.pt holds, or None before the first evaluation.
+
+    Raises:
+        UserError: the folder is used and --resume is missing, or the run to be resumed was
+            trained under another config.
+    """
+
+    def __init__(self, config, args):
+        seed_everything(config.seed)
+        self.config, self.folder, self.dry_run = config, Path(config.out_dir), args.dry_run
+        self.resume = args.resume and not args.dry_run
+        self.history: list[dict] = []
+        self.examples: list[tuple] = []
+        self.seconds, self.signal, self.saved = 0.0, None, None
+        # Saved too, since an evaluation after the checkpoint may have written another model.pt.
+        self.selected: dict | None = None
+        self.domains: Domains | None = None
+        if self.dry_run:
+            config.steps = 1
+        self.last_step = config.steps
+        self.log = Log(None if self.dry_run else self.folder / "metrics.jsonl", config.steps)
+        if not self.dry_run:
+            self._check_folder()
+
+    def _check_folder(self) -> None:
+        if file := next((p for p in (self.folder, *self.folder.parents) if p.is_file()), None):
+            raise UserError(f"out_dir: {file} is a file; choose another out_dir")
+        if not self.folder.is_dir() or not any(self.folder.iterdir()):
+            return
+        if not self.resume:
+            raise UserError(
+                f"out_dir: {self.folder} is used; add --resume to go on with it, "
+                "or choose another with out_dir=..."
+            )
+        status, method = self._read_status(), type(self.config).method
+        other = status.get("method", method)
+        if other != method:
+            raise UserError(
+                f"--resume: {self.folder} is a run of method {other}, not {method}; "
+                "choose another out_dir"
+            )
+        self._check_config()
+        if status.get("state") == "finished":
+            print(f"{self.folder}: finished already, nothing to do")
+            sys.exit(0)
+
+    def _check_config(self) -> None:
+        file = self.folder / "config.yaml"
+        if not file.is_file():
+            raise UserError(
+                f"out_dir: {self.folder} has no config.yaml, so it is not a run folder; "
+                "choose another out_dir"
+            )
+        before = load_config(type(self.config), str(file))
+        changed = changed_keys(before, self.config, FREE_AT_RESUME)
+        if changed and self._checkpoints():  # nothing is trained before the first one
+            shown = ", ".join(f"{key} {old!r} -> {new!r}" for key, (old, new) in changed.items())
+            raise UserError(
+                f"--resume: {self.folder} was trained under another config ({shown}); "
+                "undo the change or choose another out_dir"
+            )
+
+    def open_domains(self) -> Domains:
+        """Open the data of the config and print what the run learns from."""
+        self.domains = open_domains(self.config.data, self.config.seed, self.dry_run)
+        print(self.domains.describe())
+        return self.domains
+
+    def begin(self, *, model: torch.nn.Module, **state) -> int:
+        """Start or continue the run.
+
+        Args:
+            model: the network that is evaluated, selected and saved.
+            state: everything else that learns or remembers, by the name it is saved under:
+                optimizers, the scaler, discriminators, a teacher, statistics.
+
+        Returns:
+            The number of steps done.
+
+        Raises:
+            UserError: something with a state in the caller is not named (see `check_state`), or
+                no checkpoint can be used.
+        """
+        check_state({"model": model, **state}, sys._getframe(1).f_locals)
+        self.state = {"model": model, **state, "log": self.log}
+        step = 0
+        if self.resume:
+            step = self._load_newest()
+            self._restore_selected()
+        if not self.dry_run:
+            self._open_folder(step)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, self._on_signal)
+        self.log.open(step)
+        self.started = time.monotonic()
+        return step
+
+    def _open_folder(self, step: int) -> None:
+        for temporary in self.folder.rglob(".*.tmp"):  # of a run that was killed while writing
+            temporary.unlink()
+        lists = self.domains.lists
+        for name in lists if step > 0 else ():
+            file = self.folder / name
+            if not file.is_file() or file.read_text(encoding="utf-8") != lists[name]:
+                raise UserError(
+                    f"--resume: {file} is gone, or was drawn from other images; restore them"
+                )
+        files.write_text(self.folder / "config.yaml", dump(self.config))
+        for name, text in lists.items():
+            files.write_text(self.folder / name, text)
+        self._write_status("running", step)
+
+    def _on_signal(self, number, frame) -> None:
+        self.signal = number
+        signal.signal(number, signal.SIG_DFL)  # a second signal ends the run at once
+
+    def steps(self, start: int) -> Iterator[int]:
+        """Steps start + 1 to the last one.
+
+        After each step the run saves if that is due, and exits if a signal asks it to.
+        """
+        step = start
+        while step < self.last_step:
+            step += 1
+            yield step
+            if self.due(step, self.config.save_every):
+                self.save(step)
+            if self.signal:
+                self._leave(step)
+
+    def watch(self, batches: Iterable, step: int) -> Iterator:
+        """The batches of a long pass between two steps.
+
+        Before each of them the run exits if a signal asks it to, saved as after `step`.
+        """
+        for batch in batches:
+            if self.signal:
+                self._leave(step)
+            yield batch
+
+    def end_after(self, step: int) -> None:
+        """Let the run end after this step, which has been evaluated, instead of `config.steps`."""
+        self.last_step = step
+        self._save_pictures(step)
+
+    def due(self, step: int, every: int) -> bool:
+        """Whether something that is done every `every` steps is due; it is at the last step."""
+        return step % every == 0 or step == self.last_step
+
+    def _values(self) -> dict:
+        """What is saved besides `state`: plain values."""
+        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+        return {
+            "history": self.history,
+            "selected": self.selected,
+            "seconds": self.seconds + time.monotonic() - self.started,
+            "rng": torch.get_rng_state(),
+            "cuda_rng": cuda,
+        }
+
+    def save(self, step: int) -> None:
+        """Write a checkpoint.
+
+        Raises:
+            UserError: (code 3) the run is no longer finite; nothing is written then.
+        """
+        if self.dry_run:
+            return
+        self.log.check_finite(step)
+        for name, value in self.state["model"].state_dict().items():
+            if not value.isfinite().all():
+                raise UserError(
+                    f"step {step}: the model's {name} is not finite; "
+                    "lower optim.lr, or use amp: float32",
+                    3,
+                )
+        folder = self.folder / "checkpoints"
+        files.save(folder / f"step_{step:08d}.pt", step=step, **self.state, **self._values())
+        self.saved = step
+        for old in self._checkpoints()[KEEP:]:
+            old.unlink()
+            old.with_name(old.name + ".sha256").unlink(missing_ok=True)
+        self._write_status("running", step)
+
+    def _checkpoints(self) -> list[Path]:
+        """The files of all checkpoints, the newest first."""
+        files_in_folder = (self.folder / "checkpoints").glob("step_*.pt")
+        checkpoints = (f for f in files_in_folder if re.fullmatch(r"step_\d{8,}\.pt", f.name))
+        return sorted(checkpoints, reverse=True)
+
+    def _load_newest(self) -> int:
+        checkpoints = self._checkpoints()
+        if not checkpoints:
+            print(f"{self.folder}: no checkpoint yet, starting at step 0")
+            return 0
+        for file in checkpoints:
+            names = ("step", "history", "selected", "seconds", "rng", "cuda_rng")
+            try:
+                saved = files.load(file, **self.state, **dict.fromkeys(names))
+            except UserError as error:
+                print(f"warning: {error}")
+                continue
+            self.history, self.selected = saved["history"], saved["selected"]
+            self.seconds = saved["seconds"]
+            torch.set_rng_state(saved["rng"])
+            if saved["cuda_rng"] and torch.cuda.is_available():
+                torch.cuda.set_rng_state_all(saved["cuda_rng"])
+            print(f"{self.folder}: resuming after step {saved['step']}")
+            return saved["step"]
+        raise UserError(
+            f"{self.folder}: none of its {len(checkpoints)} checkpoints can be used; "
+            "remove the folder to start again",
+            4,
+        )
+
+    def _restore_selected(self) -> None:
+        """Restore model.pt as of the checkpoint; a later evaluation may have written another."""
+        file = self.folder / "model.pt"
+        if self.selected is not None:
+            files.save_tensors(file, self.selected)
+        else:
+            for stale in (file, file.with_name(file.name + ".sha256")):
+                stale.unlink(missing_ok=True)
+
+    def evaluate(self, step: int, model: torch.nn.Module, sets: EvaluationSets) -> dict:
+        """Measure the model, record its metrics, and keep its weights if they are selected.
+
+        Returns:
+            The metrics, as `training.evaluation.evaluate`.
+        """
+        metrics, self.examples = evaluate(model, sets)
+        for name, value in metrics["criteria"].items():
+            if not math.isfinite(value):
+                raise UserError(
+                    f"step {step}: criteria.{name} is {value}; lower optim.lr, or use amp: float32",
+                    3,
+                )
+        self.history.append({"step": step, **metrics})
+        flat = flatten(metrics)
+        self.log.record({"step": step, **flat})
+        shown = {k: v for k, v in flat.items() if v is not None and ".iou." not in k}
+        figures = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
+        self.log.print(f"step {step}  {figures}")
+        if self.config.pictures == "every" or step == self.last_step:
+            self._save_pictures(step)
+        if choose(self.history, self.config.select)["selected"]["step"] == step:
+            self.selected = {k: v.to("cpu", copy=True) for k, v in model.state_dict().items()}
+            self.keep_selected("model.pt")
+        return metrics
+
+    def _save_pictures(self, step: int) -> None:
+        if self.examples and not self.dry_run:
+            file = self.folder / "pictures" / f"step_{step:08d}.png"
+            save_pictures(file, self.examples, self.domains.classes)
+            self.examples = []
+
+    def keep_selected(self, name: str) -> None:
+        """Write the weights selected so far to the file `name` of the run folder."""
+        if not self.dry_run:
+            files.save_tensors(self.folder / name, self.selected)
+
+    def _read_status(self) -> dict:
+        file = self.folder / "status.json"
+        try:
+            return dict(json.loads(file.read_text())) if file.is_file() else {}
+        except (ValueError, TypeError):
+            raise UserError(
+                f"--resume: {file} is damaged; remove it to go on from the checkpoints"
+            ) from None
+
+    def _write_status(self, state: str, step: int) -> None:
+        method = type(self.config).method
+        status = {"method": method, "state": state, "step": step, "steps": self.config.steps}
+        files.write_text(self.folder / "status.json", json.dumps(status) + "\n")
+
+    def _leave(self, step: int) -> None:
+        """Save and exit, as a signal asked."""
+        if self.saved != step:
+            self.save(step)
+        self.log.close()
+        if not self.dry_run:
+            self._write_status("stopped", step)
+        name = signal.Signals(self.signal).name
+        print(f"stopped by {name} after step {step}; --resume goes on from here")
+        sys.exit(128 + self.signal)
+
+    def finish(self, domains: Domains, **facts) -> int:
+        """Write summary.json, with `facts` of the method, and print the target's figures.
+
+        Returns:
+            The exit code, 0.
+        """
+        self.log.close()
+        if self.dry_run:
+            print("dry run: one step of training and of evaluation passed, nothing was written")
+            return 0
+        summary = self._summary(domains, facts)
+        target = summary["target"]
+        files.write_text(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+        self._write_status("finished", summary["steps"])
+        for name, entry in target.items():
+            values = ((k, v) for k, v in entry.items() if k != "step" and isinstance(v, float))
+            figures = "  ".join(f"{k} {v:.2f}" for k, v in values)
+            print(f"target {name:8} step {entry['step']}  {figures or 'no target labels'}")
+        if target["oracle"]["step"] is not None and "iou" in target["last"]:
+            print(iou_table(target))
+        print(f"{self.folder / 'summary.json'} (target: {domains.target_test_note})")
+        return 0
+
+    def _summary(self, domains: Domains, facts: dict) -> dict:
+        config, device = self.config, get_device(self.config.device)
+        target = choose(self.history, config.select)
+        step = target["selected"]["step"]
+        value = next(e["criteria"][config.select] for e in self.history if e["step"] == step)
+        labeled = domains.target_labeled
+        return {
+            "method": type(config).method,
+            "seed": config.seed,
+            "steps": self.history[-1]["step"],
+            "device": device.type,
+            "machine": describe_machine(device),
+            "commit": code_version(),
+            "seconds": round(self._values()["seconds"], 1),
+            "target": target,
+            **({"target_labeled": len(labeled)} if labeled else {}),
+            "target_test": domains.target_test_note,
+            "classes": domains.classes,
+            **facts,
+            "source_val": self.history[-1]["source_val"],
+            "selection": {
+                "criterion": config.select,
+                "value": value,
+                "part_of_training_loss": config.select in config.trained_criteria(),
+            },
+        }
