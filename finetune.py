@@ -52,7 +52,7 @@ class Config(RunConfig):
         super().__post_init__()
 
     def trained_criteria(self):
-        return set()  # of entropy and infomax, the loss contains neither
+        return set()  # of entropy and infomax, the loss improves neither directly
 
     def rules(self):
         share = self.unfreeze if isinstance(self.unfreeze, float) else 0.5

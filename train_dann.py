@@ -58,7 +58,7 @@ class Config(RunConfig):
     disc_lr: float | None = positive(None)  # of the discriminators; null: optim.lr
 
     def trained_criteria(self):
-        return set()  # of entropy and infomax, the loss contains neither
+        return set()  # of entropy and infomax, the loss improves neither directly
 
     def rules(self):
         layers, pooled = self.feature_layers, self.feature_layers == ["pooled"]

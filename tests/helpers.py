@@ -3,14 +3,13 @@
 import importlib.util
 import json
 import os
+import re
 import signal
 import sys
-import typing
 from pathlib import Path
 
 import torch
 
-from data import DataConfig
 from training import log
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,13 +26,11 @@ def load_script(path: Path):
     return module
 
 
-def _data_section(path: Path) -> type:
-    return typing.get_type_hints(load_script(path).Config)["data"]
-
-
 TRAINING = [*sorted(ROOT.glob("train_*.py")), ROOT / "finetune.py"]
-# Those that take one config, with both domains. `any_config` makes one for each of TRAINING.
-SCRIPTS = [path.stem for path in TRAINING if _data_section(path) is DataConfig]
+# Those that take one config, with both domains: their Config does not change the section `data`.
+# They are told by their text, so that a script under work breaks its own tests alone.
+# `any_config` makes a config for each of TRAINING.
+SCRIPTS = [path.stem for path in TRAINING if not re.search(r"^    data: ", path.read_text(), re.M)]
 
 
 def tiny_config(folder: Path, **changes) -> Path:

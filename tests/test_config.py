@@ -727,7 +727,20 @@ def test_mistakes_of_several_files_name_them_all():
     ],
 )  # fmt: skip
 def test_the_default_run_folder(files, folder):
-    assert default_out_dir(files) == folder
+    assert default_out_dir(files, "source") == folder
+
+
+@pytest.mark.parametrize(
+    ("files", "method", "folder"),
+    [
+        (["configs/digits/mnist_usps.yaml"], "mcc", "runs/digits/mnist_usps_mcc"),
+        (["configs/pacs/finetune.yaml"], "finetune", "runs/pacs/finetune"),
+        (["configs/demo/digits.yaml", "configs/demo/minent.yaml"], "advent", "runs/demo/digits_minent"),
+    ],
+)  # fmt: skip
+def test_a_file_that_stands_alone_gets_the_name_of_the_method(files, method, folder):
+    """So that another method on a pair of domains does not meet the run of source-only."""
+    assert default_out_dir(files, method) == folder
 
 
 def test_a_config_without_out_dir_gets_the_default_one():
@@ -735,7 +748,7 @@ def test_a_config_without_out_dir_gets_the_default_one():
     assert text != MINIMAL
     write("pair.yaml", text)
     write("dann.yaml", "steps: 7\n")
-    assert load_run_config(Config, "pair.yaml").out_dir == "runs/pair"
+    assert load_run_config(Config, "pair.yaml").out_dir == "runs/pair_dann"
     config = load_run_config(Config, ["pair.yaml", "dann.yaml"])
     assert config.out_dir == "runs/pair_dann"
     assert load_run_config(Config, ["pair.yaml"], ["out_dir=here"]).out_dir == "here"

@@ -209,7 +209,7 @@ def test_a_method_states_its_criteria(script):
     config = load_script(script).Config
     assert "trained_criteria" in vars(config), (
         f"Config of {script.name} must state trained_criteria() itself: a criterion that the loss "
-        "contains is no judge of the run (docs/selection.md)"
+        "improves does not measure the run independently (docs/selection.md)"
     )
 
 

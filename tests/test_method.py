@@ -152,13 +152,13 @@ def test_the_script_is_one_of_the_family(method):
     config = method.config_class
     assert "trained_criteria" in vars(config), (
         "Config must state trained_criteria() itself: which of entropy and infomax the loss "
-        "contains; these are no judge of the run (docs/selection.md)"
+        "improves directly; these do not measure the run independently (docs/selection.md)"
     )
-    twins = [s.stem for s in TRAINING if s.resolve() != method.script.resolve()]
-    names = [load_script(ROOT / f"{stem}.py").Config.method for stem in twins]
-    assert config.method not in names, (
-        f"Config.method is {config.method!r}, the name of another script: --resume and tables "
-        "tell methods apart by it"
+    others = [script for script in TRAINING if script.resolve() != method.script.resolve()]
+    same = [s.name for s in others if f'ClassVar[str] = "{config.method}"' in s.read_text()]
+    assert not same, (
+        f"Config.method is {config.method!r}, the name of another script ({same[0]}): --resume and "
+        "tables tell methods apart by it"
     )
 
 
@@ -177,15 +177,17 @@ def test_resume_is_exact(ready, whole, tmp_path, monkeypatch, workers):
         assert ready.run(folder, f"data.workers={workers}") == 128 + signal.SIGTERM
     assert ready.run(folder, f"data.workers={workers}", "--resume") == 0
     assert metrics(folder) == metrics(whole), (
-        "the log differs after a resume: a running figure is not in the checkpoint, or a random "
-        "number is drawn from a stream of its own"
+        "the log differs after a resume: something that learns or remembers is not in the "
+        "checkpoint (create it before run.begin and name it there; a plain tensor belongs in a "
+        "buffer), or a random number does not come from data.order.generator(seed, purpose, step)"
     )
     before, after = tensors(whole), tensors(folder)
     lost = {name: differing(before[name], after[name]) for name in before if name != "seconds"}
     lost = {name: count for name, count in lost.items() if count}
     assert not lost, (
-        f"numbers that differ after a resume: {lost}; name everything that learns or remembers in "
-        "run.begin, and draw random numbers from data.order.generator(seed, purpose, step)"
+        f"numbers that differ after a resume: {lost}; create everything that learns or remembers "
+        "before run.begin and name it there, and draw random numbers from "
+        "data.order.generator(seed, purpose, step)"
     )
     assert differing(tensors(whole, "model.pt"), tensors(folder, "model.pt")) == 0
 
@@ -279,28 +281,39 @@ def test_target_images_move_the_weights(ready, tmp_path, monkeypatch):
     assert ready.run(tmp_path / "negative", *keys) == 0
     changed = differing(*(tensors(tmp_path / name)["model"] for name in ("plain", "negative")))
     if ready.config_class.method == "source":
-        assert changed == 0, "source-only training has seen a target image"
+        assert changed == 0, (
+            "source-only training has seen a target image; is Config.method another one?"
+        )
     else:
         assert changed > 0, "no loss depends on the target's images: the method adapts nothing"
 
 
 def loss_weights(method: Method) -> list[str]:
-    """The method's own keys that weigh a loss, and are above 0 in its config."""
+    """Overrides that change the method's own loss weights: to 0, or to twice where 0 is refused."""
     config = method.load()
     own = vars(method.config_class)["__annotations__"]
-    weights = [key for key in own if key.endswith("_weight")]
-    return [key for key in weights if (getattr(config, key) or 0) > 0]
+    overrides = []
+    for key in (key for key in own if key.endswith("_weight")):
+        weight = getattr(config, key)
+        if not weight:  # 0, or null
+            continue
+        try:
+            method.load(f"{key}=0")
+            overrides.append(f"{key}=0")
+        except UserError:
+            overrides.append(f"{key}={2 * weight}")
+    return overrides
 
 
 def test_the_loss_of_the_method_moves_the_weights(ready, whole, tmp_path):
-    keys = loss_weights(ready)
-    if not keys:
-        pytest.skip("no key of this method's own ends in _weight")
+    overrides = loss_weights(ready)
+    if not overrides:
+        pytest.skip("no key of this method's own ends in _weight and is above 0")
     moved = {}
-    for key in keys:
-        assert ready.run(tmp_path / key, f"{key}=0") == 0
-        moved[key] = differing(tensors(whole)["model"], tensors(tmp_path / key)["model"])
-    assert any(moved.values()), f"a weight of 0 trains the same: {moved}"
+    for override in overrides:
+        assert ready.run(tmp_path / override, override) == 0
+        moved[override] = differing(tensors(whole)["model"], tensors(tmp_path / override)["model"])
+    assert any(moved.values()), f"another weight of the loss trains the same: {moved}"
 
 
 @pytest.mark.parametrize("amp", ["float16", "bfloat16"])

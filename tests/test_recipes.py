@@ -80,12 +80,12 @@ def test_the_first_line_of_a_config_runs_it(file, monkeypatch):
     script, files, _ = recipe(file)
     assert ROOT / script in TRAINING
     config = load_recipe(file)
-    assert config.out_dir == default_out_dir(files)  # no config names a folder of its own
+    assert config.out_dir == default_out_dir(files, config.method)  # none names a folder itself
 
 
 def test_no_two_configs_share_a_folder(monkeypatch):
     monkeypatch.chdir(ROOT)
-    folders = [default_out_dir(recipe(file)[1]) for file in CONFIGS]
+    folders = [load_recipe(file).out_dir for file in CONFIGS]
     assert len(folders) > 30
     assert len(set(folders)) == len(folders)
 

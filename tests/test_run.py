@@ -314,3 +314,14 @@ def test_state_that_is_not_named_is_refused(tmp_path):
         run.begin(model=model)
     assert not (tmp_path / "run").exists()
     assert run.begin(model=model, forgotten=forgotten) == 0
+
+
+def test_the_folder_of_another_method_is_named_as_such(tmp_path):
+    """With and without --resume, which would not help."""
+    config = tiny_config(tmp_path)
+    assert train("train_source", config) == 0
+    for arguments in ([], ["--resume"]):
+        with pytest.raises(UserError, match=r"is a run of method source, not dann; choose another"):
+            train("train_dann", config, *arguments)
+    with pytest.raises(UserError, match="is used; add --resume"):  # control
+        train("train_source", config)

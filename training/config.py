@@ -59,34 +59,41 @@ class RunConfig:
         ]
 
     def trained_criteria(self) -> set[str]:
-        """Which of the criteria entropy and infomax this method's training loss contains.
+        """Which of the criteria entropy and infomax the training loss improves directly.
 
-        They do not measure the method independently. Every method states them, even if there are
-        none.
+        They do not measure the method independently. A loss that makes target predictions
+        confident, as MCC or self-training, improves both; one on features improves neither. Every
+        method states them, even if there are none.
         """
         raise UserError(
             f"Config of method {self.method!r} does not state its trained_criteria(): which of "
-            "entropy and infomax its loss contains; set() if none (docs/selection.md)"
+            "entropy and infomax its loss improves directly; set() if none (docs/selection.md)"
         )
 
 
-def default_out_dir(files: Sequence[str]) -> str:
-    """The run folder of config files that name none: runs/ and their names.
+def default_out_dir(files: Sequence[str], method: str) -> str:
+    """The run folder of a config that names none: runs/ and the names of its files.
 
     configs/digits/mnist_usps.yaml configs/digits/dann.yaml -> runs/digits/mnist_usps_dann
+
+    The method is added to the name of a file that stands alone, unless it is part of it or is the
+    source-only training that such a file is for:
+    configs/digits/mnist_usps.yaml with train_mcc.py -> runs/digits/mnist_usps_mcc
     """
     first = Path(files[0])
     parts = first.with_suffix("").parts
     below = parts[parts.index("configs") + 1 :] if "configs" in parts else parts[-1:]
-    name = "_".join([below[-1], *(Path(file).stem for file in files[1:])])
-    return str(Path("runs", *below[:-1], name))
+    stems = [below[-1], *(Path(file).stem for file in files[1:])]
+    if len(files) == 1 and method != "source" and method not in stems[0]:
+        stems.append(method)
+    return str(Path("runs", *below[:-1], "_".join(stems)))
 
 
 def load_run_config(cls, files: str | Sequence[str], overrides: Sequence[str] = ()):
     """`load_config` of a `RunConfig`, with its `out_dir` filled in."""
     files = [files] if isinstance(files, str) else files
     config = load_config(cls, files, overrides)
-    config.out_dir = config.out_dir or default_out_dir(files)
+    config.out_dir = config.out_dir or default_out_dir(files, cls.method)
     return config
 
 
@@ -124,6 +131,6 @@ def parse_args(cls, description: str, argv: Sequence[str] | None = None):
     if config.select in config.trained_criteria():
         print(
             f"warning: select: {config.select} is part of the training loss and does not measure "
-            "it independently; see docs/selection.md"
+            "it independently; read the figure of the last step (docs/selection.md)"
         )
     return config, args

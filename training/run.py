@@ -82,17 +82,17 @@ class Run:
             raise UserError(f"out_dir: {file} is a file; choose another out_dir")
         if not self.folder.is_dir() or not any(self.folder.iterdir()):
             return
-        if not self.resume:
-            raise UserError(
-                f"out_dir: {self.folder} is used; add --resume to go on with it, "
-                "or choose another with out_dir=..."
-            )
         status, method = self._read_status(), type(self.config).method
         other = status.get("method", method)
         if other != method:
             raise UserError(
-                f"--resume: {self.folder} is a run of method {other}, not {method}; "
+                f"out_dir: {self.folder} is a run of method {other}, not {method}; "
                 "choose another out_dir"
+            )
+        if not self.resume:
+            raise UserError(
+                f"out_dir: {self.folder} is used; add --resume to go on with it, "
+                "or choose another with out_dir=..."
             )
         self._check_config()
         if status.get("state") == "finished":
