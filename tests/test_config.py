@@ -735,9 +735,9 @@ def test_the_default_run_folder(files, folder):
     [
         (["configs/digits/mnist_usps.yaml"], "mcc", "runs/digits/mnist_usps_mcc"),
         (["configs/pacs/finetune.yaml"], "finetune", "runs/pacs/finetune"),
-        (["configs/demo/digits.yaml", "configs/demo/minent.yaml"], "advent", "runs/demo/digits_minent"),
+        (["configs/demo/digits.yaml", "x/minent.yaml"], "advent", "runs/demo/digits_minent"),
     ],
-)  # fmt: skip
+)
 def test_a_file_that_stands_alone_gets_the_name_of_the_method(files, method, folder):
     """So that another method on a pair of domains does not meet the run of source-only."""
     assert default_out_dir(files, method) == folder
