@@ -475,6 +475,8 @@ def main(argv: list[str] | None = None) -> int:
             f"warning: the table mixes runs of commits {', '.join(names)}; "
             "to compare like with like, remove the folders of the older runs and run this again"
         )
+    elif names and "-dirty" in names[0]:
+        print(f"warning: commit {names[0]}: the code had changes that are not committed")
     return 1 if failed else 0
 
 

@@ -239,6 +239,8 @@ def _read(file: str) -> dict:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not utf-8 text"
         raise UserError(f"{file}: cannot be read ({reason})") from None
+    if tree is None:  # comments alone
+        return {}
     if not isinstance(tree, dict):
         raise UserError(f"{file}: a config is a mapping of keys to values")
     return tree
@@ -262,10 +264,12 @@ def _apply(override: str, tree: dict) -> None:
     """Set the key of one `key=value` in the tree."""
     key, equals, text = override.partition("=")
     if not equals:
-        raise UserError(f"{override!r}: overrides are written key=value")
+        raise UserError(f"{override!r}: overrides are written key=value, files follow --config")
     node = tree
     *parents, leaf = key.split(".")
     for parent in parents:
+        if isinstance(node.get(parent), list):
+            raise UserError(f"{key}: {parent} is a list; override it whole, as {parent}=[...]")
         if not isinstance(node.get(parent), dict):
             node[parent] = {}
         node = node[parent]
@@ -361,11 +365,14 @@ def _comments(cls) -> dict[str, str]:
 def describe(cls, prefix: str = "") -> str:
     """One line per key: name, type, default and the comment behind the field.
 
-    The keys that the class declares itself come first, then those of its bases.
+    The keys that the class declares itself come first, then those of its bases, sections last.
     """
     comments, lines, hints = _comments(cls), [], typing.get_type_hints(cls)
-    specs = sorted(dataclasses.fields(cls), key=lambda spec: spec.name not in cls.__annotations__)
-    for spec in specs:
+
+    def position(spec) -> tuple[bool, bool]:
+        return _section(hints[spec.name]) is not None, spec.name not in cls.__annotations__
+
+    for spec in sorted(dataclasses.fields(cls), key=position):
         comment, hint = comments.get(spec.name, ""), hints[spec.name]
         section = _section(hint)
         if section and types.NoneType not in typing.get_args(hint):

@@ -8,10 +8,10 @@ beyond that belongs into a folder.
 """
 
 import ast
+import difflib
 from collections.abc import Iterable
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.helpers import TRAINING
 
 
 def code_lines(text: str) -> list[str]:
@@ -45,11 +45,21 @@ def repeated_share(texts: Iterable[str], length: int) -> float:
     return 100 * repeated / max(total, 1)
 
 
-def training_scripts() -> list[Path]:
-    return [*sorted(ROOT.glob("train_*.py")), ROOT / "finetune.py"]
+def longest_run(texts: Iterable[str]) -> list[str]:
+    """The longest run of code lines that stands in two texts."""
+    scripts = [code_lines(text) for text in texts]
+    best: list[str] = []
+    for number, lines in enumerate(scripts):
+        for other in scripts[number + 1 :]:
+            matcher = difflib.SequenceMatcher(None, lines, other, autojunk=False)
+            match = matcher.find_longest_match()
+            if match.size > len(best):
+                best = lines[match.a : match.a + match.size]
+    return best
 
 
 if __name__ == "__main__":
-    texts = [path.read_text() for path in training_scripts()]
+    texts = [path.read_text() for path in TRAINING]
     for length in (10, 6):
         print(f"in runs of {length:2}: {repeated_share(texts, length):.1f} % of the code lines")
+    print("the longest run:", *longest_run(texts), sep="\n")

@@ -542,7 +542,7 @@ def test_a_damaged_status_is_named(config, finished, outcome):
         (finished / "status.json").write_text(text)
         code, _, lines = outcome("train_source", config, "--resume")
         assert (code, len(lines)) == (2, 1)
-        assert lines[0].startswith("error: --resume: run/status.json is damaged; remove it to ")
+        assert lines[0].startswith("error: run/status.json is damaged; remove it to ")
     (finished / "status.json").unlink()
     assert outcome("train_source", config, "--resume")[0] == 0
 

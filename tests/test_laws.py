@@ -1,7 +1,7 @@
 """The laws of the project. Each failure says why the law is there and what to do.
 
-They hold for the project's own scripts and folders. A script of your own is held to those of
-tests/test_method.py alone.
+They hold for the project's own scripts, which have a page in docs/, and for its folders. A script
+of your own is held to those of tests/test_method.py alone.
 """
 
 import ast
@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from common.errors import UserError
 from tests.helpers import ROOT, TRAINING, load_script
-from tests.repetition import code_lines, repeated_share
+from tests.repetition import code_lines, longest_run, repeated_share
+from training.config import load_run_config
 
 # Imports go down only: a folder imports from the folders named here, and from itself.
 LAYERS = {
@@ -26,7 +28,8 @@ LAYERS = {
 }
 FOLDERS = [ROOT / name for name in LAYERS]
 MODULES = [file for folder in FOLDERS for file in sorted(folder.glob("*.py"))]
-SCRIPTS = sorted(ROOT.glob("*.py"))
+SHIPPED = [s for s in TRAINING if (ROOT / f"docs/{s.stem.removeprefix('train_')}.md").is_file()]
+SCRIPTS = [*SHIPPED, ROOT / "reproduce.py"]
 PACKAGES = {"torch", "torchvision", "numpy", "tqdm", "yaml", "PIL"}  # PIL comes with torchvision
 FORBIDDEN = {"backward", "zero_grad", "unscale_", "autocast", "GradScaler"}
 
@@ -71,7 +74,7 @@ def test_the_algorithm_stays_on_the_page():
             f"{file.relative_to(ROOT)} uses {used}: a reader of a script must see every backward "
             "pass, precision and optimizer step; move the line into the script"
         )
-    for file in TRAINING:  # control: the same search finds them in the scripts
+    for file in SHIPPED:  # control: the same search finds them in the scripts
         assert {"backward", "zero_grad", "autocast", "GradScaler"} <= names(parse(file)), file.name
 
 
@@ -159,18 +162,19 @@ def sections(text: str) -> dict[str, str]:
     return dict(zip(parts[1::2], parts[2::2], strict=True))
 
 
-def function_lengths(tree: ast.AST) -> dict[str, int]:
+def function_lengths(tree: ast.AST) -> list[tuple[str, int]]:
+    """(name, lines) of every function."""
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-    return {node.name: node.end_lineno - node.lineno + 1 for node in functions}
+    return [(node.name, node.end_lineno - node.lineno + 1) for node in functions]
 
 
-@pytest.mark.parametrize("script", TRAINING, ids=lambda file: file.stem)
+@pytest.mark.parametrize("script", SHIPPED, ids=lambda file: file.stem)
 def test_a_script_reads_top_to_bottom(script):
     text = script.read_text()
     assert len(text.splitlines()) < 200, "a method that needs more is two scripts"
     long_lines = [line for line in text.splitlines() if len(line) > 100]
     assert not long_lines, f"at most 100 columns: {long_lines[0]}"
-    assert function_lengths(ast.parse(text))["main"] <= 140, "main() has at most 140 lines"
+    assert dict(function_lengths(ast.parse(text)))["main"] <= 140, "main() has at most 140 lines"
     expected = ["set-up", "model", "data", "train"]
     assert list(sections(text)) == expected, "every script has the same sections in one order"
     set_up = sections((ROOT / "train_source.py").read_text())["set-up"]
@@ -187,7 +191,22 @@ def commands(script: Path) -> list[str]:
     return [line.strip() for line in docstring.splitlines() if line.startswith("    python ")]
 
 
-@pytest.mark.parametrize("script", TRAINING, ids=lambda file: file.stem)
+def load(script: Path, words: list[str]):
+    """The config of a command's words behind --config. Raises `UserError` for a mistake."""
+    options = [word for word in words if word.startswith("--")]
+    overrides = [word for word in words if "=" in word]
+    files = [str(ROOT / word) for word in words if word not in (*options, *overrides)]
+    return load_run_config(load_script(script).Config, files, overrides)
+
+
+def test_control_a_wrong_command_is_seen():
+    with pytest.raises(UserError, match="unknown key"):
+        load(ROOT / "train_dann.py", ["configs/demo/digits.yaml", "configs/demo/adda.yaml"])
+    with pytest.raises(UserError, match="cannot be read"):
+        load(ROOT / "train_dann.py", ["configs/demo/none.yaml"])
+
+
+@pytest.mark.parametrize("script", SHIPPED, ids=lambda file: file.stem)
 def test_the_commands_of_a_docstring_are_right(script):
     """The configs exist and load, and torchrun is shown only where several processes can run."""
     shown = commands(script)
@@ -195,8 +214,7 @@ def test_the_commands_of_a_docstring_are_right(script):
     for command in shown:
         words = shlex.split(command)
         assert words[:3] == ["python", script.name, "--config"], command
-        missing = [w for w in words if w.endswith(".yaml") and not (ROOT / w).is_file()]
-        assert not missing, f"{command}: there is no file {missing}"
+        load(script, words[3:])
     docstring = ast.get_docstring(ast.parse(script.read_text()))
     assert "torchrun" not in docstring, (
         "several processes are refused (training/device.py): a docstring must not promise them; "
@@ -204,7 +222,7 @@ def test_the_commands_of_a_docstring_are_right(script):
     )
 
 
-@pytest.mark.parametrize("script", TRAINING, ids=lambda file: file.stem)
+@pytest.mark.parametrize("script", SHIPPED, ids=lambda file: file.stem)
 def test_a_method_states_its_criteria(script):
     config = load_script(script).Config
     assert "trained_criteria" in vars(config), (
@@ -216,17 +234,23 @@ def test_a_method_states_its_criteria(script):
 def test_functions_are_short():
     folders = [*FOLDERS, ROOT / "tests", ROOT / "benchmarks"]
     for file in [file for folder in folders for file in sorted(folder.glob("*.py"))]:
-        long_ones = {k: n for k, n in function_lengths(parse(file)).items() if n > 70}
+        long_ones = [(name, n) for name, n in function_lengths(parse(file)) if n > 70]
         assert not long_ones, f"{file.relative_to(ROOT)}: over 70 lines: {long_ones}"
 
 
+def test_control_a_long_method_is_seen_behind_a_short_one():
+    long_one = "class A:\n    def f(self):\n" + "        x = 1\n" * 80
+    lengths = function_lengths(ast.parse(long_one + "class B:\n    def f(self):\n        x = 1\n"))
+    assert lengths == [("f", 81), ("f", 2)]
+
+
 def test_the_scripts_repeat_little():
-    texts = [script.read_text() for script in TRAINING]
+    texts = [script.read_text() for script in SHIPPED]
     for length, limit in ((10, 16), (6, 30)):
         share = repeated_share(texts, length)
         assert share <= limit, (
-            f"{share:.1f} % of the scripts' code stands in identical runs of {length} lines "
-            f"(python -m tests.repetition); at most {limit} % may"
+            f"{share:.1f} % of the scripts' code stands in identical runs of {length} lines, "
+            f"{limit} % may: `python -m tests.repetition` shows the longest, move it into a folder"
         )
 
 
@@ -238,6 +262,7 @@ def test_control_repetition_is_counted():
     assert repeated_share([first, second], 6) == 0
     assert repeated_share([first, '"""Doc."""\n' + first.replace("a5", "# note\n\na5")], 10) == 100
     assert repeated_share([first + second, first], 10) == pytest.approx(100 * 20 / 30)
+    assert longest_run([second + first, "c = 1\n" + first]) == first.splitlines()
 
 
 @pytest.mark.parametrize(("name", "limit"), [("mcc", 4), ("mmd", 5), ("dann", 8)])

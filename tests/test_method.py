@@ -25,9 +25,11 @@ from data import LabeledDataConfig, classification, segmentation
 from data.image_set import ImageSet, Renumbered
 from tests.conftest import REAL_DATA, START_FOLDER
 from tests.helpers import ROOT, TRAINING, differing, load_script, metrics, stop_after, summary
+from tests.test_laws import imports
 from training.config import load_run_config
 
 STEPS = 6
+RELAX = "an override such as threshold=0.1 or a shorter warm-up after --config starts it earlier"
 LAST = f"checkpoints/step_{STEPS:08d}.pt"
 
 
@@ -88,7 +90,10 @@ def absolute_root(root: str) -> Path:
 
 
 def demo_command(script: Path) -> list[str]:
-    """The words of the first line of the script's demo config on images with a class each."""
+    """The words of the first line of the script's demo config on images with a class each.
+
+    Nothing if there is no such config.
+    """
     for file in sorted((ROOT / "configs/demo").glob("*.yaml")):
         words = shlex.split(file.read_text().splitlines()[0].removeprefix("#"))
         if words[:2] == ["python", script.name] and "configs/demo/street.yaml" not in words:
@@ -119,14 +124,20 @@ def pytest_generate_tests(metafunc):
 def ready(method, tmp_path_factory) -> Method:
     """The method, with a source model where its config starts from one that is not there."""
     if not method.files:
-        pytest.fail("--script needs --config: the yaml files to try the script on")
+        pytest.fail(
+            f"no config to try {method.script.name} on: name yaml files after --config, or write "
+            f"one to configs/demo/ whose first line is `# python {method.script.name} --config ...`"
+        )
     start = method.load().init_from
     if start is None or (START_FOLDER / start).exists():
         found = () if start is None else (f"init_from={START_FOLDER / start}",)
         return dataclasses.replace(method, overrides=(*method.overrides, *found))
     folder = tmp_path_factory.mktemp("source") / "run"
     pair = Method(ROOT / "train_source.py", method.files[:1], ())
-    assert pair.run(folder) == 0, f"init_from: no run {start}, and none could be trained"
+    try:
+        assert pair.run(folder) == 0
+    except UserError as error:
+        pytest.fail(f"init_from: there is no run {start}, and none could be trained ({error})")
     return dataclasses.replace(method, overrides=(*method.overrides, f"init_from={folder}"))
 
 
@@ -144,10 +155,8 @@ def tensors(folder: Path, file: str = LAST) -> dict:
 
 def test_the_script_is_one_of_the_family(method):
     """The rules that guard correctness; tests/test_laws.py has those of style."""
-    tree = ast.parse(method.script.read_text())
-    nodes = list(ast.walk(tree))
     stems = {file.stem for file in ROOT.glob("*.py")}
-    modules = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+    modules = set(imports(ast.parse(method.script.read_text())))
     assert not stems & modules, "a script imports no other: it would change with that one"
     config = method.config_class
     assert "trained_criteria" in vars(config), (
@@ -192,17 +201,24 @@ def test_resume_is_exact(ready, whole, tmp_path, monkeypatch, workers):
     assert differing(tensors(whole, "model.pt"), tensors(folder, "model.pt")) == 0
 
 
-def change_target(monkeypatch, change, train: bool) -> None:
-    """Let `change` replace the `ImageSet` of the target (and of target_test) on opening."""
+def change_sets(monkeypatch, change, hit) -> list[ImageSet]:
+    """Let `change` replace each `ImageSet` on opening for which `hit(role, train)` holds.
+
+    Returns a list that the replaced sets are added to.
+    """
+    replaced: list[ImageSet] = []
     for module in (classification, segmentation):
         opened = module.open_set
 
-        def changed(domain, role, config, is_train, *rest, opened=opened, **named):
-            images = opened(domain, role, config, is_train, *rest, **named)
-            hit = role == "target_test" or (role == "target" and is_train == train)
-            return change(images) if hit and images is not None else images
+        def changed(domain, role, config, train, *rest, opened=opened, **named):
+            images = opened(domain, role, config, train, *rest, **named)
+            if images is None or not hit(role, train):
+                return images
+            replaced.append(images)
+            return change(images)
 
         monkeypatch.setattr(module, "open_set", changed)
+    return replaced
 
 
 def shift_labels(images: ImageSet) -> ImageSet:
@@ -224,8 +240,9 @@ def needs_target_labels(method: Method) -> bool:
 def test_target_labels_do_not_train_or_select(ready, whole, tmp_path, monkeypatch):
     if needs_target_labels(ready):
         pytest.skip("this config trains on target labels: they are meant to be used")
-    for train in (True, False):
-        change_target(monkeypatch, shift_labels, train)
+    shifted = change_sets(
+        monkeypatch, shift_labels, lambda role, train: role in ("target", "target_test")
+    )
     folder = tmp_path / "run"
     assert ready.run(folder) == 0
     assert differing(tensors(whole)["model"], tensors(folder)["model"]) == 0, (
@@ -234,8 +251,8 @@ def test_target_labels_do_not_train_or_select(ready, whole, tmp_path, monkeypatc
     before, after = summary(whole)["target"], summary(folder)["target"]
     for name in ("last", "selected"):
         assert before[name]["step"] == after[name]["step"], "target labels have selected a step"
-    if before["oracle"]["step"] is not None:
-        assert before["last"] != after["last"], "control: the labels were changed"
+    if before["oracle"]["step"] is not None:  # there are labels
+        assert any(images.labels is not None for images in shifted), "control: labels were shifted"
 
 
 class Negative:
@@ -277,7 +294,7 @@ def test_target_images_move_the_weights(ready, tmp_path, monkeypatch):
     """Other target images, other weights; in source-only training the same weights."""
     keys = frozen_norm(ready)
     assert ready.run(tmp_path / "plain", *keys) == 0
-    change_target(monkeypatch, negative, train=True)
+    change_sets(monkeypatch, negative, lambda role, train: role == "target" and train)
     assert ready.run(tmp_path / "negative", *keys) == 0
     changed = differing(*(tensors(tmp_path / name)["model"] for name in ("plain", "negative")))
     if ready.config_class.method == "source":
@@ -285,13 +302,16 @@ def test_target_images_move_the_weights(ready, tmp_path, monkeypatch):
             "source-only training has seen a target image; is Config.method another one?"
         )
     else:
-        assert changed > 0, "no loss depends on the target's images: the method adapts nothing"
+        assert changed > 0, (
+            f"no loss depends on the target's images within {STEPS} steps: the method adapts "
+            f"nothing, or not yet; {RELAX}"
+        )
 
 
 def loss_weights(method: Method) -> list[str]:
     """Overrides that change the method's own loss weights: to 0, or to twice where 0 is refused."""
     config = method.load()
-    own = vars(method.config_class)["__annotations__"]
+    own = vars(method.config_class).get("__annotations__", {})
     overrides = []
     for key in (key for key in own if key.endswith("_weight")):
         weight = getattr(config, key)
@@ -313,7 +333,10 @@ def test_the_loss_of_the_method_moves_the_weights(ready, whole, tmp_path):
     for override in overrides:
         assert ready.run(tmp_path / override, override) == 0
         moved[override] = differing(tensors(whole)["model"], tensors(tmp_path / override)["model"])
-    assert any(moved.values()), f"another weight of the loss trains the same: {moved}"
+    assert any(moved.values()), (
+        f"another weight of the loss trains the same for {STEPS} steps: {moved}; the loss is not "
+        f"added, has no gradient, or is not active yet; {RELAX}"
+    )
 
 
 @pytest.mark.parametrize("amp", ["float16", "bfloat16"])

@@ -1,5 +1,6 @@
 """The conformance kit can fail: it finds what is wrong with copies of train_mcc.py."""
 
+import dataclasses
 import subprocess
 import sys
 
@@ -53,6 +54,19 @@ def test_a_state_outside_the_checkpoint_is_found(broken, tmp_path, monkeypatch):
     whole = first_run(method, tmp_path)
     with pytest.raises(AssertionError, match=r"differs? after a resume"):
         kit.test_resume_is_exact(method, whole, tmp_path, monkeypatch, workers=0)
+
+
+def test_two_classes_give_no_false_alarm(broken, tmp_path, pictures, monkeypatch):
+    """Two balanced classes and a target_test: shifted twice, labels would be what they were."""
+    for name in ("photo", "sketch", "test"):
+        pictures(name, {"cat": 8, "dog": 8})
+    sections = ("source", "photo"), ("target", "sketch"), ("target_test", "test")
+    lines = [f"  {role}: {{name: folder, path: {name}}}" for role, name in sections]
+    config = tmp_path / "two.yaml"
+    config.write_text("\n".join(["data:", f"  root: {tmp_path}/images", "  size: 16", *lines]))
+    method = dataclasses.replace(broken(), files=(str(config),))
+    whole = first_run(method, tmp_path)
+    kit.test_target_labels_do_not_train_or_select(method, whole, tmp_path, monkeypatch)
 
 
 def test_a_forgotten_module_is_refused(broken, tmp_path):

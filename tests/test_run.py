@@ -17,10 +17,13 @@ from common import provenance
 from common.errors import UserError, exit_with
 from models import build_model
 from tests.helpers import (
+    ROOT,
     TRAINING,
     any_config,
     finetune_config,
+    load_script,
     metrics,
+    stop_after,
     street_config,
     summary,
     tiny_config,
@@ -325,3 +328,28 @@ def test_the_folder_of_another_method_is_named_as_such(tmp_path):
             train("train_dann", config, *arguments)
     with pytest.raises(UserError, match="is used; add --resume"):  # control
         train("train_source", config)
+
+
+def test_the_commit_is_that_of_the_start(tmp_path, monkeypatch):
+    """A commit during the run does not change it; a resume by other code is named too."""
+    commits = iter(["first", "second", "third"])
+    monkeypatch.setattr(run_module, "code_version", lambda: next(commits))
+    config = tiny_config(tmp_path)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 6)
+        assert train("train_source", config) == 128 + signal.SIGTERM
+    assert train("train_source", config, "--resume") == 0
+    assert summary(tmp_path / "run")["commit"] == "first, second"
+    assert train("train_source", config, f"out_dir={tmp_path}/other") == 0
+    assert summary(tmp_path / "other")["commit"] == "third"
+
+
+def test_a_state_created_after_begin_is_refused(tmp_path):
+    """`run.begin` cannot know it; the first step does not begin."""
+    text = (ROOT / "train_source.py").read_text()
+    line = "    evaluation = domains.evaluation()\n"
+    assert line in text
+    script = tmp_path / "train_late.py"
+    script.write_text(text.replace(line, line + "    projector = torch.nn.Linear(2, 2)\n"))
+    with pytest.raises(UserError, match=r"projector \(Linear\) has a state that is not saved"):
+        load_script(script).main(["--config", str(tiny_config(tmp_path))])

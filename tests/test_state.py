@@ -140,3 +140,24 @@ def test_begin_without_a_model_is_a_type_error(run, tmp_path):
     with pytest.raises(TypeError, match="positional"):
         run.begin(nn.Linear(3, 2))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("name", ["log", "step", "history", "selected", "rng", "commits"])
+def test_a_name_of_the_run_itself_is_refused(model, name):
+    with pytest.raises(UserError, match=f"the run saves its own {name}"):
+        check_state({"model": model, name: nn.Linear(2, 1)}, {})
+
+
+@pytest.mark.parametrize("value", [torch.ones(3), [nn.Linear(2, 1)], 0.5], ids=lambda v: type(v))
+def test_what_could_not_be_restored_is_refused(model, value):
+    with pytest.raises(UserError, match=r"extra \(\w+\) has no state_dict .* buffer"):
+        check_state({"model": model, "extra": value}, {})
+    check_state({"model": model, "extra": None}, {})  # control: a teacher that a config leaves out
+
+
+def test_other_names_of_the_same_tensors_pass(model):
+    """A compiled or wrapped model holds the parameters that are saved."""
+    variables = {"wrapped": nn.ModuleList([model]), "parts": [model[0], model[2]]}
+    check_state({"model": model}, variables)
+    with pytest.raises(UserError, match="wrapped"):  # control: one layer more
+        check_state({"model": model}, {"wrapped": nn.ModuleList([model, nn.Linear(2, 2)])})

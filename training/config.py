@@ -76,7 +76,7 @@ def default_out_dir(files: Sequence[str], method: str) -> str:
 
     configs/digits/mnist_usps.yaml configs/digits/dann.yaml -> runs/digits/mnist_usps_dann
 
-    The method is added to the name of a file that stands alone, unless it is part of it or is the
+    The method is added to the name of a file that stands alone, unless it is a word of it or is the
     source-only training that such a file is for:
     configs/digits/mnist_usps.yaml with train_mcc.py -> runs/digits/mnist_usps_mcc
     """
@@ -84,7 +84,7 @@ def default_out_dir(files: Sequence[str], method: str) -> str:
     parts = first.with_suffix("").parts
     below = parts[parts.index("configs") + 1 :] if "configs" in parts else parts[-1:]
     stems = [below[-1], *(Path(file).stem for file in files[1:])]
-    if len(files) == 1 and method != "source" and method not in stems[0]:
+    if len(files) == 1 and method != "source" and method not in stems[0].split("_"):
         stems.append(method)
     return str(Path("runs", *below[:-1], "_".join(stems)))
 

@@ -70,6 +70,7 @@ class Run:
         # Saved too, since an evaluation after the checkpoint may have written another model.pt.
         self.selected: dict | None = None
         self.domains: Domains | None = None
+        self.commits = [code_version()]  # now: the code may change while the run goes on
         if self.dry_run:
             config.steps = 1
         self.last_step = config.steps
@@ -136,8 +137,9 @@ class Run:
             UserError: something with a state in the caller is not named (see `check_state`), or
                 no checkpoint can be used.
         """
-        check_state({"model": model, **state}, sys._getframe(1).f_locals)
-        self.state = {"model": model, **state, "log": self.log}
+        named = {"model": model, **state}
+        check_state(named, sys._getframe(1).f_locals)
+        self.state = {**named, "log": self.log}
         step = 0
         if self.resume:
             step = self._load_newest()
@@ -174,6 +176,8 @@ class Run:
 
         After each step the run saves if that is due, and exits if a signal asks it to.
         """
+        named = {name: value for name, value in self.state.items() if name != "log"}
+        check_state(named, sys._getframe(1).f_locals)  # what was created since `begin`, too
         step = start
         while step < self.last_step:
             step += 1
@@ -211,6 +215,7 @@ class Run:
             "seconds": self.seconds + time.monotonic() - self.started,
             "rng": torch.get_rng_state(),
             "cuda_rng": cuda,
+            "commits": self.commits,
         }
 
     def save(self, step: int) -> None:
@@ -249,7 +254,7 @@ class Run:
             print(f"{self.folder}: no checkpoint yet, starting at step 0")
             return 0
         for file in checkpoints:
-            names = ("step", "history", "selected", "seconds", "rng", "cuda_rng")
+            names = ("step", "history", "selected", "seconds", "rng", "cuda_rng", "commits")
             try:
                 saved = files.load(file, **self.state, **dict.fromkeys(names))
             except UserError as error:
@@ -257,6 +262,7 @@ class Run:
                 continue
             self.history, self.selected = saved["history"], saved["selected"]
             self.seconds = saved["seconds"]
+            self.commits = list(dict.fromkeys([*saved["commits"], *self.commits]))
             torch.set_rng_state(saved["rng"])
             if saved["cuda_rng"] and torch.cuda.is_available():
                 torch.cuda.set_rng_state_all(saved["cuda_rng"])
@@ -320,7 +326,7 @@ class Run:
             return dict(json.loads(file.read_text())) if file.is_file() else {}
         except (ValueError, TypeError):
             raise UserError(
-                f"--resume: {file} is damaged; remove it to go on from the checkpoints"
+                f"{file} is damaged; remove it to go on from the checkpoints with --resume"
             ) from None
 
     def _write_status(self, state: str, step: int) -> None:
@@ -346,10 +352,10 @@ class Run:
             The exit code, 0.
         """
         self.log.close()
+        summary = self._summary(domains, facts)
         if self.dry_run:
             print("dry run: one step of training and of evaluation passed, nothing was written")
             return 0
-        summary = self._summary(domains, facts)
         target = summary["target"]
         files.write_text(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         self._write_status("finished", summary["steps"])
@@ -367,14 +373,16 @@ class Run:
         target = choose(self.history, config.select)
         step = target["selected"]["step"]
         value = next(e["criteria"][config.select] for e in self.history if e["step"] == step)
-        labeled = domains.target_labeled
+        labeled, commit = domains.target_labeled, self.commits[0]
+        if len(self.commits) > 1:  # resumed by other code
+            commit = ", ".join(map(str, self.commits))
         return {
             "method": type(config).method,
             "seed": config.seed,
             "steps": self.history[-1]["step"],
             "device": device.type,
             "machine": describe_machine(device),
-            "commit": code_version(),
+            "commit": commit,
             "seconds": round(self._values()["seconds"], 1),
             "target": target,
             **({"target_labeled": len(labeled)} if labeled else {}),

@@ -7,6 +7,8 @@ from torch.optim import Optimizer
 
 from common.errors import UserError
 
+RESERVED = {"log", "step", "history", "selected", "seconds", "rng", "cuda_rng", "commits"}
+
 
 def _parts(value) -> Iterator:
     """The value, or the values in a list, tuple or dict."""
@@ -19,41 +21,55 @@ def _parts(value) -> Iterator:
         yield value
 
 
+def _tensor_ids(value) -> set[int]:
+    """The identities of a module's parameters and buffers; of another object its own."""
+    if isinstance(value, nn.Module):
+        return {id(tensor) for tensor in (*value.parameters(), *value.buffers())}
+    return {id(value)}
+
+
 def check_state(state: dict, variables: dict) -> None:
-    """Raise `UserError` if something that learns or remembers is missing from `state`.
+    """Raise `UserError` where something that learns or remembers is missing from `state`.
 
     A state that is not saved is lost silently on --resume. The check covers the variables of the
     script and the items of its lists, tuples and dicts, if they have a `state_dict` that is not
-    empty, and the parameters that a saved optimizer trains. It does not cover plain tensors and
-    numbers: store those that change in a buffer of a module.
+    empty, and the parameters that a saved optimizer trains. It does not cover plain tensors,
+    numbers, and attributes of other objects: store what changes in a buffer of a module.
 
     Args:
-        state: the objects and values that are saved, by name.
+        state: the objects that are saved, by name; None for one that a config leaves out.
         variables: the variables of the script, by name.
     """
-    saved_ids = {id(value) for value in state.values()}
-    parameter_ids = set()
-    for value in state.values():
-        if isinstance(value, nn.Module):
-            saved_ids |= {id(module) for module in value.modules()}
-            parameter_ids |= {id(parameter) for parameter in value.parameters()}
+    for name, value in state.items():
+        if name in RESERVED:
+            raise UserError(f"run.begin: the run saves its own {name}; choose another name")
+        if value is not None and not _has_state(value):
+            raise UserError(
+                f"run.begin: {name} ({type(value).__name__}) has no state_dict and "
+                "load_state_dict, and would not be restored; put tensors into a buffer of an "
+                "nn.Module, and modules of a list into an nn.ModuleList"
+            )
+    saved = set().union(*map(_tensor_ids, state.values()))
     for name, variable in variables.items():
         for part in _parts(variable):
-            stateful = hasattr(part, "state_dict") and hasattr(part, "load_state_dict")
-            if isinstance(part, type) or not stateful or id(part) in saved_ids:
+            if isinstance(part, type) or not _has_state(part) or _tensor_ids(part) <= saved:
                 continue
             if part.state_dict():
                 remedy = f"add {name}={name} to run.begin"
                 if variable is not part:
                     remedy = f"make {name} an nn.ModuleList, or name what it contains, in run.begin"
                 raise UserError(
-                    f"run.begin: {name} ({type(part).__name__}) has a state that would be lost on "
-                    f"--resume; {remedy}"
+                    f"run.begin: {name} ({type(part).__name__}) has a state that is not saved and "
+                    f"would be lost on --resume; {remedy}"
                 )
     for name, value in state.items():
         groups = value.param_groups if isinstance(value, Optimizer) else []
-        if any(id(p) not in parameter_ids for group in groups for p in group["params"]):
+        if any(id(p) not in saved for group in groups for p in group["params"]):
             raise UserError(
                 f"run.begin: {name} trains a parameter of no module that is saved; put it into an "
                 "nn.Module and name that module in run.begin"
             )
+
+
+def _has_state(value) -> bool:
+    return hasattr(value, "state_dict") and hasattr(value, "load_state_dict")
