@@ -112,6 +112,13 @@ def test_the_name_of_another_method_is_found(broken):
         kit.test_the_script_is_one_of_the_family(broken(('"mine"', '"dann"')))
 
 
+def test_a_script_without_a_config_fails_alone():
+    """It has no words, so that its own tests say what is missing, and others run."""
+    method = kit.method_of(ROOT / "train_new.py", kit.demo_command(ROOT / "train_new.py")[3:], ROOT)
+    assert method.files == ()
+    assert kit.demo_command(ROOT / "train_mcc.py")[-1] == "configs/demo/mcc.yaml"  # control
+
+
 def test_the_command_of_the_readme(broken, tmp_path):
     """The kit on one script outside the repository, from another folder."""
     method = broken()
