@@ -845,3 +845,11 @@ def test_a_range_keeps_the_default_of_its_field():
         "width",
         "over",
     ]
+
+
+def test_a_method_without_a_name_is_refused():
+    """Run folders and --resume tell methods apart by it."""
+    nameless = dataclasses.make_dataclass("Config", [], bases=(RunConfig,))
+    write("config.yaml", MINIMAL)
+    with pytest.raises(UserError, match="must name its method"):
+        load_run_config(nameless, "config.yaml")

@@ -27,6 +27,7 @@ SCRIPT = (
     f"""
 import json, os, pathlib, sys, time
 from dataclasses import dataclass, field
+from typing import ClassVar
 sys.path.append({str(ROOT)!r})
 from common.config import dump, load_config
 
@@ -39,6 +40,7 @@ class Data:
 
 @dataclass
 class Config:
+    method: ClassVar[str] = "source"
     out_dir: str | None = None
     steps: int = 4
     optim: dict = field(default_factory=dict)

@@ -92,6 +92,8 @@ def default_out_dir(files: Sequence[str], method: str) -> str:
 def load_run_config(cls, files: str | Sequence[str], overrides: Sequence[str] = ()):
     """`load_config` of a `RunConfig`, with its `out_dir` filled in."""
     files = [files] if isinstance(files, str) else files
+    if cls.method is None:
+        raise UserError('the Config of this script must name its method: ClassVar[str] = "..."')
     config = load_config(cls, files, overrides)
     config.out_dir = config.out_dir or default_out_dir(files, cls.method)
     return config
