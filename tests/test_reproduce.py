@@ -90,8 +90,10 @@ if __name__ == "__main__":
 )
 EMPTY = """
 from dataclasses import dataclass, field
+from typing import ClassVar
 @dataclass
 class Config:
+    method: ClassVar[str] = "source"
     out_dir: str
     steps: int
     optim: dict = field(default_factory=dict)

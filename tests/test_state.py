@@ -161,3 +161,20 @@ def test_other_names_of_the_same_tensors_pass(model):
     check_state({"model": model}, variables)
     with pytest.raises(UserError, match="wrapped"):  # control: one layer more
         check_state({"model": model}, {"wrapped": nn.ModuleList([model, nn.Linear(2, 2)])})
+
+
+class Remembers(nn.Module):
+    """A module whose state is no tensor."""
+
+    def get_extra_state(self) -> dict:
+        return {"alarms": []}
+
+    def set_extra_state(self, state: dict) -> None:
+        pass
+
+
+def test_a_state_that_is_no_tensor_is_seen(model):
+    with pytest.raises(UserError, match="monitor"):
+        check_state({"model": model}, {"monitor": Remembers()})
+    monitor = Remembers()
+    check_state({"model": model, "monitor": monitor}, {"monitor": monitor})  # control

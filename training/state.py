@@ -22,10 +22,16 @@ def _parts(value) -> Iterator:
 
 
 def _tensor_ids(value) -> set[int]:
-    """The identities of a module's parameters and buffers; of another object its own."""
-    if isinstance(value, nn.Module):
-        return {id(tensor) for tensor in (*value.parameters(), *value.buffers())}
-    return {id(value)}
+    """The identities of a module's parameters and buffers."""
+    if not isinstance(value, nn.Module):
+        return set()
+    return {id(tensor) for tensor in (*value.parameters(), *value.buffers())}
+
+
+def _all_ids(value) -> set[int]:
+    """The identities of a value, and of all modules and tensors in it."""
+    modules = {id(part) for part in value.modules()} if isinstance(value, nn.Module) else set()
+    return {id(value)} | modules | _tensor_ids(value)
 
 
 def check_state(state: dict, variables: dict) -> None:
@@ -49,10 +55,13 @@ def check_state(state: dict, variables: dict) -> None:
                 "load_state_dict, and would not be restored; put tensors into a buffer of an "
                 "nn.Module, and modules of a list into an nn.ModuleList"
             )
-    saved = set().union(*map(_tensor_ids, state.values()))
+    saved = set().union(*map(_all_ids, state.values()))
     for name, variable in variables.items():
         for part in _parts(variable):
-            if isinstance(part, type) or not _has_state(part) or _tensor_ids(part) <= saved:
+            if isinstance(part, type) or not _has_state(part) or id(part) in saved:
+                continue
+            tensors = _tensor_ids(part)
+            if tensors and tensors <= saved:  # another name, such as a compiled model's
                 continue
             if part.state_dict():
                 remedy = f"add {name}={name} to run.begin"
