@@ -27,7 +27,7 @@ from training.device import describe_machine, get_device, seed_everything
 from training.evaluation import choose, evaluate
 from training.log import Log
 from training.pictures import save_pictures
-from training.state import check_state
+from training.state import OWN_STATE, check_state
 
 KEEP = 2  # checkpoints: the newest, and the one before in case the newest is damaged
 
@@ -175,6 +175,9 @@ class Run:
         """Steps start + 1 to the last one.
 
         After each step the run saves if that is due, and exits if a signal asks it to.
+
+        Raises:
+            UserError: something with a state was created after `begin`, and is not saved.
         """
         named = {name: value for name, value in self.state.items() if name != "log"}
         check_state(named, sys._getframe(1).f_locals)  # what was created since `begin`, too
@@ -254,9 +257,8 @@ class Run:
             print(f"{self.folder}: no checkpoint yet, starting at step 0")
             return 0
         for file in checkpoints:
-            names = ("step", "history", "selected", "seconds", "rng", "cuda_rng", "commits")
             try:
-                saved = files.load(file, **self.state, **dict.fromkeys(names))
+                saved = files.load(file, **self.state, **dict.fromkeys(OWN_STATE - {"log"}))
             except UserError as error:
                 print(f"warning: {error}")
                 continue

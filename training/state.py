@@ -7,7 +7,8 @@ from torch.optim import Optimizer
 
 from common.errors import UserError
 
-RESERVED = {"log", "step", "history", "selected", "seconds", "rng", "cuda_rng", "commits"}
+# What a run saves of its own, by name.
+OWN_STATE = {"log", "step", "history", "selected", "seconds", "rng", "cuda_rng", "commits"}
 
 
 def _parts(value) -> Iterator:
@@ -47,7 +48,7 @@ def check_state(state: dict, variables: dict) -> None:
         variables: the variables of the script, by name.
     """
     for name, value in state.items():
-        if name in RESERVED:
+        if name in OWN_STATE:
             raise UserError(f"run.begin: the run saves its own {name}; choose another name")
         if value is not None and not _has_state(value):
             raise UserError(
