@@ -27,6 +27,7 @@ import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from common.config import all_keys, build, changed_keys, dump_value, load_config
 from common.errors import UserError, exit_with, require
@@ -35,7 +36,8 @@ from common.metrics import main_metric
 from training.config import FREE_AT_RESUME, load_run_config
 
 ORACLE = "oracle (chosen on target test labels: no result)"
-COLUMNS = ("task", "method", "seeds", "last", "selected", ORACLE, "seconds", "published")
+COLUMNS = ("task", "method", "seeds", "last", "selected", ORACLE)
+LAST_COLUMNS = ("seconds", "published")
 UNKNOWN_COMMIT = "an unknown commit"
 
 
@@ -77,6 +79,7 @@ class Entry:
     published: float | None = None  # the figure to compare with, in percent
     reference: str | None = None  # where it was published
     expected: float | None = None  # mean of column `last` when it was recorded; a test reads it
+    baselines: list[str] | None = None  # rows of this task to compare with; null: the suite's
 
     def __post_init__(self):
         self.files = [self.config] if isinstance(self.config, str) else self.config
@@ -125,6 +128,10 @@ class Suite:
     title: str
     runs: list  # of `Entry`
     note: str | None = None  # printed below the table
+    # What the figures are of; null: the mean IoU of a segmentation, the accuracy of others.
+    metric: Literal["accuracy", "mean_class_accuracy", "mean_iou"] | None = None
+    # Methods whose rows the other rows of their task are compared with, seed by seed.
+    baselines: list[str] = field(default_factory=list)
 
     def __post_init__(self):
         mistakes: list[str] = []
@@ -145,6 +152,15 @@ class Suite:
             name = (entry.task, entry.method)
             new_row = name not in [(other.task, other.method) for other in entries[:i]]
             rules.append((new_row, f"runs[{i}] has the row {' / '.join(name)} of another"))
+        methods = {entry.method for entry in entries}
+        for name in self.baselines:
+            rules.append((name in methods, f"baselines: {name} is the method of no entry"))
+        for i, entry in enumerate(entries):
+            if entry.baselines is None:
+                entry.baselines = self.baselines
+            foreign = set(entry.baselines) - set(self.baselines)
+            rule = f"runs[{i}].baselines: {distinct(foreign)} is not among the suite's baselines"
+            rules.append((not foreign, rule))
         require(*rules)
         self.runs = entries
 
@@ -303,10 +319,6 @@ def figure(values: list[float | None]) -> str:
     return f"{statistics.fmean(values):.1f}{spread}"
 
 
-def metric(summary: dict) -> str:
-    return main_metric(summary["target"]["last"])
-
-
 def distinct(values: Iterable) -> str:
     return ", ".join(str(value) for value in sorted(set(values))) or "-"
 
@@ -344,45 +356,104 @@ def commit_note(names: list[str]) -> str:
     return UNKNOWN_COMMIT if names == [UNKNOWN_COMMIT] else f"commit {distinct(names)}"
 
 
-def row(entry: Entry, summaries: list[dict], seeds: list[int]) -> tuple[str, ...]:
-    """The cells of an entry, in the order of `COLUMNS`."""
-    complete = len(summaries) == len(seeds)
-    count = str(len(seeds)) if complete else f"{len(summaries)} of {len(seeds)}"
-    figures = [
-        figure([summary["target"][name][metric(summary)] for summary in summaries])
-        for name in ("last", "selected", "oracle")
-    ]
-    seconds = [summary["seconds"] for summary in summaries]
-    mean_seconds = f"{statistics.fmean(seconds):.0f}" if seconds else "-"
-    published = "-" if entry.published is None else f"{entry.published} ({entry.reference})"
-    return (entry.task, entry.method, count, *figures, mean_seconds, published)
-
-
-def table(suite: Suite, results: list[list[dict]], seeds: list[int], argv: list[str]) -> str:
-    """The results as a markdown table, with what it takes to get them again.
+class Table:
+    """The finished runs of a suite, as the rows of a markdown table.
 
     Args:
         suite: whose entries are the rows.
-        results: the summaries of the finished runs, one list per entry.
+        results: {seed: summary} of the finished runs, one dict per entry.
         seeds: all that were asked for.
+    """
+
+    def __init__(self, suite: Suite, results: list[dict[int, dict]], seeds: list[int]):
+        self.suite, self.seeds = suite, seeds
+        self.results = results
+        self.by_name = {
+            (entry.task, entry.method): summaries
+            for entry, summaries in zip(suite.runs, results, strict=True)
+        }
+
+    def metric(self, summary: dict) -> str:
+        """The name of the metric that the figures are of."""
+        return self.suite.metric or main_metric(summary["target"]["last"])
+
+    def value(self, summary: dict, name: str) -> float | None:
+        """The figure of an evaluation: `last`, `selected` or `oracle`."""
+        return summary["target"][name].get(self.metric(summary))
+
+    def difference(self, entry: Entry, summaries: dict[int, dict], baseline: str) -> str:
+        """Mean and deviation of `last` minus that of the baseline's run of the same seed.
+
+        `-` for the baseline itself, for an entry that is not compared with it, and where a seed has
+        no run of both.
+        """
+        others = self.by_name.get((entry.task, baseline), {})
+        if baseline not in entry.baselines or entry.method == baseline or not others:
+            return "-"
+        if summaries.keys() != others.keys():
+            return "-"
+        pairs = [
+            (self.value(summary, "last"), self.value(others[seed], "last"))
+            for seed, summary in summaries.items()
+        ]
+        if any(None in pair for pair in pairs):
+            return "-"
+        text = figure([value - other for value, other in pairs])
+        return text if text.startswith(("-", "0.0")) else f"+{text}"
+
+    def row(self, entry: Entry, summaries: dict[int, dict]) -> tuple[str, ...]:
+        """The cells of an entry, in the order of `columns`."""
+        complete = len(summaries) == len(self.seeds)
+        count = str(len(self.seeds)) if complete else f"{len(summaries)} of {len(self.seeds)}"
+        figures = [
+            figure([self.value(summary, name) for summary in summaries.values()])
+            for name in ("last", "selected", "oracle")
+        ]
+        differences = [self.difference(entry, summaries, name) for name in self.suite.baselines]
+        seconds = [summary["seconds"] for summary in summaries.values()]
+        mean_seconds = f"{statistics.fmean(seconds):.0f}" if seconds else "-"
+        published = "-" if entry.published is None else f"{entry.published} ({entry.reference})"
+        cells = entry.task, entry.method, count, *figures, *differences
+        return (*cells, mean_seconds, published)
+
+    def columns(self) -> tuple[str, ...]:
+        differences = [f"minus {name}" for name in self.suite.baselines]
+        return (*COLUMNS, *differences, *LAST_COLUMNS)
+
+    def markdown(self) -> str:
+        """The header and one line per entry."""
+        rows = [self.row(*pair) for pair in zip(self.suite.runs, self.results, strict=True)]
+        lines = [self.columns(), ("---",) * len(self.columns()), *rows]
+        cells = [[cell.replace("|", r"\|") for cell in line] for line in lines]
+        return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
+
+def report(suite: Suite, results: list[dict[int, dict]], seeds: list[int], argv: list[str]) -> str:
+    """The results as a markdown table, with what it takes to get them again.
+
+    Args:
+        suite, results, seeds: see `Table`.
         argv: the command line, for the last paragraph.
     """
-    rows = [row(e, summaries, seeds) for e, summaries in zip(suite.runs, results, strict=True)]
-    lines = [COLUMNS, ("---",) * len(COLUMNS), *rows]
-    cells = [[cell.replace("|", r"\|") for cell in line] for line in lines]
+    table = Table(suite, results, seeds)
     pairs = [
         (entry.method, summary)
         for entry, summaries in zip(suite.runs, results, strict=True)
-        for summary in summaries
+        for summary in summaries.values()
     ]
     summaries = [summary for _, summary in pairs]
     machines = distinct(summary.get("machine", "an unknown machine") for summary in summaries)
     tests = distinct(summary["target_test"] for summary in summaries)
+    paired = (
+        "The columns `minus` compare the last step with that of the named row, seed by seed. "
+        if suite.baselines
+        else ""
+    )
     parts = [
         f"**{suite.title}**",
-        "\n".join(f"| {' | '.join(line)} |" for line in cells),
-        f"Target {distinct(map(metric, summaries))} in percent on {tests}: "
-        "mean +- sample standard deviation over the seeds. "
+        table.markdown(),
+        f"Target {distinct(map(table.metric, summaries))} in percent on {tests}: "
+        f"mean +- sample standard deviation over the seeds. {paired}"
         f"{selection(pairs)} Seconds are the mean over the runs.",
         *([suite.note.strip()] if suite.note else []),
         f"Written by `{shlex.join(['python', 'reproduce.py', *argv])}`: "
@@ -462,14 +533,14 @@ def main(argv: list[str] | None = None) -> int:
         return 128 + stopped
 
     results = [
-        [summary for seed in args.seeds if (summary := Job(entry, seed).summary())]
+        {seed: summary for seed in args.seeds if (summary := Job(entry, seed).summary())}
         for entry in suite.runs
     ]
-    block = table(suite, results, args.seeds, argv)
+    block = report(suite, results, args.seeds, argv)
     print(f"\n{block}")
     if args.out:
         write_text(args.out, place(args.out, name, block))
-    names = commits([summary for summaries in results for summary in summaries])
+    names = commits([summary for summaries in results for summary in summaries.values()])
     if len(names) > 1:
         print(
             f"warning: the table mixes runs of commits {', '.join(names)}; "

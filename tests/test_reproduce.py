@@ -282,6 +282,43 @@ def test_table_against_hand_computation(folder, capfd):
     assert cells(capfd.readouterr().out, "one")[2:7] == ["1", "80.0", "81.0", "82.0", "11"]
 
 
+def scale_figures(folder: Path, factor: float) -> None:
+    """Multiply `last` of finished runs, named by the pattern `folder`."""
+    for file in Path().glob(f"{folder}/summary.json"):
+        summary = json.loads(file.read_text())
+        summary["target"]["last"]["accuracy"] *= factor
+        file.write_text(json.dumps(summary))
+
+
+def test_differences_are_paired_by_seed(folder, capfd):
+    """One is 70, 80 and 87, and two a tenth more: the differences are 7, 8 and 8.7."""
+    lines = "  - {task: C -> D, method: two, script: train.py, config: three.yaml}\n"
+    Path("three.yaml").write_text("out_dir: runs/three\nsteps: 8\n")
+    Path("suite.yaml").write_text(SUITE.replace("note:", "baselines: [one]\nnote:") + lines)
+    reproduce.main(["suite.yaml", "--seeds", "0", "1", "2"])
+    scale_figures("runs/two_seed*", 1.1)
+    capfd.readouterr()
+    reproduce.main(["suite.yaml", "--seeds", "0", "1", "2"])
+    out = capfd.readouterr().out
+    rows = [line.split(" | ") for line in out.splitlines() if line.startswith("| ")]
+    column = rows[0].index("minus one")
+    # 79 and 86.9 with deviations 8.5 and 9.4: unpaired, the difference would be in doubt.
+    assert [line[column] for line in rows[2:]] == ["-", "+7.9 +- 0.9", "-"]
+    assert "compare the last step with that of the named row, seed by seed" in out
+    suite = load_config(reproduce.Suite, "suite.yaml")
+    run = {"target": {"last": {"accuracy": 1.0}}}
+    table = reproduce.Table(suite, [{0: run}, {1: run}, {}], [0, 1])
+    assert table.difference(suite.runs[1], {1: run}, "one") == "-"  # no run of both
+
+
+def test_the_metric_of_a_suite(folder, capfd):
+    Path("suite.yaml").write_text(SUITE.replace("note:", "metric: mean_class_accuracy\nnote:"))
+    reproduce.main(["suite.yaml", "--seeds", "0"])
+    out = capfd.readouterr().out
+    assert cells(out, "one")[3:6] == ["1.0"] * 3
+    assert "Target mean_class_accuracy in percent" in out
+
+
 def test_unknown_figures_and_mean_iou(folder, capfd, monkeypatch):
     monkeypatch.setenv("FIGURES", '{"0": null}')
     assert reproduce.main(["suite.yaml", "--seeds", "0"]) == 0
@@ -428,6 +465,17 @@ def test_jobs_is_a_limit(folder, monkeypatch):
             "runs[1] has the out_dir runs/one of another",
         ),
         ("config: two.yaml", "config: two.yaml, expected: high", "runs[1].expected must be number"),
+        (
+            "title: A test\n",
+            "title: A test\nbaselines: [three]\n",
+            "baselines: three is the method of no entry",
+        ),
+        (
+            "config: two.yaml",
+            "config: two.yaml, baselines: [one]",
+            "runs[1].baselines: one is not among the suite's baselines",
+        ),
+        ("title: A test\n", "title: A test\nmetric: iou\n", "metric must be accuracy | mean_class"),
         (SUITE[SUITE.index("  - ") :], "  []\n", "runs is empty"),
     ],
 )
