@@ -416,6 +416,18 @@ class Table:
         cells = entry.task, entry.method, count, *figures, *differences
         return (*cells, mean_seconds, published)
 
+    def caption(self, summaries: list[dict]) -> str:
+        """What the figures are, and on which images they are measured."""
+        labeled = [summary for summary in summaries if self.value(summary, "last") is not None]
+        if summaries and not labeled:
+            return "The target has no labels, so there are no figures."
+        tests = distinct(summary["target_test"] for summary in labeled)
+        unlabeled = " `-`: the target has no labels." if len(labeled) < len(summaries) else ""
+        return (
+            f"Target {distinct(map(self.metric, summaries))} in percent on {tests}: "
+            f"mean +- sample standard deviation over the seeds.{unlabeled}"
+        )
+
     def columns(self) -> tuple[str, ...]:
         differences = [f"minus {name}" for name in self.suite.baselines]
         return (*COLUMNS, *differences, *LAST_COLUMNS)
@@ -443,7 +455,6 @@ def report(suite: Suite, results: list[dict[int, dict]], seeds: list[int], argv:
     ]
     summaries = [summary for _, summary in pairs]
     machines = distinct(summary.get("machine", "an unknown machine") for summary in summaries)
-    tests = distinct(summary["target_test"] for summary in summaries)
     paired = (
         "The columns `minus` compare the last step with that of the named row, seed by seed. "
         if suite.baselines
@@ -452,8 +463,7 @@ def report(suite: Suite, results: list[dict[int, dict]], seeds: list[int], argv:
     parts = [
         f"**{suite.title}**",
         table.markdown(),
-        f"Target {distinct(map(table.metric, summaries))} in percent on {tests}: "
-        f"mean +- sample standard deviation over the seeds. {paired}"
+        f"{table.caption(summaries)} {paired}"
         f"{selection(pairs)} Seconds are the mean over the runs.",
         *([suite.note.strip()] if suite.note else []),
         f"Written by `{shlex.join(['python', 'reproduce.py', *argv])}`: "

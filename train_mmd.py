@@ -44,8 +44,12 @@ class Config(RunConfig):
         return set()  # of entropy and infomax, the loss improves neither directly
 
     def rules(self):
-        named = len(self.feature_layers) > 0
-        return [*super().rules(), (named, "feature_layers must name a layer")]
+        named, pairs = len(self.feature_layers) > 0, self.mmd_weight > 0
+        return [
+            *super().rules(),
+            (named, "feature_layers must name a layer"),
+            *([self.data.equal_batches_rule(pairs, "mmd_loss pairs")] if self.data else ()),
+        ]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -15,12 +15,16 @@ from data.config import FILES, DataConfig, DomainConfig
 from data.decoded import Decoded, decoded_images
 from data.digits import open_digits
 from data.drawn import open_drawn
-from data.folder import read_labeled, read_list, scan_folder
+from data.folder import Files, read_labeled, read_list, scan_folder, scan_unlabeled
 from data.image_set import ImageSet, image_set
 from data.labeled import hold_out_of_each
 from data.order import Order, generator
 
 LABELS = "a folder per class, or `path label` lines"  # what labels look like, for messages
+CLASSES_DIFFER = (  # what to do if the classes of the target are not those of the source
+    "; for unlabeled images in any folders set data.target.labels: false; "
+    "name classes that the target lacks in data.absent_classes"
+)
 
 
 def open_set(
@@ -54,40 +58,35 @@ def open_set(
         return replace(images, images=_square(images.images, domain.resize or config.size))
     if not train:
         return None
-    if domain.name == "folder":
-        files, labels, classes = scan_folder(domain.path, root)
+    absent = config.absent_of(role)
+    if domain.name == "list":
+        files = read_list(domain.path, domain.classes, root, role, absent)
+    elif domain.labels:
+        files = scan_folder(domain.path, root, f"data.{role}.path", absent)
     else:
-        files, labels, classes = read_list(domain.path, domain.classes, root)
-    return _decoded(domain, files, labels, classes, config, read_only)
+        files = scan_unlabeled(domain.path, root, f"data.{role}.path")
+    return _decoded(domain, files, config, read_only)
 
 
 def _square(images: torch.Tensor, side: int) -> torch.Tensor:
     return images if images.shape[-1] == side else F.resize(images, [side, side], antialias=True)
 
 
-def _decoded(
-    domain: DomainConfig,
-    files: list[Path],
-    labels: list[int] | None,
-    classes: list[str] | None,
-    config: DataConfig,
-    read_only: bool,
-) -> ImageSet:
+def _decoded(domain: DomainConfig, files: Files, config: DataConfig, read_only: bool) -> ImageSet:
     """The set of image files, decoded to a square.
 
     Args:
         domain: the section of the config.
-        files: the images.
-        labels: their class numbers, or None.
-        classes: the class names, or None.
+        files: the images, with their labels if there are any.
         config: the section `data`.
         read_only: store nothing (dry run).
     """
     side = domain.resize or round(config.size * 8 / 7)
     folder = None if read_only else Path(config.cache)
     limit = config.cache_gb * 2**30
-    images = decoded_images(files, (side, side), folder, limit, shared=config.workers > 0)
-    return image_set(f"{domain.name} {domain.path}", images, labels, classes)
+    images = decoded_images(files.images, (side, side), folder, limit, shared=config.workers > 0)
+    name = f"{domain.name} {domain.path}"
+    return image_set(name, images, files.labels, files.classes, skipped=files.skipped)
 
 
 def check_sources(sources: list[ImageSet]) -> None:
@@ -154,9 +153,11 @@ def open_listed(path: str, config: DataConfig, classes: list[str], read_only: bo
         classes: the class names of the source, by number.
         read_only: store nothing (dry run).
     """
-    files, labels = read_labeled(path, classes, Path(config.root))
-    listed = replace(config.target, name="list", path=path)
-    return _decoded(listed, files, labels, classes, config, read_only)
+    files, labels = read_labeled(
+        path, classes, Path(config.root), config.absent_of("target_labeled")
+    )
+    listed = replace(config.target, name="list", path=path, labels=True)
+    return _decoded(listed, Files(files, labels, classes), config, read_only)
 
 
 def measure(config: DataConfig, classes: list[str]) -> Callable[[torch.Tensor], dict]:
@@ -182,7 +183,7 @@ class TrainBatches(Dataset):
         self.augment = Augment(config.augment_of(role), config.size)
 
     def __getitem__(self, step: int):
-        batch = self.config.batch
+        batch = self.config.batch_of(self.role)
         index = self.set.indices[self.order.positions(step * batch, batch)]
         images = self.set.images[index]
         if images.shape[-1] < self.config.size:

@@ -19,13 +19,21 @@ FILES = ("folder", "list")
 EVAL_BATCH = {"classification": 250, "segmentation": 1}
 
 
+def expand_home(config: object, *names: str) -> None:
+    """Replace a `~` at the start of these paths of a config by the home folder."""
+    for name in names:
+        if isinstance(path := getattr(config, name), str):
+            setattr(config, name, os.path.expanduser(path))
+
+
 @dataclass
 class DomainConfig:
     name: str  # mnist usps svhn mnistm | folder list | drawn_digits[_shifted] drawn_street[_dusk]
-    path: str | None = None  # below data.root: the folder, the list file, or mnistm's photographs
-    classes: str | None = None  # list: file below data.root with one class name per line, in order
+    path: str | None = None  # from data.root: the folder, the list file, or mnistm's photographs
+    classes: str | None = None  # list: file from data.root with one class name per line, in order
+    labels: bool = True  # folder: false: folders are no classes; all images below are unlabeled
     resize: int | list[int] | None = None  # px, or [height, width]: size of images before cropping
-    masks: str | None = None  # segmentation, folder: the folder of masks, below data.root
+    masks: str | None = None  # segmentation, folder: the folder of masks, from data.root
     image_suffix: str | None = None  # segmentation, folder: end of an image's name, after its stem
     mask_suffix: str | None = None  # segmentation, folder: the same for masks; null: the extension
     ids: str | list[str] | dict | None = None  # segmentation: numbers in a mask; data/id_maps.py
@@ -33,6 +41,7 @@ class DomainConfig:
     augment: dict | None = None  # of this domain's training images; null: data.augment
 
     def __post_init__(self):
+        expand_home(self, "path", "classes", "masks")
         sides = self.resize if isinstance(self.resize, list) else [self.resize]
         both_sizes = isinstance(self.resize, list) and self.crop
         require(
@@ -65,6 +74,7 @@ class DomainConfig:
                 self.classes is None or self.name == "list",
                 "classes goes with name: list only",
             ),
+            (self.labels or folder, "labels: false goes with name: folder only"),
             (self.masks is None or folder, "masks goes with name: folder only"),
             (self.image_suffix is None or folder, "image_suffix goes with name: folder only"),
             (self.mask_suffix is None or self.masks is not None, "mask_suffix goes with masks"),
@@ -91,6 +101,7 @@ class DomainConfig:
                 f"{role}.resize must be [height, width] for task: segmentation",
             ),
             (self.classes is None, f"{role}.classes: the classes of masks are named by ids"),
+            (self.labels, f"{role}.labels: images without masks are unlabeled; leave it out"),
             (known, f"{role}.name: {self.name} is for task: classification"),
             (
                 self.masks is None or self.ids is not None,
@@ -109,9 +120,12 @@ class DataConfig:
     root: str | None = None  # null: the variable DA_DATA, else ./datasets
     size: int = positive(28)  # classification: px of the square the network sees
     batch: int = positive(64)  # images per step and domain
+    target_batch: int | None = positive(None)  # unlabeled target images per step; null: batch
     eval_batch: int | None = positive(None)  # images per evaluation step; null: 250, masks: 1
     augment: dict = field(default_factory=dict)  # operation: {parameter: value}; data/augment.py
-    select_images: int = positive(2000)  # target training images that the label-free criteria see
+    source_val: int | float = not_negative(0.1)  # of the source, held out: share or number
+    select_images: int = positive(2000)  # target images that criteria see; most of a share held out
+    absent_classes: list[str] = field(default_factory=list)  # classes that the target lacks
     iou_classes: list[str] | None = None  # segmentation: classes of the mean IoU; null: all
     workers: int = not_negative(0)  # loader processes per domain; results do not depend on it
     cache: str | None = None  # folder of decoded images, not under root; null: ./cache
@@ -120,6 +134,7 @@ class DataConfig:
     def __post_init__(self):
         self.root = self.root or os.environ.get("DA_DATA") or "datasets"
         self.cache = self.cache or "cache"
+        expand_home(self, "root", "cache", "target_labeled")
         if self.eval_batch is None:
             self.eval_batch = EVAL_BATCH[self.task]
         root, cache = Path(self.root).resolve(), Path(self.cache).resolve()
@@ -143,6 +158,10 @@ class DataConfig:
             (
                 not isinstance(self.target_labeled, int) or self.target_labeled > 0,
                 "target_labeled must be positive, a list file, or null",
+            ),
+            (
+                isinstance(self.source_val, int) or self.source_val < 1,
+                "source_val must be a share below 1, or a whole number of images",
             ),
             *((False, s) for s in check_augment(self.augment, OPERATIONS[self.task])),
         )
@@ -181,18 +200,42 @@ class DataConfig:
         """Rules (holds, sentence) of the strong view of a target image and of its mixing."""
         segmentation = self.task == "segmentation"
         operations = IN_PLACE if segmentation else OPERATIONS[self.task]
-        source_crop = self.sources[0].crop if self.sources else None
-        two_crops = source_crop and self.target.crop and source_crop != self.target.crop
+        crops = {tuple(d.crop) for d in (*self.sources[:1], self.target) if d and d.crop}
         mistakes = check_augment(strong_augment, operations, "strong_augment")
         return [
             *((False, mistake) for mistake in mistakes),
             (mix == "none" or segmentation, f"mix: {mix} is for data.task: segmentation"),
             (
-                mix == "none" or not two_crops,
+                mix == "none" or len(crops) < 2,
                 f"mix: {mix} pastes source onto target images; give data.source and data.target "
                 "the same crop",
             ),
+            self.equal_batches_rule(mix != "none", f"mix: {mix} pastes"),
         ]
+
+    def equal_batches_rule(self, needed: bool, reason: str) -> tuple[bool, str]:
+        """The rule (holds, sentence) of a loss that pairs source and target images.
+
+        Args:
+            needed: whether the method has such a loss.
+            reason: subject and verb of the sentence, such as "mmd_loss compares".
+        """
+        return (
+            not needed or self.batch_of("target") == self.batch,
+            f"data.target_batch: {reason} equal numbers of source and target images; leave it out",
+        )
+
+    def batch_of(self, role: str) -> int:
+        """Images per step of source, target or target_labeled."""
+        return self.target_batch or self.batch if role == "target" else self.batch
+
+    def absent_of(self, role: str) -> list[str] | None:
+        """The classes of which a domain has no image; None if it may not lack any.
+
+        A set with masks may: its classes are those of `ids`, whether they occur or not.
+        """
+        may_lack = role.startswith("target") and self.task == "classification"
+        return self.absent_classes if may_lack else None
 
     @property
     def sources(self) -> list[DomainConfig]:
@@ -224,6 +267,10 @@ class TargetDataConfig(DataConfig):
     source: None = field(default=None, kw_only=True)  # null: this method sees no source images
     classes_from: str | None = None  # a run folder that names the classes; null: init_from
 
+    def __post_init__(self):
+        expand_home(self, "classes_from")
+        super().__post_init__()
+
 
 @dataclass
 class LabeledDataConfig(DataConfig):
@@ -241,6 +288,10 @@ class LabeledDataConfig(DataConfig):
             self.val_share = 0.2
         super().__post_init__()
 
+    def absent_of(self, role: str) -> None:
+        """None: the classes are those of the target."""
+        return None
+
     def extra_rules(self):
         both = self.val_share is not None and self.target_test is not None
         return [
@@ -252,4 +303,6 @@ class LabeledDataConfig(DataConfig):
                 not both,
                 "val_share is for a target without target_test; leave one of them out",
             ),
+            (not self.absent_classes, "absent_classes: the classes are those of the target here"),
+            (self.target_batch is None, "target_batch: all target images are labeled; set batch"),
         ]

@@ -1,7 +1,7 @@
 """The two domains of a run, opened from its config."""
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -48,9 +48,10 @@ class Domains:
         config: the section `data`.
         seed: of order, augmentation and splits.
         classes: names of the classes.
+        absent_classes: those of them of which the target has no image.
         source, target: training sets, labeled and unlabeled. Without a source
             (`TargetDataConfig`) `source` and `source_val` are None.
-        source_val: held-out source images.
+        source_val: held-out source images, or None with `source_val: 0`.
         target_labeled: the images of `data.target_labeled`, which are in no other set of the
             target, or None. With a `LabeledDataConfig`, the images to train on.
         target_test: labeled target images for reporting, or None. With a `LabeledDataConfig`, the
@@ -64,6 +65,7 @@ class Domains:
     config: DataConfig
     seed: int
     classes: list[str]
+    absent_classes: list[str] = field(default_factory=list)
     source: ImageSet | None = None
     source_val: ImageSet | None = None
     target: ImageSet | None = None
@@ -103,7 +105,7 @@ class Domains:
 
         In a dry run they are numbers of the images of one evaluation batch, as in `labeled_pass`.
         """
-        size, batch = len(getattr(self, role)), self.config.batch
+        size, batch = len(getattr(self, role)), self.config.batch_of(role)
         if self.dry_run:
             size = min(size, self.config.eval_batch)
         order = Order(self.seed, role, size)
@@ -146,7 +148,8 @@ class Domains:
     def describe(self) -> str:
         """One line per set, and the sizes of a batch."""
         names = ", ".join(self.classes[:12]) + (" ..." if self.num_classes > 12 else "")
-        lines = [f"{self.num_classes} classes: {names}"]
+        absent = f"; the target lacks {', '.join(self.absent_classes)}" * bool(self.absent_classes)
+        lines = [f"{self.num_classes} classes: {names}{absent}"]
         roles = [] if self.target is None else ["source", "source_val", "target"]
         roles += ["target_labeled"] if self.target_labeled else []
         for role in [*roles, "target_test"]:
@@ -154,19 +157,36 @@ class Domains:
         sets = {role: getattr(self, role) for role in ("source", "target", "target_labeled")}
         present = {role: images for role, images in sets.items() if images}
         sizes = task_module(self.config).describe_sizes(present, self.config)
-        per_domain = " per domain" if self.target else ""
-        return "\n".join([*lines, f"{'batch':14} {self.config.batch}{per_domain}, {sizes}"])
+        lines.append(f"{'batch':14} {self._describe_batch()}, {sizes}")
+        for role, images in present.items():
+            if len(images) < (batch := self.config.batch_of(role)):
+                lines.append(
+                    f"note: the {len(images)} images of {role} repeat within its batch of {batch}"
+                )
+        return "\n".join(lines)
+
+    def _describe_batch(self) -> str:
+        batch, target_batch = self.config.batch, self.config.batch_of("target")
+        if batch == target_batch:
+            return f"{batch} per domain" if self.target else str(batch)
+        others = "source" if self.source else "labeled target"
+        return f"{batch} {others} and {target_batch} target images"
 
     def _describe_set(self, role: str) -> str:
         images = getattr(self, role)
         if images is None:
-            return "none: no target labels" if role == "target_test" else "none"
+            if role == "source_val" and self.source is not None:
+                return "none: data.source_val is 0, all source images are trained on"
+            return self.target_test_note if role == "target_test" else "none"
         text = f"{images.name}: {len(images)} images"
         if role == "target_test":
             text += f" ({self.target_test_note})"
         trains = role in ("source", "target") or self.target is None
         if isinstance(images.images, Decoded) and trains:
             text += f", {images.images.describe()}"
+        own_folder = role in ("source", "target", "target_labeled") or self.config.target_test
+        if images.skipped and role != "source_val" and own_folder:
+            text += f"; {images.skipped}"
         return text
 
 
@@ -185,11 +205,14 @@ def open_domains(config: DataConfig, seed: int, dry_run: bool = False) -> Domain
         source, source_val = None, None
         classes = _classes_of_run(config.classes_from)
     _check_iou_classes(config, classes)
+    _check_absent_classes(config, classes)
     opener = task_module(config)
-    target = opener.open_set(config.target, "target", config, True, dry_run).relabeled(classes)
+    target = opener.open_set(config.target, "target", config, True, dry_run)
+    target = _matched(target, "target", classes, config)
     target_labeled, lists = _open_labeled(config, target, classes, seed, dry_run)
     target_test, note = _open_target_test(config, target, source_val, dry_run)
-    target_test = None if target_test is None else target_test.relabeled(classes)
+    if target_test is not None:
+        target_test = _matched(target_test, "target_test", classes, config)
     if target_labeled is not None:
         target, target_test = (without(images, target_labeled) for images in (target, target_test))
         if len(target) == 0 or (target_test is not None and len(target_test) == 0):
@@ -207,6 +230,7 @@ def open_domains(config: DataConfig, seed: int, dry_run: bool = False) -> Domain
         config=config,
         seed=seed,
         classes=classes,
+        absent_classes=config.absent_classes,
         source=source,
         source_val=source_val,
         target=target,
@@ -219,6 +243,19 @@ def open_domains(config: DataConfig, seed: int, dry_run: bool = False) -> Domain
     )
 
 
+def _matched(images: ImageSet, role: str, classes: list[str], config: DataConfig) -> ImageSet:
+    """A set of the target with the class numbers of the source.
+
+    Args:
+        images: the set, with or without labels.
+        role: its place in the config.
+        classes: the class names of the source, by number.
+        config: the section `data`.
+    """
+    absent, remedy = config.absent_of(role) or (), task_module(config).CLASSES_DIFFER
+    return images.relabeled(classes, absent=absent, remedy=remedy)
+
+
 def _classes_of_run(path: str) -> list[str]:
     classes = trained_classes(path)
     if classes is None:
@@ -229,10 +266,10 @@ def _classes_of_run(path: str) -> list[str]:
     return classes
 
 
-def _open_source(config: DataConfig, seed: int, dry_run: bool) -> tuple[ImageSet, ImageSet]:
-    """Training and validation set of all sources.
+def _open_source(config: DataConfig, seed: int, dry_run: bool) -> tuple[ImageSet, ImageSet | None]:
+    """Training and validation set of all sources; no validation set with `source_val: 0`.
 
-    A source without a test split is validated on a tenth of its images, held out by `seed`.
+    A source without a test split is validated on a part of its images, held out by `seed`.
     """
     opener, trained, held_out = task_module(config), [], []
     for i, domain in enumerate(config.sources):
@@ -240,15 +277,34 @@ def _open_source(config: DataConfig, seed: int, dry_run: bool) -> tuple[ImageSet
         source = opener.open_set(domain, role, config, True, dry_run, trains=True)
         if source.labels is None:
             raise UserError(f"{source.name}: the source needs labels: {opener.LABELS}")
+        trained.append(source)
+        if config.source_val == 0:
+            continue
         source_val = opener.open_set(domain, role, config, False, dry_run, trains=True)
         if source_val is None:
-            if len(source) < 2:
-                raise UserError(f"{source.name}: one image is not enough to train and to validate")
-            source_val, source = opener.hold_out(source, seed, max(len(source) // 10, 1))
-        trained.append(source)
+            count = _held_out_count(source, config)
+            source_val, trained[-1] = opener.hold_out(source, seed, count)
         held_out.append(source_val)
     opener.check_sources(trained)
-    return join(trained), join(held_out)
+    return join(trained), join(held_out) if held_out else None
+
+
+def _held_out_count(source: ImageSet, config: DataConfig) -> int:
+    """How many images of one source are held out.
+
+    A share of all sources is at most `select_images`, so that evaluations of a large set stay
+    short; a number is taken as it is.
+    """
+    count = config.source_val
+    if not isinstance(count, int):
+        most = config.select_images // len(config.sources)
+        count = max(min(int(count * len(source)), most), 1)
+    if count >= len(source):
+        raise UserError(
+            f"data.source_val: {config.source_val} leaves none of the {len(source)} images of "
+            f"{source.name} to train on; hold out fewer, or 0"
+        )
+    return count
 
 
 def _open_target_test(
@@ -279,7 +335,14 @@ def _open_target_test(
                 "data.source: one of several is the target, which leaves no test; "
                 "set data.target_test"
             )
-        return replace(target, indices=source_val.indices), "a held-out tenth of the target"
+        if source_val is None:
+            raise UserError(
+                "data.source_val: 0 leaves no test, since the target is the source, and all of its "
+                "images are trained on; set data.target_test, or hold out a share"
+            )
+        tenth = len(source_val) == max(len(target) // 10, 1)
+        part = "a held-out tenth" if tenth else f"{len(source_val)} held-out images"
+        return replace(target, indices=source_val.indices), f"{part} of the target"
     return target, "the target's training images: transductive"
 
 
@@ -314,7 +377,8 @@ def _open_labeled(
         return None, {}
     if isinstance(wanted, int):
         pool = opener.with_training_labels(target, config, classes, dry_run)
-        labeled = draw_labeled(replace(pool, images=target.images), wanted, seed)
+        pool = replace(pool, images=target.images)
+        labeled = draw_labeled(pool, wanted, seed, config.absent_of("target_labeled") or ())
         return labeled, {"target_labeled.txt": list_labeled(labeled, Path(config.root))}
     if not isinstance(target.images, Decoded):
         raise UserError(
@@ -365,6 +429,16 @@ def _first_batch(images: ImageSet | None, config: DataConfig) -> ImageSet | None
     if images is None:
         return None
     return images.subset(torch.arange(config.eval_batch)[: len(images)])
+
+
+def _check_absent_classes(config: DataConfig, classes: list[str]) -> None:
+    unknown = [name for name in config.absent_classes if name not in classes]
+    if unknown:
+        raise UserError(
+            f"data.absent_classes: no class {unknown[0]!r}; there are {', '.join(classes)}"
+        )
+    if len(set(config.absent_classes)) >= len(classes):
+        raise UserError("data.absent_classes: names all classes; the target must have one of them")
 
 
 def _check_iou_classes(config: DataConfig, classes: list[str]) -> None:

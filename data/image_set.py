@@ -2,6 +2,7 @@
 
 import bisect
 import itertools
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import torch
@@ -67,6 +68,7 @@ class ImageSet:
         classes: the class names, by number; None without labels.
         indices: (N,) int64, the numbers of the images that belong to the set.
         crop: segmentation: height and width of training crops, or None for entire images.
+        skipped: which files of its folder are no images; "" for none.
     """
 
     name: str
@@ -75,6 +77,7 @@ class ImageSet:
     classes: list[str] | None
     indices: torch.Tensor
     crop: tuple[int, int] | None = None
+    skipped: str = ""
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -87,24 +90,37 @@ class ImageSet:
         """The same images without labels."""
         return replace(self, labels=None)
 
-    def relabeled(self, classes: list[str], of: str = "source") -> "ImageSet":
+    def relabeled(
+        self,
+        classes: list[str],
+        of: str = "source",
+        absent: Collection[str] = (),
+        remedy: str = "",
+    ) -> "ImageSet":
         """The same set with the class numbers of another set; the classes are matched by name.
 
         Args:
             classes: the class names of the other set, by number.
             of: the role of the other set, for messages.
+            absent: classes of the other set that this one lacks.
+            remedy: what to do if the names differ, for messages.
 
         Raises:
-            UserError: the names differ.
+            UserError: the names differ, or an absent class is among them.
         """
-        if self.labels is None or self.classes == classes:
+        if self.labels is None or (self.classes == classes and not absent):
             return self
-        if set(classes) != set(self.classes):
+        if present := sorted(set(self.classes) & set(absent)):
+            raise UserError(
+                f"data.absent_classes: {self.name} has the class {present[0]}; "
+                "take it out of the list"
+            )
+        if set(classes) != set(self.classes) | set(absent):
             extra = ", ".join(sorted(set(self.classes) - set(classes))) or "none"
-            missing = ", ".join(sorted(set(classes) - set(self.classes))) or "none"
+            missing = ", ".join(sorted(set(classes) - set(self.classes) - set(absent))) or "none"
             raise UserError(
                 f"{self.name}: its classes differ from the {of}'s: "
-                f"only here: {extra}; only in the {of}: {missing}"
+                f"only here: {extra}; only in the {of}: {missing}" + remedy
             )
         mapping = torch.tensor([classes.index(name) for name in self.classes])
         if _are_class_numbers(self.labels):
@@ -136,18 +152,22 @@ def join(sets: list[ImageSet]) -> ImageSet:
     return replace(
         sets[0],
         name=" + ".join(images.name for images in sets),
+        skipped="; ".join(images.skipped for images in sets if images.skipped),
         images=Joined([images.images for images in sets], lengths),
         labels=torch.cat(labels) if class_numbers else Joined(labels, lengths),
         indices=torch.cat(indices),
     )
 
 
-def image_set(name: str, images, labels, classes: list[str] | None, crop=None) -> ImageSet:
+def image_set(
+    name: str, images, labels, classes: list[str] | None, crop=None, skipped: str = ""
+) -> ImageSet:
     """An `ImageSet` of all `images`.
 
     Args:
-        name, images, classes, crop: see `ImageSet`.
+        name, images, classes, crop, skipped: see `ImageSet`.
         labels: as in `ImageSet`, or a list of class numbers.
     """
     labels = torch.tensor(labels) if isinstance(labels, list) else labels
-    return ImageSet(name, images, labels, classes, torch.arange(len(images)), crop and tuple(crop))
+    indices = torch.arange(len(images))
+    return ImageSet(name, images, labels, classes, indices, crop and tuple(crop), skipped)

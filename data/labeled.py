@@ -1,6 +1,7 @@
 """Labeled target images: those of `data.target_labeled`, and a validation set of them."""
 
 import os
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -64,13 +65,14 @@ def hold_out_of_each(images: ImageSet, share: float, seed: int) -> tuple[ImageSe
     return images.subset(drawn), images.subset(~drawn)
 
 
-def draw_labeled(target: ImageSet, count: int, seed: int) -> ImageSet:
+def draw_labeled(target: ImageSet, count: int, seed: int, absent: Collection[str] = ()) -> ImageSet:
     """Draw the labeled images of a target.
 
     Args:
         target: the labeled set.
         count: images per class; of a set with masks, images.
         seed: of the draw.
+        absent: classes of which nothing is drawn.
 
     Raises:
         UserError: the target has no labels, or a class has too few images.
@@ -87,6 +89,7 @@ def draw_labeled(target: ImageSet, count: int, seed: int) -> ImageSet:
         groups = {
             f"of class {name}": (labels == k).nonzero()[:, 0]
             for k, name in enumerate(target.classes)
+            if name not in absent
         }
     random = generator(seed, "target_labeled")
     drawn = []
@@ -102,27 +105,34 @@ def draw_labeled(target: ImageSet, count: int, seed: int) -> ImageSet:
 def list_labeled(images: ImageSet, root: Path) -> str:
     """The text of a list file of these images, one line per image.
 
-    The paths are relative to `root`, so the file can be read as a list if it lies directly below
-    `root`. Images that are not files are listed by their numbers.
+    The paths of files below `root` are relative to it, so the file can be read as a list if it lies
+    directly below `root`; other paths are absolute. Images that are not files are listed by their
+    numbers.
 
     Raises:
-        UserError: the name of a file is not UTF-8 text.
+        UserError: a list file cannot hold the name of a file: it is not UTF-8 text, has a line
+            break, or begins or ends with a space.
     """
     masks = getattr(images.labels, "masks", images.labels)
 
+    def name_of(path: Path) -> str:
+        name = os.path.relpath(path, root)
+        name = os.path.abspath(path) if name.startswith(os.pardir) else name
+        text = name.encode(errors="replace").decode()
+        if name.splitlines() != [name] or "\t" in name or name != text.strip():
+            raise UserError(
+                f"{images.name}: the name {name!r} is not one line of utf-8 text; rename the file"
+            )
+        return name
+
     def words(i: int) -> list[str]:
-        if isinstance(images.images, Decoded):
-            name = os.path.relpath(images.images.paths[i], root)
-        else:
-            name = str(i)
+        files = isinstance(images.images, Decoded)
+        name = name_of(images.images.paths[i]) if files else str(i)
         if isinstance(masks, Decoded):
-            return [name, os.path.relpath(masks.paths[i], root)]
+            return [name, name_of(masks.paths[i])]
         return [name, images.classes[masks[i]]] if masks.dim() == 1 else [name]
 
-    lines = [" ".join(words(i)) + "\n" for i in images.indices.tolist()]
-    for line in lines:
-        if not line.isprintable() and line != line.encode(errors="replace").decode():
-            raise UserError(
-                f"{images.name}: the name {line.strip()!r} is not utf-8 text; rename the file"
-            )
-    return "".join(lines)
+    lines = [words(i) for i in images.indices.tolist()]
+    # A tab where a mask's or its image's path has a space.
+    spaced = isinstance(masks, Decoded) and any(" " in word for line in lines for word in line)
+    return "".join(("\t" if spaced else " ").join(line) + "\n" for line in lines)

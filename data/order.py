@@ -7,7 +7,9 @@ import torch
 
 def generator(*purpose) -> torch.Generator:
     """A CPU generator, seeded by a hash of `purpose`, such as (seed, role, "augment", step)."""
-    digest = hashlib.blake2b("/".join(map(str, purpose)).encode(), digest_size=8).digest()
+    # A file's name may hold bytes that are no UTF-8.
+    text = "/".join(map(str, purpose)).encode(errors="surrogateescape")
+    digest = hashlib.blake2b(text, digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") & (2**63 - 1))
 
 

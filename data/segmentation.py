@@ -14,12 +14,13 @@ from data.augment import JointAugment
 from data.config import FILES, DataConfig, DomainConfig
 from data.decoded import MaskDecoder, check_sizes, decoded_images, decoded_masks
 from data.drawn_street import open_street
-from data.folder import read_mask_list, scan_masks
+from data.folder import Pairs, read_mask_list, scan_masks
 from data.id_maps import id_map
 from data.image_set import ImageSet, image_set
 from data.order import Order, generator
 
 LABELS = "masks and ids"  # what labels look like, for messages
+CLASSES_DIFFER = "; name the same classes in the ids of both"  # what to do then
 
 
 def open_set(
@@ -53,9 +54,28 @@ def open_set(
         return None
     if domain.name == "folder":
         suffixes = domain.image_suffix, domain.mask_suffix
-        files, mask_files = scan_masks(domain.path, domain.masks, suffixes, root)
+        pairs = scan_masks(domain.path, domain.masks, suffixes, root, role)
     else:
-        files, mask_files = read_mask_list(domain.path, root)
+        pairs = read_mask_list(domain.path, root, f"data.{role}.path")
+    return _decoded(domain, pairs, role, config, read_only, trains)
+
+
+def _decoded(
+    domain: DomainConfig,
+    pairs: Pairs,
+    role: str,
+    config: DataConfig,
+    read_only: bool,
+    trains: bool,
+) -> ImageSet:
+    """The set of image files and their masks, if there are any.
+
+    Args:
+        domain: the section of the config.
+        pairs: the files.
+        role, config, read_only, trains: see `open_set`.
+    """
+    files, mask_files, skipped = pairs
     size = domain.resize and tuple(domain.resize)
     folder = None if read_only else Path(config.cache)
     storage = folder, config.cache_gb * 2**30, config.workers > 0
@@ -73,7 +93,7 @@ def open_set(
         check_sizes(files, mask_files)
         decoder = MaskDecoder(table, classes, size if trains else None)
         masks = decoded_masks(mask_files, decoder, *storage)
-    return image_set(f"{domain.name} {domain.path}", images, masks, classes, domain.crop)
+    return image_set(f"{domain.name} {domain.path}", images, masks, classes, domain.crop, skipped)
 
 
 def check_sources(sources: list[ImageSet]) -> None:
@@ -140,11 +160,12 @@ def open_listed(path: str, config: DataConfig, classes: list[str], read_only: bo
         classes: the class names of the source, by number.
         read_only: store nothing (dry run).
     """
+    pairs = read_mask_list(path, Path(config.root), "data.target_labeled")
+    if pairs.masks is None:
+        raise UserError(f"data.target_labeled: {path} names no masks; its lines are `image mask`")
     no_folder = {"masks": None, "image_suffix": None, "mask_suffix": None}
     listed = replace(config.target, name="list", path=path, **no_folder)
-    labeled = open_set(listed, "target", config, True, read_only, trains=True)
-    if labeled.labels is None:
-        raise UserError(f"data.target_labeled: {path} names no masks; its lines are `image mask`")
+    labeled = _decoded(listed, pairs, "target", config, read_only, trains=True)
     return labeled.relabeled(classes)
 
 
@@ -176,7 +197,8 @@ class TrainBatches(Dataset):
         self.augment = JointAugment(config.augment_of(role), images.crop)
 
     def __getitem__(self, step: int):
-        random, batch = generator(self.seed, self.role, "augment", step), self.config.batch
+        random = generator(self.seed, self.role, "augment", step)
+        batch = self.config.batch_of(self.role)
         positions = self.order.positions(step * batch, batch)
         images, masks = [], []
         for index in self.set.indices[positions].split(1):

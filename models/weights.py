@@ -1,5 +1,6 @@
 """Weights from files: ImageNet weights of a backbone, and the model of an earlier run."""
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
@@ -57,7 +58,7 @@ def compare(module: nn.Module, state: dict, optional: Iterable[str] = ()) -> Mis
 
 def _read_weights(name: str, weights: str, root: str) -> dict:
     """The state dict of a file below `root`, or of a name in torchvision's enum (downloaded)."""
-    path = Path(root, weights)
+    path = Path(root, os.path.expanduser(weights))
     if path.is_file():
         return load_tensors(path)
     if name == "lenet" or path.suffix:

@@ -200,7 +200,7 @@ def test_a_list_with_a_missing_file_or_an_unknown_label(config, refused, tmp_pat
 
 
 def test_a_list_with_a_byte_order_mark(config, outcome, tmp_path):
-    text = "cat/000.png 0\ndog/000.png 1\n" * 2
+    text = "".join(f"cat/{i:03d}.png 0\ndog/{i:03d}.png 1\n" for i in range(2))
     (tmp_path / "images" / "photo" / "list.txt").write_text(text, encoding="utf-8-sig")
     names = [
         "data.source={name: list, path: photo/list.txt}",
@@ -615,4 +615,4 @@ def test_debug_shows_where_it_happened(config, outcome, monkeypatch):
     code, _, lines = outcome("train_dann", config, *arguments)
     assert code == 2
     assert lines[0].startswith("Traceback")
-    assert lines[-1].startswith("error: folder: there is no folder")
+    assert lines[-1].startswith("error: data.source.path: there is no folder")

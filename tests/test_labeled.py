@@ -207,7 +207,7 @@ def test_masks_of_a_list_and_drawn_ones(streets_on_disk):
         ("none.txt", "data.target_labeled: .*none.txt cannot be read"),
         ("bad.txt", "bad.txt:1: label 'horse' is .* class number and .* name in the source"),
         ("many.txt", "many.txt:1: label 3 is unknown, the source has numbers 0 to 2"),
-        ("twice.txt", "twice.txt:2: names .*sketch/cat/000.png again; an image has one label"),
+        ("twice.txt", "twice.txt:2: names .*sketch/cat/000.png again; name each image once"),
         ("away.txt", "away.txt:1: there is no file .*nowhere.png"),
         ("bare.txt", "bare.txt:1: has no label; a line is `path label`"),
         ("empty.txt", "data.target_labeled: .*empty.txt names no image"),

@@ -233,19 +233,19 @@ def test_suffixes_and_folders_within(tmp_path):
             Image.new("L", (8, 8)).save(root / part / city / f"a_0{end}")
             Image.new("L", (8, 8)).save(root / part / city / "a_0_gtFine_color.png")
     files, masks = scan_masks(
-        "leftImg8bit", "gtFine", ("_leftImg8bit.png", "_gtFine_labelIds.png"), root
-    )
+        "leftImg8bit", "gtFine", ("_leftImg8bit.png", "_gtFine_labelIds.png"), root, "source"
+    )[:2]
     assert [f.relative_to(root).as_posix() for f in files] == [
         "leftImg8bit/bonn/a_0_leftImg8bit.png",
         "leftImg8bit/ulm/a_0_leftImg8bit.png",
     ]
     assert [m.parent.name for m in masks] == ["bonn", "ulm"]
     with pytest.raises(UserError, match=r"has no images that end in \.bmp"):
-        scan_masks("leftImg8bit", "gtFine", (".bmp", None), root)
+        scan_masks("leftImg8bit", "gtFine", (".bmp", None), root, "source")
     with pytest.raises(UserError, match="there is no folder"):
-        scan_masks("absent", None, (None, None), root)
+        scan_masks("absent", None, (None, None), root, "source")
     with pytest.raises(UserError, match="lies outside"):
-        scan_masks("leftImg8bit", "../gtFine", ("_leftImg8bit.png", None), root)
+        scan_masks("leftImg8bit", "../gtFine", ("_leftImg8bit.png", None), root, "source")
 
 
 def test_a_folder_too_high_does_not_train_on_masks(streets):
@@ -271,7 +271,8 @@ def test_image_and_mask_in_one_folder_need_suffixes(streets, tmp_path):
     assert open_domains(config_of(source), 0).source.images[torch.tensor([0])].float().std() > 10
     (folder / "images/.checkpoints").mkdir()
     (folder / "images/.checkpoints/000.jpg").write_bytes(b"no image")  # hidden: left aside
-    assert len(scan_masks("day/images", None, (".jpg", None), tmp_path / "images")[0]) == 3
+    files = scan_masks("day/images", None, (".jpg", None), tmp_path / "images", "source")
+    assert len(files.images) == 3
 
 
 def test_an_upper_bound_is_measured_on_whole_masks_too(streets):
@@ -301,7 +302,7 @@ def test_list_files(streets, tmp_path):
     (folder / "list.txt").write_text(
         "\n".join(f"images/{i:03d}.jpg masks/{i:03d}.png" for i in (2, 0))
     )
-    images, masks = read_mask_list("day/list.txt", tmp_path / "images")
+    images, masks, _ = read_mask_list("day/list.txt", tmp_path / "images", "data.source.path")
     assert [p.name for p in images] == ["002.jpg", "000.jpg"]
     assert [p.name for p in masks] == ["002.png", "000.png"]
     domains = open_domains(config_of({"name": "list", "path": "day/list.txt", "masks": None}), 0)
@@ -324,7 +325,7 @@ def test_list_files(streets, tmp_path):
 def test_mistakes_in_a_list_of_masks(streets, tmp_path, text, match):
     (streets("day", 2) / "list.txt").write_text(text)
     with pytest.raises(UserError, match=match):
-        read_mask_list("day/list.txt", tmp_path / "images")
+        read_mask_list("day/list.txt", tmp_path / "images", "data.source.path")
 
 
 def test_images_without_masks_are_an_unlabeled_target_and_no_source(streets):

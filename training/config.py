@@ -10,7 +10,7 @@ from typing import ClassVar, Literal
 
 from common.config import describe, load_config, not_negative, positive, range_rules
 from common.errors import UserError, require
-from data.config import DataConfig
+from data.config import DataConfig, expand_home
 from models.config import ModelConfig
 from training.optim import OptimConfig
 
@@ -47,6 +47,7 @@ class RunConfig:
     method: ClassVar[str | None] = None
 
     def __post_init__(self):
+        expand_home(self, "out_dir", "init_from")
         task = self.data.task if self.data else "classification"
         self.select = self.select or SELECT[task]
         require(*range_rules(self), *self.rules())
@@ -55,6 +56,10 @@ class RunConfig:
         """Rules (holds, sentence) across keys; a method adds its own."""
         return [
             (self.seed < 2**63, "seed must be below 2**63"),
+            (
+                self.select != "source_val" or not self.data or self.data.source_val > 0,
+                "select: source_val needs held-out source images, but data.source_val is 0",
+            ),
             *(self.model.rules(self.data.task) if self.model and self.data else ()),
         ]
 

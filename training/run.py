@@ -158,7 +158,7 @@ class Run:
         lists = self.domains.lists
         for name in lists if step > 0 else ():
             file = self.folder / name
-            if not file.is_file() or file.read_text(encoding="utf-8") != lists[name]:
+            if not file.is_file() or file.read_bytes() != lists[name].encode():
                 raise UserError(
                     f"--resume: {file} is gone, or was drawn from other images; restore them"
                 )
@@ -361,11 +361,16 @@ class Run:
         target = summary["target"]
         files.write_text(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         self._write_status("finished", summary["steps"])
+        if target["oracle"]["step"] is None:
+            step, criterion = target["selected"]["step"], summary["selection"]["criterion"]
+            print(f"no target labels to measure with; model.pt: step {step}, by {criterion}")
+            print(self.folder / "summary.json")
+            return 0
         for name, entry in target.items():
             values = ((k, v) for k, v in entry.items() if k != "step" and isinstance(v, float))
             figures = "  ".join(f"{k} {v:.2f}" for k, v in values)
-            print(f"target {name:8} step {entry['step']}  {figures or 'no target labels'}")
-        if target["oracle"]["step"] is not None and "iou" in target["last"]:
+            print(f"target {name:8} step {entry['step']}  {figures}")
+        if "iou" in target["last"]:
             print(iou_table(target))
         print(f"{self.folder / 'summary.json'} (target: {domains.target_test_note})")
         return 0
@@ -390,6 +395,7 @@ class Run:
             **({"target_labeled": len(labeled)} if labeled else {}),
             "target_test": domains.target_test_note,
             "classes": domains.classes,
+            **({"absent_classes": absent} if (absent := domains.absent_classes) else {}),
             **facts,
             "source_val": self.history[-1]["source_val"],
             "selection": {
