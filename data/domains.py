@@ -210,9 +210,7 @@ def open_domains(config: DataConfig, seed: int, dry_run: bool = False) -> Domain
     target = opener.open_set(config.target, "target", config, True, dry_run)
     target = _matched(target, "target", classes, config)
     target_labeled, lists = _open_labeled(config, target, classes, seed, dry_run)
-    target_test, note = _open_target_test(config, target, source_val, dry_run)
-    if target_test is not None:
-        target_test = _matched(target_test, "target_test", classes, config)
+    target_test, note = _open_target_test(config, target, source_val, classes, dry_run)
     if target_labeled is not None:
         target, target_test = (without(images, target_labeled) for images in (target, target_test))
         if len(target) == 0 or (target_test is not None and len(target_test) == 0):
@@ -308,24 +306,30 @@ def _held_out_count(source: ImageSet, config: DataConfig) -> int:
 
 
 def _open_target_test(
-    config: DataConfig, target: ImageSet, source_val: ImageSet | None, dry_run: bool
+    config: DataConfig,
+    target: ImageSet,
+    source_val: ImageSet | None,
+    classes: list[str],
+    dry_run: bool,
 ) -> tuple[ImageSet | None, str]:
     """The set on which the target is evaluated.
 
     Args:
         config: the section `data`.
         target: the target images, with their labels if there are any.
-        source_val: the held-out source images.
+        source_val: the held-out source images, or None.
+        classes: the class names of the source, by number.
         dry_run: store nothing.
 
     Returns:
         (the set, a description of it); the set is None without labels.
     """
     if config.target_test is not None:
-        return _open_test(config, dry_run), "data.target_test"
+        test = _open_test(config, dry_run)
+        return _matched(test, "target_test", classes, config), "data.target_test"
     test = task_module(config).open_set(config.target, "target", config, False, dry_run)
     if test is not None:
-        return test, "the target's own test split"
+        return _matched(test, "target", classes, config), "the target's own test split"
     if target.labels is None:
         return None, "none: no target labels"
     if config.target_is_source():

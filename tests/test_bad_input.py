@@ -183,6 +183,32 @@ def test_folders_that_hold_something_else(config, refused, pictures, tmp_path, k
     assert re.search(match, refused("train_dann", config, f"data.{key}.path={path}", other))
 
 
+@pytest.mark.parametrize("key", ["source", "target", "target_test", "source[1]"])
+def test_the_key_of_a_folder_is_named(config, refused, key):
+    nowhere = "{name: folder, path: nowhere}"
+    change = f"data.{key}={nowhere}"
+    if key == "source[1]":
+        change = f"data.source=[{{name: folder, path: photo}}, {nowhere}]"
+    message = refused("train_source", config, change)
+    assert message.startswith(f"error: data.{key}.path: there is no folder images/nowhere; ")
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("value", ["[x, y]", "[null]", "5"])
+def test_a_source_that_is_no_section(config, outcome, script, value):
+    code, _, lines = outcome(script, config, f"data.source={value}")
+    assert code == 2
+    assert len(lines) == (2 if "," in value else 1)
+    assert all("data.source" in line and "must be a mapping, not" in line for line in lines)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("key", ["data", "data.target"])
+def test_a_section_that_is_null(config, refused, script, key):
+    message = refused(script, config, f"{key}=null")
+    assert message.endswith(f"{key} must be a mapping, not None")
+
+
 def test_a_source_without_labels(config, refused):
     assert "the source needs labels" in refused("train_dann", config, "data.source.path=photo/cat")
 
@@ -325,7 +351,8 @@ def test_a_wrong_mask_is_named(streets, outcome, tmp_path, change, match):
 def test_an_unlabeled_target_has_pictures_without_labels_and_no_figures(streets, outcome):
     code, out, _ = outcome("train_advent", streets)
     assert code == 0
-    assert "no target labels" in out
+    assert out.count("no target labels to measure with; model.pt: step 10, by entropy") == 1
+    assert "None" not in out
     assert "IoU" not in out
     pixels = np.asarray(Image.open("run/pictures/step_00000010.png"))
     assert pixels.shape == (4 * 44 + 4, 2 * 64 + 4, 3)

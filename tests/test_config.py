@@ -855,3 +855,15 @@ def test_a_method_without_a_name_is_refused():
     write("config.yaml", MINIMAL)
     with pytest.raises(UserError, match="must name its method"):
         load_run_config(nameless, "config.yaml")
+
+
+def test_home_is_expanded(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    config = load(
+        MINIMAL, "out_dir=~/runs/a", "init_from=~/runs/b", "data.root=~/x", "data.cache=~/c"
+    )
+    assert (config.out_dir, config.init_from) == ("/home/me/runs/a", "/home/me/runs/b")
+    assert (config.data.root, config.data.cache) == ("/home/me/x", "/home/me/c")
+    shot = load_script(ROOT / "train_shot.py").Config
+    text = "data: {target: {name: drawn_digits}, classes_from: ~/runs/a}\ninit_from: x\n"
+    assert load(text, cls=shot).data.classes_from == "/home/me/runs/a"

@@ -29,7 +29,17 @@ from data.folder import read_list, scan_folder
 from data.image_set import image_set
 from data.order import Order, generator
 from data.tasks import task_module
-from tests.helpers import ROOT, TASKS, summary, tiny_config, train
+from tests.helpers import (
+    ROOT,
+    TASKS,
+    differing,
+    finetune_config,
+    street_config,
+    summary,
+    tiny_config,
+    train,
+    weights,
+)
 
 OPERATIONS = ALL_OPERATIONS["classification"]
 
@@ -839,6 +849,312 @@ def test_classes_in_another_order_are_matched_by_name(pictures, tmp_path):
     ]  # control
 
 
+def test_csv_lists(lists, tmp_path):
+    """The ending decides; a header is a first line that names no file."""
+    images = tmp_path / "images" / "photo"
+    (images / "my, cat.png").write_bytes((images / "cat/000.png").read_bytes())
+    rows = '"my, cat.png",wild cat\ndog/000.png,dog\n\n'
+    (tmp_path / "images/classes.txt").write_text("wild cat\ndog\n")
+    for name, text in (
+        ("plain.csv", rows),
+        ("header.CSV", "path,label\n" + rows),
+        ("marked.csv", "\ufefffile,class\r\n" + rows),
+        ("numbers.csv", rows.replace("wild cat", "0").replace(",dog\n", ",1\n")),
+    ):
+        (images / name).write_text(text)
+        files = read_list(f"photo/{name}", "classes.txt", tmp_path / "images", "source")
+        assert files.images == [images / "my, cat.png", images / "dog/000.png"]
+        assert (files.labels, files.classes) == ([0, 1], ["wild cat", "dog"])
+    (images / "bare.csv").write_text("image\ncat/000.png\ndog/000.png\n")
+    files = read_list("photo/bare.csv", None, tmp_path / "images", "target")
+    assert (len(files.images), files.labels) == (2, None)
+    for text, match in (
+        ("cat/000.png,0,x\n", r"bad\.csv:1: has 3 columns; a line is `path,label`"),
+        ("cat/999.png,0\n", r"bad\.csv:1: there is no file"),  # no header: it has an ending
+        ('path,label\n"cat/000.png,0\n', r"bad\.csv:2: is no csv .*; a line is `path,label`"),
+    ):
+        (images / "bad.csv").write_text(text)
+        with pytest.raises(UserError, match=match):
+            read_list("photo/bad.csv", None, tmp_path / "images", "source")
+
+
+def test_a_list_names_an_image_once(lists):
+    again = r"a\.txt:3: names .*cat/000\.png again; name each image once"
+    for text in (
+        "cat/000.png 0\ndog/000.png 1\ncat/000.png 1\n",  # under two labels
+        "cat/000.png 0\ndog/000.png 1\n./cat/000.png 0\n",  # it could be trained and validated on
+        "cat/000.png\ndog/000.png\ncat/000.png\n",
+    ):
+        with pytest.raises(UserError, match=again):
+            lists(text)
+
+
+def test_absolute_paths_may_lie_outside_the_root(pictures, tmp_path):
+    """Two folders on two disks; a list that is drawn from them can be read again."""
+    pictures("photo", {"cat": 5, "dog": 5})
+    disk = tmp_path / "disk"
+    pictures("sketch", {"cat": 4, "dog": 4}).rename(disk)
+    config = data_config(
+        {"name": "folder", "path": "photo"},
+        {"name": "folder", "path": str(disk)},
+        target_labeled=2,
+        size=16,
+    )
+    domains = open_domains(config, 0)
+    assert len(domains.target) == 4
+    text = domains.lists["target_labeled.txt"]
+    assert text.startswith(f"{disk}/cat/")
+    (tmp_path / "images/few.txt").write_text(text)
+    (disk / "classes.txt").write_text("cat\ndog\n")
+    config.target_labeled = "few.txt"
+    config.target_test = DomainConfig(
+        "list", path=str(tmp_path / "images/few.txt"), classes=str(disk / "classes.txt")
+    )
+    with pytest.raises(UserError, match="leaves no image to test on"):  # they are the same images
+        open_domains(config, 0)
+    config.target_labeled = None
+    assert len(open_domains(config, 0).target_test) == 4
+    config.target.path = "../disk"
+    with pytest.raises(
+        UserError, match=r"data\.target\.path: \.\./disk lies outside images; write"
+    ):
+        open_domains(config, 0)
+
+
+def test_home_is_expanded_in_paths(pictures, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    pictures("photo", {"cat": 5, "dog": 5})
+    photo = {"name": "folder", "path": "photo"}
+    assert len(open_domains(data_config(photo, photo, root="~/images"), 0).source) == 9
+    home = {"name": "folder", "path": "~/images/photo"}
+    assert len(open_domains(data_config(home, home, root="elsewhere"), 0).source) == 9
+    (tmp_path / "images/few.txt").write_text("photo/cat/000.png cat\n")
+    few = data_config(
+        home,
+        {"name": "folder", "path": "~/images/photo/dog"},
+        target_labeled="~/images/few.txt",
+        root="elsewhere",
+    )
+    assert len(open_domains(few, 0).target_labeled) == 1
+
+
+def test_files_that_are_no_images_are_counted(pictures):
+    folder = pictures("photo", {"cat": 12, "dog": 12})
+    pictures("sketch", 3)
+    for name in ("cat/a.heic", "cat/b.HEIC", "dog/c.svg", "dog/noend", ".hidden"):
+        (folder / name).write_text("")
+    source = next(
+        line
+        for line in open_domains(folder_config(), 0).describe().splitlines()
+        if "source " in line
+    )
+    assert source.endswith(
+        "; 4 files that are no images were skipped (2 .heic, 1 .svg, 1 without ending)"
+    )
+    for image in (folder / "cat").glob("*.png"):
+        image.unlink()
+    with pytest.raises(UserError, match=r"the class \S*cat has no images \(2 files .*2 \.heic"):
+        open_domains(folder_config(), 0)
+
+
+def test_a_target_in_folders_that_are_no_classes(pictures):
+    """By day and camera, in any depth: one unlabeled set."""
+    pictures("photo", {"cat": 5, "dog": 5})
+    pictures("days", {"monday": 3, "tuesday": 2})
+    pictures("nested", {"monday/left": 3, "monday/right": 1, "tuesday/left": 2})
+    for path, count, match in (
+        ("days", 5, "only here: monday, tuesday; only in the source: cat, dog"),
+        ("nested", 6, r"data\.target\.path: \S*monday/left is a folder inside the class monday"),
+    ):
+        target = {"name": "folder", "path": path}
+        with pytest.raises(
+            UserError, match=f"{match}.*; for unlabeled images .*data.target.labels"
+        ):
+            open_domains(data_config({"name": "folder", "path": "photo"}, target), 0)
+        target["labels"] = False
+        domains = open_domains(data_config({"name": "folder", "path": "photo"}, target), 0)
+        assert len(domains.target) == count
+        assert domains.target_test is None
+    unlabeled = {"name": "folder", "path": "photo", "labels": False}
+    with pytest.raises(UserError, match="the source needs labels"):
+        open_domains(data_config(unlabeled, unlabeled), 0)
+    with pytest.raises(ValueError, match="labels: false goes with name: folder only"):
+        DomainConfig("list", path="a.txt", labels=False)
+
+
+# --- what a file system may hold
+
+
+def broken_entry(kind: str, folder, monkeypatch) -> str:
+    """Add what cannot be read to the folder of a class; returns what a message must name."""
+    if kind == "dangling":
+        (folder / "cat/gone.png").symlink_to("nowhere.png")
+        return r"cat/gone\.png is no regular file"
+    if kind == "loop":
+        (folder / "cat/loop.png").symlink_to("loop.png")
+        return r"cat/loop\.png"
+    if kind == "fifo":
+        os.mkfifo(folder / "cat/pipe.png")
+        return r"cat/pipe\.png is no regular file"
+    if kind == "class name":
+        os.mkdir(os.fsencode(folder) + b"/\xff")
+        return r"'\S*photo/\\udcff' is not one line of utf-8 text; rename"
+    scan = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("photo/cat"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    return r"photo/cat cannot be read \(Permission denied\)"
+
+
+@pytest.mark.parametrize("kind", ["dangling", "loop", "fifo", "class name", "permission"])
+@pytest.mark.parametrize("labels", [True, False])
+def test_what_cannot_be_read_is_named(pictures, monkeypatch, kind, labels):
+    folder = pictures("photo", {"cat": 5, "dog": 5})
+    pictures("sketch", {"cat": 3, "dog": 3})
+    named = broken_entry(kind, folder, monkeypatch)
+    domain = {"name": "folder", "path": "photo", "labels": labels}
+    config = data_config({"name": "folder", "path": "sketch"}, domain, cache_gb=0)
+    if kind == "class name" and not labels:  # it is no class then
+        assert len(open_domains(config, 0).target) == 10
+        return
+    with pytest.raises(UserError, match=rf"^data\.target\.path: .*{named}") as caught:
+        open_domains(config, 0)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_folders_that_are_linked(pictures):
+    folder = pictures("photo", {"cat": 5, "dog": 5})
+    pictures("sketch", 3)
+    pictures("away", {"left": 4})
+    (folder / "more").symlink_to("../away")
+    target = {"name": "folder", "path": "photo", "labels": False}
+    config = data_config({"name": "drawn_digits"}, target)
+    assert len(open_domains(config, 0).target) == 14
+    (folder / "cat/up").symlink_to("..")
+    with pytest.raises(UserError, match=r"cat/up is a link to a folder that is read already"):
+        open_domains(config, 0)
+
+
+def test_a_name_that_is_no_utf8_can_be_cached(pictures, tmp_path):
+    folder = pictures("photo", {"cat": 5, "dog": 5})
+    pictures("sketch", 3)
+    (folder / "cat/000.png").rename(os.fsdecode(os.fsencode(folder) + b"/cat/\xff.png"))
+    domains = open_domains(folder_config(cache_gb=0, size=16), 0)
+    assert domains.source.images[torch.arange(10)].shape == (10, 3, 18, 18)
+    assert list((tmp_path / "cache").glob("decoded_*.npy"))
+
+
+@pytest.mark.parametrize("line", ["x" * 100_000, "x" * 100_000 + " 0", "\0\1 0"])
+def test_a_list_of_rubbish(lists, tmp_path, line):
+    with pytest.raises(UserError, match=r"a\.txt:1: there is no file ") as caught:
+        lists(line + "\n")
+    assert len(str(caught.value)) < 500
+    (tmp_path / "images/photo/binary.txt").write_bytes(bytes(range(256)))
+    with pytest.raises(UserError, match=r"binary\.txt cannot be read \(not utf-8 text\)"):
+        read_list("photo/binary.txt", None, tmp_path / "images", "source")
+
+
+@pytest.mark.parametrize("name", ["folder", "list"])
+def test_a_path_longer_than_a_name_may_be(pictures, name):
+    pictures("photo", {"cat": 5, "dog": 5})
+    config = data_config({"name": "folder", "path": "photo"}, {"name": name, "path": "x" * 5000})
+    with pytest.raises(UserError, match=r"data\.target\.path: .*File name too long") as caught:
+        open_domains(config, 0)
+    assert len(str(caught.value)) < 500
+
+
+# --- classes that the target lacks
+
+
+@pytest.fixture
+def without_owl(pictures, tmp_path):
+    """`without_owl(**keys)`: photographs of three classes, sketches of two; owl has a folder."""
+    pictures("photo", {"cat": 6, "dog": 6, "owl": 6})
+    pictures("sketch", {"cat": 4, "dog": 5})
+    (tmp_path / "images/sketch/owl").mkdir()
+    pictures("test", {"cat": 2, "dog": 2})
+    (tmp_path / "images/classes.txt").write_text("owl\ncat\ndog\n")
+    lines = [f"sketch/{k}/{i:03d}.png {k}\n" for k in ("cat", "dog") for i in range(2)]
+    (tmp_path / "images/few.txt").write_text("".join(lines))
+
+    def make(**keys) -> DataConfig:
+        return folder_config(**{"absent_classes": ["owl"], "size": 16, "batch": 4, **keys})
+
+    return make
+
+
+def test_a_target_without_one_of_the_classes(without_owl):
+    domains = open_domains(without_owl(), 0)
+    assert domains.classes == ["cat", "dog", "owl"]
+    assert domains.absent_classes == ["owl"]
+    assert domains.target_test.labels.tolist() == [0] * 4 + [1] * 5
+    assert "3 classes: cat, dog, owl; the target lacks owl" in domains.describe()
+    apart = open_domains(without_owl(target_test={"name": "folder", "path": "test"}), 0)
+    assert apart.target_test.labels.tolist() == [0, 0, 1, 1]
+    listed = {"name": "list", "path": "few.txt", "classes": "classes.txt"}
+    photo = {"name": "folder", "path": "photo"}
+    config = data_config(photo, listed, absent_classes=["owl"])
+    assert open_domains(config, 0).target_test.labels.tolist() == [0, 0, 1, 1]
+    drawn = open_domains(without_owl(target_labeled=2), 0)
+    assert len(drawn.target_labeled) == 4
+    assert len(open_domains(without_owl(target_labeled="few.txt"), 0).target_labeled) == 4
+
+
+def test_a_list_of_numbers_without_one_of_the_classes(pictures, tmp_path):
+    pictures("photo", {"cat": 3, "dog": 3, "owl": 3})
+    lines = {k: [f"photo/{k}/{i:03d}.png" for i in range(3)] for k in ("cat", "dog", "owl")}
+    for name, numbers in (("all", {"cat": 0, "dog": 1, "owl": 2}), ("two", {"cat": 0, "owl": 2})):
+        text = "".join(f"{line} {number}\n" for k, number in numbers.items() for line in lines[k])
+        (tmp_path / f"images/{name}.txt").write_text(text)
+    source, target = ({"name": "list", "path": f"{name}.txt"} for name in ("all", "two"))
+    domains = open_domains(data_config(source, target, absent_classes=["1"]), 0)
+    assert domains.classes == ["0", "1", "2"]
+    assert domains.target_test.labels.tolist() == [0, 0, 0, 2, 2, 2]
+    with pytest.raises(UserError, match=r"no image of class 1; .*data.absent_classes"):
+        open_domains(data_config(source, target), 0)
+
+
+def test_mistakes_in_absent_classes(without_owl, pictures, tmp_path):
+    with pytest.raises(UserError, match=r"the class .*owl has no images; .* data.absent_classes"):
+        open_domains(without_owl(absent_classes=[]), 0)
+    with pytest.raises(UserError, match=r"data.absent_classes: no class 'fox'; there are cat, dog"):
+        open_domains(without_owl(absent_classes=["fox"]), 0)
+    with pytest.raises(UserError, match=r"data.absent_classes: names all classes"):
+        open_domains(without_owl(absent_classes=["owl", "dog", "cat"]), 0)
+    with pytest.raises(UserError, match=r"data.absent_classes: \S*dog has images .*; take dog out"):
+        open_domains(without_owl(absent_classes=["owl", "dog"]), 0)
+    listed = {"name": "list", "path": "few.txt", "classes": "classes.txt"}
+    config = data_config({"name": "folder", "path": "photo"}, listed)
+    config.absent_classes = ["owl", "dog"]
+    with pytest.raises(UserError, match=r"few.txt:3: is of class dog, which data.absent_classes"):
+        open_domains(config, 0)
+    (tmp_path / "images/sketch/owl").rmdir()
+    with pytest.raises(UserError, match=r"only in the source: owl; .* data.absent_classes"):
+        open_domains(without_owl(absent_classes=[]), 0)
+    digits = {"name": "drawn_digits"}
+    with pytest.raises(UserError, match=r"data.absent_classes: drawn_digits has the class 3"):
+        open_domains(data_config(digits, digits, absent_classes=["3"]), 0)
+    with pytest.raises(ValueError, match="absent_classes: the classes are those of the target"):
+        LabeledDataConfig(target=DomainConfig(**digits), absent_classes=["3"])
+
+
+def test_a_run_on_a_target_without_one_of_the_classes(without_owl, tmp_path):
+    domains = "{source: {name: folder, path: photo}, target: {name: folder, path: sketch}, "
+    config = tiny_config(
+        tmp_path, data=domains + "absent_classes: [owl], size: 16, batch: 4, root: images}"
+    )
+    without_owl()
+    assert train("train_dann", config, "steps=2") == 0
+    result = summary(tmp_path / "run")
+    assert result["absent_classes"] == ["owl"]
+    assert result["classes"] == ["cat", "dog", "owl"]
+    assert 0 <= result["target"]["last"]["mean_class_accuracy"] <= 100
+
+
 # --- domains
 
 
@@ -869,6 +1185,73 @@ def test_source_val_is_a_seeded_tenth(pictures):
         ]
     assert torch.equal(again.source_val.indices, domains.source_val.indices)
     assert not torch.equal(other.source_val.indices, domains.source_val.indices)
+
+
+@pytest.mark.parametrize(
+    ("source_val", "count"),
+    [(0.1, 3), (0.5, 16), (0.001, 1), (5, 5), (1, 1), (0, None), (0.0, None)],
+)
+def test_how_much_of_the_source_is_held_out(pictures, source_val, count):
+    pictures("photo", {"cat": 20, "dog": 13})
+    pictures("sketch", {"cat": 4, "dog": 3})
+    domains = open_domains(folder_config(source_val=source_val), 0)
+    assert len(domains.source) == 33 - (count or 0)
+    assert domains.source_val is None if count is None else len(domains.source_val) == count
+    if count is None:
+        assert "source_val     none: data.source_val is 0, all" in domains.describe()
+        assert domains.evaluation().source_val is None
+
+
+def test_a_share_of_a_large_source_is_bounded(pictures):
+    pictures("photo", {"cat": 20, "dog": 20})
+    pictures("sketch", {"cat": 4, "dog": 4})
+    assert len(open_domains(folder_config(source_val=0.5, select_images=6), 0).source_val) == 6
+    assert len(open_domains(folder_config(source_val=20, select_images=6), 0).source_val) == 20
+    photo, sketch = ({"name": "folder", "path": path} for path in ("photo", "sketch"))
+    several = data_config(photo, sketch, source_val=0.5, select_images=6)
+    several.source = [several.source, DomainConfig(**sketch)]
+    several.target = DomainConfig("folder", path="photo/cat")
+    assert len(open_domains(several, 0).source_val) == 6
+
+
+@pytest.mark.parametrize(
+    ("source_val", "match"),
+    [(1.5, "a share below 1"), (-1, "not be negative"), (1.0, "a share below 1")],
+)
+def test_a_held_out_share_that_is_none(source_val, match):
+    with pytest.raises(ValueError, match=match):
+        data_config(source_val=source_val)
+
+
+def test_what_needs_held_out_images(pictures, tmp_path):
+    pictures("photo", {"cat": 5, "dog": 5})
+    photo = {"name": "folder", "path": "photo"}
+    with pytest.raises(
+        UserError, match=r"data.source_val: 10 leaves none of the 10 images of folder"
+    ):
+        open_domains(data_config(photo, photo, source_val=10), 0)
+    with pytest.raises(UserError, match=r"data.source_val: 0 leaves no test, since the target is"):
+        open_domains(data_config(photo, photo, source_val=0), 0)
+    half = open_domains(data_config(photo, photo, source_val=0.5), 0)
+    assert half.target_test_note == "5 held-out images of the target"
+    config = tiny_config(tmp_path)
+    with pytest.raises(
+        UserError, match="select: source_val needs held-out source images, but data"
+    ):
+        train("train_source", config, "data.source_val=0", "select=source_val")
+
+
+def test_a_run_without_held_out_images(tmp_path, capsys):
+    """All of the source trains, though the set has a test split, and nothing else changes."""
+    config = tiny_config(tmp_path)
+    runs = (("plain", []), ("none", ["data.source_val=0"]))
+    for name, keys in runs:
+        assert train("train_dann", config, *keys, f"out_dir={tmp_path}/{name}") == 0
+    assert "source_val.accuracy" not in capsys.readouterr().out.split("none: data.source_val")[-1]
+    plain, none = (summary(tmp_path / name) for name, _ in runs)
+    assert none["source_val"] == {"accuracy": None, "mean_class_accuracy": None}
+    assert plain["source_val"]["accuracy"] is not None  # control
+    assert plain["target"] == none["target"]
 
 
 def test_own_test_splits_are_used():
@@ -1066,6 +1449,69 @@ def test_strong_views_of_a_run(task):
         assert not torch.equal(plain, strong)
     for view, strong in domains.batches("target", 1, 3, {}):  # a pair all the same
         assert torch.equal(view, strong)
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_the_target_may_have_another_batch(task):
+    config = drawn_config(task)
+    config.target_batch = config.batch + 3
+    domains = open_domains(config, 0)
+    sizes = {"source": config.batch, "target": config.batch + 3}
+    for role, size in sizes.items():
+        batches = list(domains.batches(role, 2, 4))
+        images = [batch[0] if role == "source" else batch for batch in batches]
+        assert [len(batch) for batch in images] == [size, size]
+        for numbers, batch in zip(domains.positions(role, 2, 4), images, strict=True):
+            assert len(numbers) == len(batch)
+    for weak, strong in domains.batches("target", 0, 2, {"blur": {}}):
+        assert len(weak) == len(strong) == sizes["target"]
+    text = f"{config.batch} source and {config.batch + 3} target images"
+    assert text in domains.describe().splitlines()[-1]
+    assert "per domain" in open_domains(drawn_config(task), 0).describe()
+
+
+@pytest.mark.parametrize(
+    ("script", "keys"),
+    [
+        ("train_dann", []),
+        ("train_dann", ["conditional=cdan_e", "model.bn=separate"]),
+        ("train_mmd", ["mmd_weight=0", "coral_weight=1"]),
+        ("train_mcc", []),
+        ("train_adda", ["source_steps=2"]),
+        ("train_advent", []),
+        ("train_pseudo", ["strong_augment={cutout: {}}", "distribution_alignment=true"]),
+    ],
+)
+def test_a_run_with_another_target_batch(tmp_path, script, keys):
+    """Every loss takes it, and it changes what is trained."""
+    config = tiny_config(tmp_path, steps=4)
+    for name, size in (("equal", 8), ("more", 20)):
+        folder = f"out_dir={tmp_path}/{name}"
+        assert train(script, config, *keys, f"data.target_batch={size}", folder) == 0
+    assert train(script, config, *keys, f"out_dir={tmp_path}/null") == 0
+    states = {name: weights(tmp_path / name) for name in ("equal", "more", "null")}
+    assert differing(states["equal"], states["null"]) == 0
+    assert differing(states["more"], states["null"]) > 100
+
+
+def test_losses_that_pair_source_and_target_refuse_another_target_batch(tmp_path):
+    match = "data.target_batch: mmd_loss pairs equal numbers of source and target images; leave"
+    with pytest.raises(UserError, match=match):
+        train("train_mmd", tiny_config(tmp_path), "data.target_batch=20")
+    config = street_config(tmp_path, "train_pseudo")
+    with pytest.raises(UserError, match=r"data.target_batch: mix: classmix pastes equal numbers"):
+        train("train_pseudo", config, "data.target_batch=3")
+    match = "data.target_batch: all target images are labeled; set batch"
+    with pytest.raises(UserError, match=match.removeprefix("data.")):
+        train("finetune", finetune_config(tmp_path), "data.target_batch=3")
+
+
+def test_a_set_smaller_than_its_batch_is_said(pictures):
+    pictures("photo", {"cat": 5, "dog": 5})
+    pictures("sketch", 3)
+    last = open_domains(folder_config(batch=8, size=16), 0).describe().splitlines()[-1]
+    assert last == "note: the 3 images of target repeat within its batch of 8"
+    assert "note:" not in open_domains(folder_config(batch=3, size=16), 0).describe()
 
 
 def test_a_set_that_is_absent_has_no_batches(tmp_path):

@@ -194,6 +194,36 @@ def test_masks_of_a_list_and_drawn_ones(streets_on_disk):
     assert len(few) == 1
 
 
+def test_names_with_spaces_beside_masks(streets_on_disk, tmp_path):
+    """A drawn list reads back the same: a tab separates a mask from its image then."""
+    for kind in ("images", "masks"):
+        for i in range(4):
+            file = tmp_path / f"images/dusk/{kind}/{i}.png"
+            file.rename(file.with_name(f"frame {i}.png"))
+    write_list(tmp_path, ["dusk/images/5.png dusk/masks/5.png"])
+    drawn = open_domains(streets_on_disk(target_labeled=4), 0)
+    text = drawn.lists["target_labeled.txt"]
+    assert "frame " in text
+    write_list(tmp_path, [text], "again.txt")
+    again = open_domains(streets_on_disk(target_labeled="again.txt"), 0)
+    assert names(again.target_labeled) == names(drawn.target_labeled)
+    masks = again.target_labeled.labels.paths
+    assert [m.name for m in masks] == [p.name for p in again.target_labeled.images.paths]
+    rows = [line.split("\t") for line in text.splitlines()]
+    write_list(tmp_path, ["image,mask", *(f'"{x}","{y}"' for x, y in rows)], "again.csv")
+    table = open_domains(streets_on_disk(target_labeled="again.csv"), 0)
+    assert names(table.target_labeled) == names(drawn.target_labeled)
+
+
+@pytest.mark.parametrize("name", ["a\nb", "a\x85b", "a\tb", "\udcff"])
+def test_a_name_that_no_list_can_hold_is_refused(folders, tmp_path, name):
+    for file in (tmp_path / "images/sketch/cat").iterdir():
+        file.rename(file.with_name(f"{name}{file.name}"))
+    with pytest.raises(UserError, match="is not one line of utf-8 text; rename the file") as caught:
+        open_domains(folders(target_labeled=5), 0)
+    assert len(str(caught.value).splitlines()) == 1
+
+
 # --- what goes wrong
 
 
@@ -498,6 +528,9 @@ def test_a_draw_from_other_images_is_refused_at_resume(tmp_path, monkeypatch, pi
     with pytest.raises(
         UserError, match=r"target_labeled\.txt is gone, or was drawn from other images; restore"
     ):
+        train("train_dann", config, "--resume")
+    (tmp_path / "run/target_labeled.txt").write_bytes(bytes(range(256)))
+    with pytest.raises(UserError, match=r"target_labeled\.txt is gone, or was drawn"):
         train("train_dann", config, "--resume")
 
 

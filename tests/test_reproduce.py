@@ -823,3 +823,16 @@ def test_a_real_run(tmp_path, capfd, monkeypatch):
     assert f"; steps 2; {commit}; on " in footer(out)
     assert reproduce.main(["suite.yaml", "--seeds", "3"]) == 0
     assert "runs/config_method_seed3: finished already" in capfd.readouterr().out
+
+
+def test_the_caption_of_targets_without_labels():
+    def of(accuracy: float | None, test: str) -> dict:
+        return {"target": {"last": {"accuracy": accuracy}}, "target_test": test}
+
+    labeled, unlabeled = of(70.0, "its test split"), of(None, "none: no target labels")
+    assert reproduce.caption([unlabeled]) == "The target has no labels, so there are no figures."
+    plain = "Target accuracy in percent on its test split: mean +- sample standard deviation over "
+    plain += "the seeds."
+    assert reproduce.caption([labeled]) == plain
+    assert reproduce.caption([labeled, unlabeled]) == plain + " `-`: the target has no labels."
+    assert "on -:" in reproduce.caption([])

@@ -328,6 +328,61 @@ def test_mistakes_in_a_list_of_masks(streets, tmp_path, text, match):
         read_mask_list("day/list.txt", tmp_path / "images", "data.source.path")
 
 
+@pytest.mark.parametrize("end", ["jpg", "JPEG"])
+def test_masks_that_lose_their_numbers(streets, end):
+    """Refused, even where the noise happens to stay within ids."""
+    folder = streets("day", 4)
+    streets("dusk", 2)
+    mask = folder / "masks/001.png"
+    Image.open(mask).save(folder / f"masks/001.{end}", format="JPEG")
+    mask.unlink()
+    match = rf"masks/001\.{end}: is a JPEG \(1 of 4 masks are\), .*; save masks as png"
+    with pytest.raises(UserError, match=match):
+        open_domains(config_of(), 0)
+    lines = ["images/000.jpg masks/000.png\n", f"images/001.jpg masks/001.{end}\n"]
+    (folder / "list.txt").write_text("".join(lines))
+    listed = {"name": "list", "path": "day/list.txt", "masks": None}
+    with pytest.raises(UserError, match=match.replace("of 4", "of 2")):
+        open_domains(config_of(listed), 0)
+
+
+def test_keys_of_folders_are_named(streets):
+    streets("day", 4)
+    streets("dusk", 2)
+    for source, match in (
+        ({"path": "nowhere"}, r"^data\.source\.path: there is no folder images/nowhere"),
+        ({"masks": "nowhere"}, r"^data\.source\.masks: there is no folder images/nowhere"),
+    ):
+        with pytest.raises(UserError, match=match):
+            open_domains(config_of(source), 0)
+    keys = {"target_labeled": "none.txt"}
+    with pytest.raises(UserError, match=r"^data\.target_labeled: \S*none\.txt cannot be read"):
+        open_domains(config_of(**keys), 0)
+    with pytest.raises(ValueError, match=r"target\.labels: images without masks are unlabeled"):
+        config_of(target={"labels": False})
+
+
+def test_absent_classes_need_no_key_for_masks(streets):
+    """Every class of ids is there, whether it occurs or not; the key tells the alarms."""
+    streets("day", 4)
+    streets("dusk", 2)
+    ids = {"sky": 0, "road": [1, 2], "moon": 7, "void": 9}
+    domains = open_domains(config_of({"ids": ids}, {"ids": ids}, absent_classes=["moon"]), 0)
+    assert (domains.classes, domains.absent_classes) == (["sky", "road", "moon"], ["moon"])
+    with pytest.raises(UserError, match=r"data\.absent_classes: no class 'sun'"):
+        open_domains(config_of(absent_classes=["sun"]), 0)
+    with pytest.raises(UserError, match="; name the same classes in the ids of both"):
+        open_domains(config_of({"ids": ids}), 0)
+
+
+def test_a_held_out_share_of_masks(streets):
+    streets("day", 10)
+    streets("dusk", 2)
+    half, none = (open_domains(config_of(source_val=share), 0) for share in (0.5, 0))
+    assert (len(half.source), len(half.source_val)) == (5, 5)
+    assert (len(none.source), none.source_val) == (10, None)
+
+
 def test_images_without_masks_are_an_unlabeled_target_and_no_source(streets):
     streets("day", 4)
     streets("dusk", 3, parts=("images",))

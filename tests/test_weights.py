@@ -226,3 +226,10 @@ def test_real_weights(real_data, capsys):
     )
     total = len(tensors(model.backbone))
     assert f"loaded {total} of {total} tensors" in capsys.readouterr().out
+
+
+def test_home_is_expanded_in_the_path_of_weights(resnet18_file, monkeypatch):
+    monkeypatch.setenv("HOME", str(resnet18_file.parent))
+    model = build(backbone="resnet18", weights=f"~/{resnet18_file.name}", root="elsewhere")
+    state = torch.load(resnet18_file, weights_only=True)
+    assert torch.equal(model.state_dict()["backbone.conv1.weight"], state["conv1.weight"])
