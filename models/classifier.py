@@ -61,7 +61,7 @@ class Classifier(Network):
             frozen_helps = not (self.freeze_statistics or len(self.bottleneck))
             remedy = ", or model.bn: frozen" if frozen_helps else ""
             raise UserError(
-                "data.batch: 1 image gives batch norm one value per channel; "
+                "data.batch or data.target_batch: 1 image gives batch norm one value per channel; "
                 f"use data.batch of 2 or more{remedy}"
             ) from None
 
