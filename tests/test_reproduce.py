@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -829,10 +830,12 @@ def test_the_caption_of_targets_without_labels():
     def of(accuracy: float | None, test: str) -> dict:
         return {"target": {"last": {"accuracy": accuracy}}, "target_test": test}
 
+    suite = types.SimpleNamespace(runs=[], metric=None, baselines=[])
+    caption = reproduce.Table(suite, [], []).caption
     labeled, unlabeled = of(70.0, "its test split"), of(None, "none: no target labels")
-    assert reproduce.caption([unlabeled]) == "The target has no labels, so there are no figures."
+    assert caption([unlabeled]) == "The target has no labels, so there are no figures."
     plain = "Target accuracy in percent on its test split: mean +- sample standard deviation over "
     plain += "the seeds."
-    assert reproduce.caption([labeled]) == plain
-    assert reproduce.caption([labeled, unlabeled]) == plain + " `-`: the target has no labels."
-    assert "on -:" in reproduce.caption([])
+    assert caption([labeled]) == plain
+    assert caption([labeled, unlabeled]) == plain + " `-`: the target has no labels."
+    assert "on -:" in caption([])
