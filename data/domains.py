@@ -167,10 +167,12 @@ class Domains:
 
     def _describe_batch(self) -> str:
         batch, target_batch = self.config.batch, self.config.batch_of("target")
+        if self.target is None:
+            return str(batch)
         if batch == target_batch:
-            return f"{batch} per domain" if self.target else str(batch)
-        others = "source" if self.source else "labeled target"
-        return f"{batch} {others} and {target_batch} target images"
+            return f"{batch} per domain"
+        others = "source" if self.source else "labeled target" if self.target_labeled else ""
+        return (f"{batch} {others} and " if others else "") + f"{target_batch} target images"
 
     def _describe_set(self, role: str) -> str:
         images = getattr(self, role)
