@@ -130,6 +130,11 @@ def split_validation(
     return replace(train, indices=val.indices), train
 
 
+def hold_out_test(target: ImageSet, share: float, seed: int) -> tuple[ImageSet, ImageSet]:
+    """(test set, other images) of a labeled target; the test set is a share of each class."""
+    return hold_out_of_each(target, share, seed, "data.test_share")
+
+
 def with_training_labels(
     target: ImageSet, config: DataConfig, classes: list[str], read_only: bool
 ) -> ImageSet:

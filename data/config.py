@@ -115,6 +115,7 @@ class DataConfig:
     source: DomainConfig | list[DomainConfig]  # the labeled domain, or several as one
     target: DomainConfig  # the unlabeled domain; its training labels are dropped on loading
     target_test: DomainConfig | None = None  # null: the set's test split, else the target images
+    test_share: float | None = None  # of the labeled target, held out for the test; null: none
     target_labeled: int | str | None = None  # labels to train on: images per class, or a list file
     task: Literal["classification", "segmentation"] = "classification"  # of images | of pixels
     root: str | None = None  # null: the variable DA_DATA, else ./datasets
@@ -158,6 +159,14 @@ class DataConfig:
             (
                 not isinstance(self.target_labeled, int) or self.target_labeled > 0,
                 "target_labeled must be positive, a list file, or null",
+            ),
+            (
+                self.test_share is None or 0 < self.test_share < 1,
+                "test_share must lie between 0 and 1",
+            ),
+            (
+                self.test_share is None or self.target_test is None,
+                "test_share is for a target without target_test; leave one of them out",
             ),
             (
                 isinstance(self.source_val, int) or self.source_val < 1,
@@ -280,6 +289,7 @@ class LabeledDataConfig(DataConfig):
     target: DomainConfig = field(kw_only=True)  # the labeled images
     target_test: DomainConfig | None = None  # the validation set; null: val_share of the target
     target_labeled: None = None  # null: all of the target is labeled
+    test_share: None = None  # null: val_share holds out images here
     batch: int = positive(64)  # images per step
     val_share: float | None = None  # of each class, held out by seed; null: 0.2 without target_test
 

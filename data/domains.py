@@ -211,8 +211,15 @@ def open_domains(config: DataConfig, seed: int, dry_run: bool = False) -> Domain
     opener = task_module(config)
     target = opener.open_set(config.target, "target", config, True, dry_run)
     target = _matched(target, "target", classes, config)
+    target, held_out = _hold_out_test(config, target, seed, dry_run)
+    if held_out is not None and config.target_is_source():
+        source, source_val = (without(images, held_out) for images in (source, source_val))
     target_labeled, lists = _open_labeled(config, target, classes, seed, dry_run)
-    target_test, note = _open_target_test(config, target, source_val, classes, dry_run)
+    if held_out is not None:
+        target_test, note = held_out, f"{100 * config.test_share:.4g} % of the target, held out"
+        lists = {**lists, "target_test.txt": list_labeled(held_out, Path(config.root))}
+    else:
+        target_test, note = _open_target_test(config, target, source_val, classes, dry_run)
     if target_labeled is not None:
         target, target_test = (without(images, target_labeled) for images in (target, target_test))
         if len(target) == 0 or (target_test is not None and len(target_test) == 0):
@@ -307,6 +314,31 @@ def _held_out_count(source: ImageSet, config: DataConfig) -> int:
     return count
 
 
+def _hold_out_test(
+    config: DataConfig, target: ImageSet, seed: int, dry_run: bool
+) -> tuple[ImageSet, ImageSet | None]:
+    """(the target without its test images, the test images); None without `test_share`.
+
+    Raises:
+        UserError: the target has no labels or a test split of its own, or is one of several
+            sources.
+    """
+    if config.test_share is None:
+        return target, None
+    opener = task_module(config)
+    if target.labels is None:
+        raise UserError(f"data.test_share: {target.name} has no labels to test on; leave it out")
+    if opener.open_set(config.target, "target", config, False, dry_run) is not None:
+        raise UserError(f"data.test_share: {target.name} has a test split of its own; leave it out")
+    if config.target_is_source() and len(config.sources) > 1:
+        raise UserError(
+            "data.test_share: one of several sources is the target, whose test images it would "
+            "train on; set data.target_test"
+        )
+    test, rest = opener.hold_out_test(target, config.test_share, seed)
+    return rest, test
+
+
 def _open_target_test(
     config: DataConfig,
     target: ImageSet,
@@ -383,7 +415,7 @@ def _open_labeled(
         return None, {}
     if isinstance(wanted, int):
         pool = opener.with_training_labels(target, config, classes, dry_run)
-        pool = replace(pool, images=target.images)
+        pool = replace(pool, images=target.images, indices=target.indices)
         labeled = draw_labeled(pool, wanted, seed, config.absent_of("target_labeled") or ())
         return labeled, {"target_labeled.txt": list_labeled(labeled, Path(config.root))}
     if not isinstance(target.images, Decoded):

@@ -35,19 +35,22 @@ def without(images: ImageSet | None, labeled: ImageSet) -> ImageSet | None:
     return images if all(remaining) else images.subset(torch.tensor(remaining))
 
 
-def hold_out_of_each(images: ImageSet, share: float, seed: int) -> tuple[ImageSet, ImageSet]:
-    """Draw a share of the images of each class, for validation.
+def hold_out_of_each(
+    images: ImageSet, share: float, seed: int, key: str = "data.val_share"
+) -> tuple[ImageSet, ImageSet]:
+    """Draw a share of the images of each class.
 
     Args:
         images: the set, with one class per image.
         share: of the images of each class, rounded to the nearest number of images.
-        seed: of the draw.
+        seed: of the draw; both keys draw the same images.
+        key: of the share, for messages.
 
     Returns:
         (the drawn images, the other images).
 
     Raises:
-        UserError: one of the two would have no image of some class.
+        UserError: one of the two would have no image of a class that the set has.
     """
     labels = images.labels[images.indices]
     random = generator(seed, "val")
@@ -55,10 +58,10 @@ def hold_out_of_each(images: ImageSet, share: float, seed: int) -> tuple[ImageSe
     for k, name in enumerate(images.classes):
         group = (labels == k).nonzero()[:, 0]
         count = round(share * len(group))
-        if not 0 < count < len(group):
-            purpose = "validate" if count == 0 else "train"
+        if len(group) > 0 and not 0 < count < len(group):
+            purpose = "measure" if count == 0 else "train"
             raise UserError(
-                f"data.val_share: {share} of the {len(group)} images of class {name} "
+                f"{key}: {share} of the {len(group)} images of class {name} "
                 f"leaves none to {purpose} on"
             )
         drawn[group[torch.randperm(len(group), generator=random)[:count]]] = True

@@ -125,15 +125,25 @@ def split_validation(
     Returns:
         (validation set, training set); the former is `data.val_share` of its images.
     """
-    count = max(round(config.val_share * len(train)), 1)
-    if count >= len(train):
-        raise UserError(
-            f"data.val_share: {config.val_share} of {len(train)} images leaves none to train on"
-        )
     # For validation, masks keep their size.
     evaluated = open_set(config.target, "target", config, True, read_only)
-    val, train = hold_out(train, seed, count)
+    val, train = _hold_out_share(train, config.val_share, seed, "data.val_share")
     return replace(evaluated, images=train.images, indices=val.indices), train
+
+
+def hold_out_test(target: ImageSet, share: float, seed: int) -> tuple[ImageSet, ImageSet]:
+    """(test set, other images) of a labeled target; the test images follow each other."""
+    return _hold_out_share(target, share, seed, "data.test_share")
+
+
+def _hold_out_share(
+    images: ImageSet, share: float, seed: int, key: str
+) -> tuple[ImageSet, ImageSet]:
+    """`hold_out` of a share of the images, at least one; `key` is that of the share."""
+    count = max(round(share * len(images)), 1)
+    if count >= len(images):
+        raise UserError(f"{key}: {share} of {len(images)} images leaves none to train on")
+    return hold_out(images, seed, count)
 
 
 def with_training_labels(

@@ -55,10 +55,11 @@ def data_config(source=None, target=None, **keys) -> DataConfig:
     )
 
 
+PHOTO, SKETCH = ({"name": "folder", "path": path} for path in ("photo", "sketch"))
+
+
 def folder_config(**keys) -> DataConfig:
-    return data_config(
-        {"name": "folder", "path": "photo"}, {"name": "folder", "path": "sketch"}, **keys
-    )
+    return data_config(PHOTO, SKETCH, **keys)
 
 
 def numbered(size: int, side: int = 4, channels: int = 3, labeled: bool = False):
@@ -1280,6 +1281,76 @@ def test_labeled_target_images_are_reported_as_transductive(pictures):
     domains = open_domains(folder_config(), 0)
     assert torch.equal(domains.target_test.indices, domains.target.indices)
     assert "transductive" in domains.target_test_note
+
+
+def test_a_share_of_the_target_is_held_out_for_the_test(pictures):
+    pictures("photo", {"cat": 5, "dog": 5})
+    pictures("sketch", {"cat": 10, "dog": 5})
+    domains = open_domains(folder_config(test_share=0.2), 0)
+    test, train = domains.target_test, domains.target
+    assert test.labels[test.indices].tolist() == [0, 0, 1]  # a fifth of each class
+    assert sorted([*test.indices.tolist(), *train.indices.tolist()]) == list(range(15))
+    assert train.labels is None
+    assert domains.target_test_note == "20 % of the target, held out"
+    files = [test.images.paths[i] for i in test.indices.tolist()]
+    lines = [f"sketch/{file.parent.name}/{file.name} {file.parent.name}" for file in files]
+    assert domains.lists["target_test.txt"].splitlines() == lines
+    same, other = (open_domains(folder_config(test_share=0.2), seed) for seed in (0, 1))
+    assert torch.equal(same.target_test.indices, test.indices)
+    assert not torch.equal(other.target_test.indices, test.indices)
+    labeled = open_domains(folder_config(test_share=0.2, target_labeled=2), 0)
+    assert torch.equal(labeled.target_test.indices, test.indices)
+    drawn = {*labeled.target_labeled.indices.tolist()}
+    assert not drawn & {*test.indices.tolist(), *labeled.target.indices.tolist()}
+
+
+def test_the_upper_bound_does_not_train_on_the_held_out_share(pictures):
+    pictures("sketch", {"cat": 20, "dog": 15})
+    same = {"name": "folder", "path": "sketch"}
+    domains = open_domains(data_config(same, same, test_share=0.2), 0)
+    test = {*domains.target_test.indices.tolist()}
+    assert len(test) == 7
+    seen = {*domains.source.indices.tolist(), *domains.source_val.indices.tolist()}
+    assert seen | test == set(range(35))
+    assert not seen & test
+
+
+@pytest.mark.parametrize(
+    ("keys", "says"),
+    [
+        (
+            {
+                "test_share": 0.2,
+                "source": {"name": "drawn_digits"},
+                "target": {"name": "drawn_digits_shifted"},
+            },
+            "a test split of its own",
+        ),
+        (
+            {"test_share": 0.02, "source": PHOTO, "target": SKETCH},
+            "0.02 of the 10 images of class cat leaves none to measure on",
+        ),
+        (
+            {"test_share": 0.2, "source": PHOTO, "target": {**SKETCH, "path": "plain"}},
+            "has no labels",
+        ),
+    ],
+)
+def test_a_share_that_cannot_be_held_out(pictures, keys, says):
+    pictures("photo", {"cat": 5, "dog": 5})
+    pictures("sketch", {"cat": 10, "dog": 5})
+    pictures("plain", 4)
+    with pytest.raises(UserError, match=says):
+        open_domains(data_config(**keys), 0)
+
+
+@pytest.mark.parametrize(
+    ("share", "test", "says"),
+    [(1.0, None, "between 0 and 1"), (0.2, {"name": "drawn_digits"}, "without target_test")],
+)
+def test_a_wrong_test_share_is_a_mistake_of_the_config(share, test, says):
+    with pytest.raises(ValueError, match=says):
+        folder_config(test_share=share, target_test=test)
 
 
 def test_the_upper_bound_is_not_measured_on_what_it_trains_on(pictures):

@@ -621,7 +621,7 @@ def test_as_many_classes_of_other_names_get_a_new_head(tmp_path, capsys, picture
         (["data.val_share=1.0"], "data.val_share must lie between 0 and 1"),
         (
             ["data.val_share=0.01"],
-            "data.val_share: 0.01 of the .* images of class 0 leaves none to validate on",
+            "data.val_share: 0.01 of the .* images of class 0 leaves none to measure on",
         ),
         (
             ["data.val_share=0.99"],

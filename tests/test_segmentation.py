@@ -132,6 +132,19 @@ def config_of(source=None, target=None, **keys) -> DataConfig:
     )
 
 
+def test_consecutive_images_are_held_out_for_the_test(streets):
+    streets("day", 4)
+    streets("dusk", 10)
+    domains = open_domains(config_of(test_share=0.3), 0)
+    test, train = domains.target_test.indices.tolist(), domains.target.indices.tolist()
+    assert test == list(range(test[0], test[0] + 3))
+    assert sorted(test + train) == list(range(10))
+    assert domains.target_test.labels is not None
+    labeled = open_domains(config_of(test_share=0.3, target_labeled=6), 0)
+    assert set(labeled.target_labeled.indices.tolist()) < set(train)
+    assert labeled.target_test.indices.tolist() == test
+
+
 def test_masks_are_read_by_their_numbers(streets):
     folder = streets("day", 10)
     streets("dusk", 4)
