@@ -109,7 +109,8 @@ def main(argv: list[str] | None = None) -> int:
     cache = None
     if stages.number == 1 and not stages.over and domains.unchanging:
         with autocast:
-            cache = cache_features(model, domains.labeled_pass(), config.feature_gb, device)
+            labeled_pass = run.watch(domains.labeled_pass(), start)  # a signal may come in between
+            cache = cache_features(model, labeled_pass, config.feature_gb, device)
     if cache is None:
         batches = domains.batches("target_labeled", start, config.steps)
     else:

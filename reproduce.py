@@ -9,7 +9,7 @@ Each entry of the suite runs once per seed, by the plain command that --list pri
 interrupted ones are resumed: after a stop, the same command goes on.
 
 Exit codes: 0 done; 1 a run failed; 2 mistake in the suite or in the arguments; 5 disk;
-130 and 143 stopped by a signal, after the runs have saved.
+129, 130 and 143 stopped by a signal, after the runs have saved.
 """
 
 import argparse
@@ -270,7 +270,8 @@ def run_all(jobs: list[Job], at_once: int) -> tuple[int, int | None]:
     forwarded = 0
     handlers = {
         number: signal.signal(number, lambda received, frame: signals.append(received))
-        for number in (signal.SIGINT, signal.SIGTERM)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) != signal.SIG_IGN  # as nohup does
     }
     try:
         while running or (waiting and not signals):

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ START_FOLDER = Path.cwd()  # tests run in folders of their own
 REAL_DATA = Path(os.environ["DA_DATA"]).resolve() if os.environ.get("DA_DATA") else None
 sys.path.insert(0, str(ROOT))
 
+from common import errors  # noqa: E402
 from data import drawn, drawn_street, segmentation  # noqa: E402
 
 
@@ -59,6 +61,17 @@ def workplace(tmp_path, monkeypatch):
     """
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("DA_DATA", raising=False)
+
+
+@pytest.fixture(autouse=True)
+def own_handlers():
+    """The test process keeps its own signal handlers, and forgets the run of the test."""
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    before = {number: signal.getsignal(number) for number in numbers}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+    errors.observe(None)
 
 
 @pytest.fixture

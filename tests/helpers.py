@@ -10,7 +10,8 @@ from pathlib import Path
 
 import torch
 
-from training import log
+from training import evaluation, log
+from training import run as run_module
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE_STREET = "source: {name: drawn_street, crop: [64, 64]}, "
@@ -163,6 +164,30 @@ def stop_after(monkeypatch, step: int, number: signal.Signals = signal.SIGTERM) 
             os.kill(os.getpid(), number)
 
     monkeypatch.setattr(log.Log, "add", add_and_stop)
+
+
+def stop_within_evaluation(monkeypatch, number: int) -> list[int]:
+    """Send this process a signal within the first batch of evaluation `number` of the next run.
+
+    Returns a list that grows by one entry per labeled batch of that evaluation.
+    """
+    measure, confusion_matrix = evaluation.evaluate, evaluation.confusion_matrix
+    seen, batches = [], []
+
+    def counted(*arguments, **named):
+        seen.append(1)
+        return measure(*arguments, **named)
+
+    def stopped(*arguments):
+        if len(seen) == number:
+            batches.append(1)
+            if len(batches) == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return confusion_matrix(*arguments)
+
+    monkeypatch.setattr(run_module, "evaluate", counted)
+    monkeypatch.setattr(evaluation, "confusion_matrix", stopped)
+    return batches
 
 
 def differing(a, b) -> int:

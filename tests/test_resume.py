@@ -1,6 +1,8 @@
 """A run stopped at any step and resumed equals the uninterrupted one to the bit."""
 
+import contextlib
 import functools
+import signal
 
 import pytest
 import torch
@@ -11,6 +13,7 @@ from tests.helpers import (
     differing,
     metrics,
     stop_after,
+    stop_within_evaluation,
     street_config,
     summary,
     tiny_config,
@@ -77,6 +80,50 @@ def test_stopped_and_resumed_is_exact(
     assert (tmp_path / f"run/checkpoints/step_{stop:08d}.pt").is_file()
     assert train(script, config, *keys, f"data.workers={workers_after}", "--resume") == 0
     assert _same_run(whole[script], tmp_path / "run") == 0
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("stop", [1, 2])
+def test_stopped_within_an_evaluation_and_resumed_is_exact(
+    tmp_path, monkeypatch, whole, script, stop
+):
+    """The run leaves before the next batch; what was not evaluated then is when it is resumed."""
+    config, keys = tiny_config(tmp_path), KEYS.get(script, [])
+    evaluated = [line["step"] for line in metrics(whole[script]) if "criteria.infomax" in line]
+    step = evaluated[-stop]  # 10, the last, or 8
+    with monkeypatch.context() as patch:
+        batches = stop_within_evaluation(patch, len(evaluated) + 1 - stop)
+        assert train(script, config, *keys) == 143
+    assert len(batches) == 1
+    state = weights(tmp_path / "run", f"checkpoints/step_{step:08d}.pt")
+    assert (state["step"], state["evaluation_due"]) == (step, True)
+    assert step not in [entry["step"] for entry in state["history"]]
+    assert train(script, config, *keys, "--resume") == 0
+    assert _same_run(whole[script], tmp_path / "run") == 0
+
+
+@pytest.mark.parametrize("end", ["within the step", "within the evaluation", "killed after it"])
+def test_stopped_while_an_evaluation_is_made_up_for(tmp_path, monkeypatch, whole, end):
+    config, keys = tiny_config(tmp_path), KEYS.get("train_pseudo")
+    with monkeypatch.context() as patch:
+        stop_within_evaluation(patch, 2)
+        assert train("train_pseudo", config, *keys) == 143
+    with monkeypatch.context() as patch:
+        if end == "within the step":
+            stop_after(patch, 1)
+        elif end == "within the evaluation":
+            stop_within_evaluation(patch, 1)
+        else:
+            stop_after(patch, 2, signal.SIGUSR1)  # within step 9, and before it is saved
+            signal.signal(signal.SIGUSR1, lambda number, frame: {}["killed"])
+        with contextlib.suppress(KeyError):
+            assert train("train_pseudo", config, *keys, "--resume") == 143
+            assert end != "killed after it"
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    if end == "killed after it":  # the line of the log and that of the evaluation
+        assert [line["step"] for line in metrics(tmp_path / "run")].count(8) == 2
+    assert train("train_pseudo", config, *keys, "--resume") == 0
+    assert _same_run(whole["train_pseudo"], tmp_path / "run") == 0
 
 
 OTHER = {  # another value in place of a statistic, by its number of axes

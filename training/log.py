@@ -22,6 +22,11 @@ class Log:
     Args:
         path: metrics.jsonl, or None to write no file (dry run).
         steps: steps of the run.
+
+    Attributes:
+        muted: whether nothing is added, written and printed, because a step is only repeated.
+        resumable: whether there is a checkpoint to go on from, for messages.
+        scaler: the loss scaler of a run in float16; its `scale` is written with each line.
     """
 
     def __init__(self, path: Path | None, steps: int):
@@ -30,6 +35,9 @@ class Log:
         self.bar = None
         self.printed = -math.inf  # time of the last line on the screen
         self.start = 0
+        self.muted = self.resumable = False
+        self.scaler = None
+        self.largest_scale = 0.0
 
     def state_dict(self) -> dict:
         return {"sums": dict(self.sums), "counts": dict(self.counts)}
@@ -37,18 +45,27 @@ class Log:
     def load_state_dict(self, state: dict) -> None:
         self.sums, self.counts = dict(state["sums"]), dict(state["counts"])
 
-    def open(self, step: int) -> None:
-        """Begin after `step` steps. Lines of later steps, which a broken run wrote, are removed."""
+    def open(self, step: int, evaluated: bool = True) -> None:
+        """Begin after `step` steps.
+
+        Lines of later steps, which a broken run wrote, are removed, and the evaluation of `step`
+        itself if it is not over yet (`evaluated` is False).
+        """
         if self.path is not None and self.path.exists():
             lines = []
             for line in self.path.read_text().splitlines(keepends=True):
                 try:
-                    keep = json.loads(line)["step"] <= step and line.endswith("\n")
+                    record = json.loads(line)
+                    keep = record["step"] <= step and line.endswith("\n")
+                    if record["step"] == step and not evaluated:
+                        keep = keep and not any(key.startswith("criteria.") for key in record)
                 except ValueError:
                     keep = False  # the run was killed while it wrote this line
                 lines += [line] if keep else []
             write_text(self.path, "".join(lines))
         self.start, self.started = step, time.monotonic()
+        if self.scaler is not None and self.scaler.is_enabled():
+            self.largest_scale = self.scaler.get_scale()
         if sys.stderr.isatty():
             self.bar = tqdm(
                 total=self.steps, initial=step, unit="step", dynamic_ncols=True, smoothing=0.05
@@ -56,6 +73,8 @@ class Log:
 
     def add(self, **values: torch.Tensor | float) -> None:
         """Add the values of one step, by name. Tensors stay on the device."""
+        if self.muted:
+            return
         for name, value in values.items():
             value = value.detach().float() if isinstance(value, torch.Tensor) else value
             self.sums[name] = self.sums[name] + value if name in self.sums else value
@@ -68,9 +87,11 @@ class Log:
 
         Names with a dot, such as `accepted.road`, are written to the file only.
         """
+        if self.muted:
+            return
         means = self.check_finite(step)
         self.sums, self.counts = {}, {}
-        self.record({"step": step, **means, **values})
+        self.record({"step": step, **means, **values, **self.check_scale(step)})
         shown = "  ".join(
             f"{name} {value:.4g}" for name, value in {**means, **values}.items() if "." not in name
         )
@@ -106,12 +127,32 @@ class Log:
         means = {name: total / self.counts[name] for name, total in totals.items()}
         for name, mean in means.items():
             if not math.isfinite(mean):
-                raise UserError(
-                    f"step {step}: {name} is {mean}; "
-                    "lower optim.lr, or use amp: float32, and --resume from the last checkpoint",
-                    3,
-                )
+                raise self.not_finite(f"step {step}: {name} is {mean}")
         return means
+
+    def check_scale(self, step: int) -> dict[str, float]:
+        """The loss scale by name; nothing without a scaler.
+
+        Raises:
+            UserError: (code 3) the scale is below 1. Each step whose gradients are not finite is
+                skipped and halves it.
+        """
+        if self.scaler is None or not self.scaler.is_enabled():
+            return {}
+        scale = self.scaler.get_scale()
+        self.largest_scale = max(self.largest_scale, scale)
+        if scale < 1:
+            skipped = round(math.log2(self.largest_scale / scale))
+            raise self.not_finite(
+                f"step {step}: amp: float16: gradients were not finite in {skipped} steps or more, "
+                f"which were skipped, and the loss scale fell to {scale:.3g}"
+            )
+        return {"scale": scale}
+
+    def not_finite(self, fault: str) -> UserError:
+        """The error (code 3) for numbers that are no longer finite."""
+        way_on = "go on with --resume --allow-change" if self.resumable else "start again"
+        return UserError(f"{fault}; lower optim.lr, or use amp: float32, and {way_on}", 3)
 
     def record(self, line: dict) -> None:
         """Append one line to metrics.jsonl."""
@@ -126,6 +167,8 @@ class Log:
 
     def print(self, text: str) -> None:
         """Print a line, above the progress bar if there is one."""
+        if self.muted:
+            return
         if self.bar is not None:
             self.bar.write(text)
         else:

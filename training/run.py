@@ -6,20 +6,23 @@ stage1.pt  of fine-tuning
 target_labeled.txt, train.txt, val.txt  where images were drawn by the seed
 """
 
+import contextlib
 import json
 import math
+import os
 import re
 import signal
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from common import files
 from common.config import changed_keys, dump, flatten, load_config
-from common.errors import UserError
+from common.errors import UserError, observe
 from common.provenance import code_version
 from data import Domains, EvaluationSets, open_domains
 from training.config import FREE_AT_RESUME
@@ -27,9 +30,30 @@ from training.device import describe_machine, get_device, seed_everything
 from training.evaluation import choose, evaluate
 from training.log import Log
 from training.pictures import save_pictures
-from training.state import OWN_STATE, check_state
+from training.state import OWN_STATE, check_state, first_not_finite
 
 KEEP = 2  # checkpoints: the newest, and the one before in case the newest is damaged
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # the run saves and leaves
+PAIR = 1.0  # seconds within which a second signal counts as the same one, sent to us twice
+LOADERS = ("source_val", "target_train", "target_test")  # of an evaluation
+
+
+class Watched:
+    """A loader of a pass that may be left before each batch, by `leave` if a signal asks for it."""
+
+    def __init__(self, loader: Iterable, leave: Callable[[], None]):
+        self.loader, self.leave = loader, leave
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __getattr__(self, name: str):
+        return getattr(self.loader, name)
+
+    def __iter__(self) -> Iterator:
+        for batch in self.loader:
+            self.leave()
+            yield batch
 
 
 def iou_table(target: dict[str, dict]) -> str:
@@ -63,26 +87,43 @@ class Run:
     def __init__(self, config, args):
         seed_everything(config.seed)
         self.config, self.folder, self.dry_run = config, Path(config.out_dir), args.dry_run
-        self.resume = args.resume and not args.dry_run
+        self.resume = args.resume
         self.history: list[dict] = []
         self.examples: list[tuple] = []
         self.seconds, self.signal, self.saved = 0.0, None, None
+        self.signaled = 0.0  # time of the first signal
+        self.step = -1  # the step that is being taken
+        self.evaluating = False  # whether it is over but for its evaluation
+        self.repeat: Path | None = None  # a checkpoint saved then, until that step is evaluated
+        self.damaged: set[Path] = set()  # checkpoints that could not be used
+        self.status: dict = {}  # status.json of this run; empty before it writes anything
         # Saved too, since an evaluation after the checkpoint may have written another model.pt.
         self.selected: dict | None = None
         self.domains: Domains | None = None
         self.commits = [code_version()]  # now: the code may change while the run goes on
+        observe(self)
+        self._check_folder()
+        self.resume = self.resume and not self.dry_run
         if self.dry_run:
             config.steps = 1
         self.last_step = config.steps
         self.log = Log(None if self.dry_run else self.folder / "metrics.jsonl", config.steps)
-        if not self.dry_run:
-            self._check_folder()
 
     def _check_folder(self) -> None:
-        if file := next((p for p in (self.folder, *self.folder.parents) if p.is_file()), None):
-            raise UserError(f"out_dir: {file} is a file; choose another out_dir")
-        if not self.folder.is_dir() or not any(self.folder.iterdir()):
+        place = next(p for p in (self.folder, *self.folder.parents) if os.path.lexists(p))
+        if not place.is_dir():
+            raise UserError(f"out_dir: {place} is a file; choose another out_dir")
+        if not os.access(place, os.W_OK | os.X_OK):
+            raise UserError(f"out_dir: {place} cannot be written to; choose another out_dir", 5)
+        try:
+            if not any(self.folder.iterdir()):
+                return
+        except FileNotFoundError:
             return
+        except OSError as error:  # such as a name that is too long
+            raise UserError(
+                f"out_dir: {self.folder} cannot be used ({error.strerror}); choose another out_dir"
+            ) from None
         status, method = self._read_status(), type(self.config).method
         other = status.get("method", method)
         if other != method:
@@ -90,6 +131,8 @@ class Run:
                 f"out_dir: {self.folder} is a run of method {other}, not {method}; "
                 "choose another out_dir"
             )
+        if self._has_failed_early(status):
+            self.resume = True  # as good as an empty folder
         if not self.resume:
             raise UserError(
                 f"out_dir: {self.folder} is used; add --resume to go on with it, "
@@ -99,6 +142,11 @@ class Run:
         if status.get("state") == "finished":
             print(f"{self.folder}: finished already, nothing to do")
             sys.exit(0)
+
+    def _has_failed_early(self, status: dict) -> bool:
+        """Whether the folder is that of a run which failed before its first checkpoint."""
+        failed = status.get("state") == "failed" and status.get("step") == 0
+        return failed and not self._checkpoints() and not (self.folder / "summary.json").exists()
 
     def _check_config(self) -> None:
         file = self.folder / "config.yaml"
@@ -131,7 +179,8 @@ class Run:
                 optimizers, the scaler, discriminators, a teacher, statistics.
 
         Returns:
-            The number of steps done.
+            The number of steps done. If the evaluation of the last of them was left by a signal,
+            that step is not counted: `steps` repeats it, and `evaluate` restores what it changed.
 
         Raises:
             UserError: something with a state in the caller is not named (see `check_state`), or
@@ -140,16 +189,22 @@ class Run:
         named = {"model": model, **state}
         check_state(named, sys._getframe(1).f_locals)
         self.state = {**named, "log": self.log}
+        self.log.scaler = next((x for x in named.values() if hasattr(x, "get_scale")), None)
         step = 0
         if self.resume:
             step = self._load_newest()
             self._restore_selected()
         if not self.dry_run:
             self._open_folder(step)
-            for number in (signal.SIGTERM, signal.SIGINT):
-                signal.signal(number, self._on_signal)
-        self.log.open(step)
+            for number in SIGNALS:
+                if signal.getsignal(number) != signal.SIG_IGN:  # as nohup does
+                    signal.signal(number, self._on_signal)
+        self.log.open(step, evaluated=self.repeat is None)
+        self.log.muted = self.repeat is not None
         self.started = time.monotonic()
+        if self.repeat is not None:
+            self.step = step
+            return step - 1
         return step
 
     def _open_folder(self, step: int) -> None:
@@ -168,8 +223,16 @@ class Run:
         self._write_status("running", step)
 
     def _on_signal(self, number, frame) -> None:
-        self.signal = number
-        signal.signal(number, signal.SIG_DFL)  # a second signal ends the run at once
+        if self.signal is None:
+            self.signal, self.signaled = number, time.monotonic()
+            name = signal.Signals(number).name
+            text = f"\n{name}: saving after this step; send it again to leave at once\n"
+            if sys.__stderr__ is not None:
+                with contextlib.suppress(OSError):
+                    os.write(2, text.encode())  # print must not be entered within a print
+        elif time.monotonic() - self.signaled > PAIR:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
 
     def steps(self, start: int) -> Iterator[int]:
         """Steps start + 1 to the last one.
@@ -184,21 +247,48 @@ class Run:
         step = start
         while step < self.last_step:
             step += 1
+            self.step = step
             yield step
+            self._end_repeat()
             if self.due(step, self.config.save_every):
                 self.save(step)
             if self.signal:
                 self._leave(step)
 
-    def watch(self, batches: Iterable, step: int) -> Iterator:
+    def watch(self, batches: Iterable, step: int) -> Watched:
         """The batches of a long pass between two steps.
 
         Before each of them the run exits if a signal asks it to, saved as after `step`.
         """
-        for batch in batches:
+
+        def leave() -> None:
             if self.signal:
                 self._leave(step)
-            yield batch
+
+        return Watched(batches, leave)
+
+    def _end_repeat(self) -> None:
+        """Put back all that the repeated step has changed, so that its evaluation can be made."""
+        if self.repeat is not None:
+            self._restore(self.repeat)
+            self.repeat, self.log.muted = None, False
+
+    def sizes(self) -> str:
+        """The keys that decide how much memory a step takes, and their values."""
+        data = self.config.data
+        values = {"data.batch": data.batch, "data.eval_batch": data.eval_batch}
+        if data.task == "classification":
+            values["data.size"] = data.size
+        domains = {"source": next(iter(data.sources), None), "target": data.target}
+        values |= {f"data.{name}.crop": x.crop for name, x in domains.items() if x and x.crop}
+        return ", ".join(f"{key}={value}" for key, value in values.items())
+
+    def failed(self, code: int, reason: str) -> None:
+        """Say in status.json, unless it is another run's, that the process ends by an error."""
+        if self.status:
+            failure = {**self.status, "state": "failed", "code": code, "reason": reason}
+            with contextlib.suppress(UserError):
+                files.write_text(self.folder / "status.json", json.dumps(failure) + "\n")
 
     def end_after(self, step: int) -> None:
         """Let the run end after this step, which has been evaluated, instead of `config.steps`."""
@@ -219,6 +309,7 @@ class Run:
             "rng": torch.get_rng_state(),
             "cuda_rng": cuda,
             "commits": self.commits,
+            "evaluation_due": self.evaluating,
         }
 
     def save(self, step: int) -> None:
@@ -230,25 +321,24 @@ class Run:
         if self.dry_run:
             return
         self.log.check_finite(step)
-        for name, value in self.state["model"].state_dict().items():
-            if not value.isfinite().all():
-                raise UserError(
-                    f"step {step}: the model's {name} is not finite; "
-                    "lower optim.lr, or use amp: float32",
-                    3,
-                )
-        folder = self.folder / "checkpoints"
-        files.save(folder / f"step_{step:08d}.pt", step=step, **self.state, **self._values())
+        if fault := first_not_finite(self.state):
+            raise self.log.not_finite(f"step {step}: {fault} is not finite")
+        file = self.folder / "checkpoints" / f"step_{step:08d}.pt"
+        files.save(file, step=step, **self.state, **self._values())
         self.saved = step
-        for old in self._checkpoints()[KEEP:]:
-            old.unlink()
+        self.log.resumable = True
+        self.damaged.discard(file)
+        usable = [file for file in self._checkpoints() if file not in self.damaged]
+        for old in (*usable[KEEP:], *self.damaged):
+            old.unlink(missing_ok=True)
             old.with_name(old.name + ".sha256").unlink(missing_ok=True)
         self._write_status("running", step)
 
     def _checkpoints(self) -> list[Path]:
         """The files of all checkpoints, the newest first."""
         files_in_folder = (self.folder / "checkpoints").glob("step_*.pt")
-        checkpoints = (f for f in files_in_folder if re.fullmatch(r"step_\d{8,}\.pt", f.name))
+        named = (f for f in files_in_folder if re.fullmatch(r"step_\d{8,}\.pt", f.name))
+        checkpoints = (f for f in named if f.is_file())
         return sorted(checkpoints, reverse=True)
 
     def _load_newest(self) -> int:
@@ -258,16 +348,16 @@ class Run:
             return 0
         for file in checkpoints:
             try:
-                saved = files.load(file, **self.state, **dict.fromkeys(OWN_STATE - {"log"}))
+                saved = self._restore(file)
             except UserError as error:
                 print(f"warning: {error}")
+                self.damaged.add(file)
                 continue
             self.history, self.selected = saved["history"], saved["selected"]
             self.seconds = saved["seconds"]
             self.commits = list(dict.fromkeys([*saved["commits"], *self.commits]))
-            torch.set_rng_state(saved["rng"])
-            if saved["cuda_rng"] and torch.cuda.is_available():
-                torch.cuda.set_rng_state_all(saved["cuda_rng"])
+            self.repeat = file if saved["evaluation_due"] else None
+            self.log.resumable = True
             print(f"{self.folder}: resuming after step {saved['step']}")
             return saved["step"]
         raise UserError(
@@ -275,6 +365,14 @@ class Run:
             "remove the folder to start again",
             4,
         )
+
+    def _restore(self, file: Path) -> dict:
+        """Load a checkpoint into what the run saves. Returns all that was saved, by name."""
+        saved = files.load(file, **self.state, **dict.fromkeys(OWN_STATE - {"log"}))
+        torch.set_rng_state(saved["rng"])
+        if saved["cuda_rng"] and torch.cuda.is_available():
+            torch.cuda.set_rng_state_all(saved["cuda_rng"])
+        return saved
 
     def _restore_selected(self) -> None:
         """Restore model.pt as of the checkpoint; a later evaluation may have written another."""
@@ -288,16 +386,22 @@ class Run:
     def evaluate(self, step: int, model: torch.nn.Module, sets: EvaluationSets) -> dict:
         """Measure the model, record its metrics, and keep its weights if they are selected.
 
+        If a signal asks for it, the run exits before the next batch, saved as after `step`. When it
+        is resumed, the evaluation takes place.
+
         Returns:
             The metrics, as `training.evaluation.evaluate`.
         """
-        metrics, self.examples = evaluate(model, sets)
+        if step == self.step:
+            self._end_repeat()
+        loaders = {name: getattr(sets, name) for name in LOADERS}
+        watched = {name: self.watch(x, step) for name, x in loaders.items() if x is not None}
+        self.evaluating = step == self.step  # and not before the first step
+        metrics, self.examples = evaluate(model, replace(sets, **watched))
+        self.evaluating = False
         for name, value in metrics["criteria"].items():
             if not math.isfinite(value):
-                raise UserError(
-                    f"step {step}: criteria.{name} is {value}; lower optim.lr, or use amp: float32",
-                    3,
-                )
+                raise self.log.not_finite(f"step {step}: criteria.{name} is {value}")
         self.history.append({"step": step, **metrics})
         flat = flatten(metrics)
         self.log.record({"step": step, **flat})
@@ -333,16 +437,19 @@ class Run:
 
     def _write_status(self, state: str, step: int) -> None:
         method = type(self.config).method
-        status = {"method": method, "state": state, "step": step, "steps": self.config.steps}
-        files.write_text(self.folder / "status.json", json.dumps(status) + "\n")
+        self.status = {"method": method, "state": state, "step": step, "steps": self.config.steps}
+        files.write_text(self.folder / "status.json", json.dumps(self.status) + "\n")
 
     def _leave(self, step: int) -> None:
         """Save and exit, as a signal asked."""
-        if self.saved != step:
+        if self.repeat is not None:
+            step = self.step  # it is saved already; what its repetition changes does not count
+        elif self.saved != step:
             self.save(step)
         self.log.close()
         if not self.dry_run:
             self._write_status("stopped", step)
+        observe(None)
         name = signal.Signals(self.signal).name
         print(f"stopped by {name} after step {step}; --resume goes on from here")
         sys.exit(128 + self.signal)
@@ -361,6 +468,7 @@ class Run:
         target = summary["target"]
         files.write_text(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         self._write_status("finished", summary["steps"])
+        observe(None)
         if target["oracle"]["step"] is None:
             step, criterion = target["selected"]["step"], summary["selection"]["criterion"]
             print(f"no target labels to measure with; model.pt: step {step}, by {criterion}")

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 
@@ -9,6 +10,7 @@ from common.errors import UserError
 
 # What a run saves of its own, by name.
 OWN_STATE = {"log", "step", "history", "selected", "seconds", "rng", "cuda_rng", "commits"}
+OWN_STATE |= {"evaluation_due"}
 
 
 def _parts(value) -> Iterator:
@@ -20,6 +22,37 @@ def _parts(value) -> Iterator:
             yield from _parts(item)
     else:
         yield value
+
+
+def _tensors(value, name: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """(dotted name, tensor) of every floating tensor in nested dicts, lists and tuples."""
+    if isinstance(value, torch.Tensor):
+        if value.is_floating_point():
+            yield name, value
+    elif isinstance(value, (dict, list, tuple)):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        for key, item in items:
+            yield from _tensors(item, f"{name}.{key}" if name else str(key))
+
+
+def first_not_finite(state: dict) -> str | None:
+    """What is not finite in the first object that is to be saved and has learned such a number.
+
+    Args:
+        state: the objects that are saved, by name; None for one that a config leaves out.
+
+    Returns:
+        A phrase such as "the model's head.weight", or None if every number is finite.
+    """
+    for name, value in state.items():
+        named = [] if value is None else list(_tensors(value.state_dict(), ""))
+        devices = {tensor.device for _, tensor in named}
+        for device in devices:  # one synchronization for each
+            tensors = [(part, tensor) for part, tensor in named if tensor.device == device]
+            finite = torch.stack([tensor.isfinite().all() for _, tensor in tensors]).tolist()
+            if not all(finite):
+                return f"the {name}'s {tensors[finite.index(False)][0]}"
+    return None
 
 
 def _tensor_ids(value) -> set[int]:
