@@ -1,7 +1,10 @@
 """Bad input: one line that says what, where and what to do, and exit code 2; nothing is written."""
 
+import json
+import os
 import re
 import shutil
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -610,10 +613,60 @@ def test_a_dry_run_writes_nothing(config, outcome, tmp_path, script, keys):
 
 def test_a_dry_run_leaves_a_used_folder_alone(config, finished, outcome, tmp_path):
     before = listing(tmp_path)
-    for arguments in (["--dry-run"], ["--dry-run", "--resume"]):
-        assert outcome("train_source", config, *arguments)[0] == 0
+    for arguments, code in ((["--dry-run"], 2), (["--dry-run", "--resume"], 0)):
+        assert outcome("train_source", config, *arguments)[0] == code
         assert listing(tmp_path) == before
     assert outcome("train_source", config, "--dry-run", "data.source.path=nowhere")[0] == 2
+
+
+@pytest.mark.parametrize(
+    ("out_dir", "code", "message"),
+    [
+        ("config.yaml/run", 2, "out_dir: config.yaml is a file; choose another out_dir"),
+        ("full", 2, "out_dir: full is used; add --resume to go on with it, or choose another"),
+        ("n" * 300, 2, f"out_dir: {'n' * 300} cannot be used (File name too long); choose another"),
+        ("gone", 2, "out_dir: gone is a file; choose another out_dir"),
+        ("locked/run", 5, "out_dir: locked cannot be written to; choose another out_dir"),
+    ],
+)
+def test_a_dry_run_refuses_the_out_dir_that_the_run_would(
+    config, outcome, tmp_path, monkeypatch, out_dir, code, message
+):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "diary.txt").write_text("dear diary")
+    (tmp_path / "gone").symlink_to("nowhere")
+    (tmp_path / "locked").mkdir()
+    access = os.access  # the tests may run as root, who may write anywhere
+    monkeypatch.setattr(os, "access", lambda path, mode: path.name != "locked" and access(path, 2))
+    before = listing(tmp_path)
+    for arguments in (["--dry-run"], []):
+        found, out, lines = outcome("train_source", config, f"out_dir={out_dir}", *arguments)
+        assert (found, len(lines)) == (code, 1)
+        assert lines[0].startswith(f"error: {message}")
+        assert "images" not in out  # before the data are opened
+        assert listing(tmp_path) == before
+
+
+def test_ctrl_c_while_the_data_are_opened(config, outcome, monkeypatch):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    monkeypatch.setattr(
+        "training.run.open_domains", lambda *arguments: signal.raise_signal(signal.SIGINT)
+    )
+    assert outcome("train_source", config) == (130, "", ["stopped by SIGINT"])
+    assert not Path("run").exists()
+
+
+def test_too_little_memory_names_what_takes_it(config, outcome, monkeypatch, tmp_path):
+    """Of the batch, and of the images or their crops."""
+    monkeypatch.setattr("training.log.Log.add", lambda *_, **__: torch.empty(2**50))
+    code, _, lines = outcome("train_source", config)
+    assert (code, len(lines)) == (2, 1)
+    assert "out of memory with data.batch=4, data.eval_batch=250, data.size=16 (" in lines[0]
+    assert json.loads(Path("run/status.json").read_text())["state"] == "failed"
+    streets = street_config(tmp_path, "train_source", out_dir="streets")
+    line = outcome("train_source", streets)[2][-1]
+    crops = "data.source.crop=[64, 64], data.target.crop=[64, 64] ("
+    assert f"out of memory with data.batch=2, data.eval_batch=3, {crops}" in line
 
 
 # --- the real commands

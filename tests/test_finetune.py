@@ -2,12 +2,14 @@
 
 import math
 import re
+import signal
 import types
 
 import pytest
 import torch
 
 import data.domains
+import models.network
 from common.errors import UserError
 from data import open_domains
 from data.config import DomainConfig, LabeledDataConfig
@@ -20,6 +22,7 @@ from tests.helpers import (
     finetune_config,
     metrics,
     stop_after,
+    stop_within_evaluation,
     summary,
     tiny_config,
     train,
@@ -497,6 +500,50 @@ def test_resume_is_exact_where_patience_decides(tmp_path, monkeypatch, stop):
         assert train("finetune", config) == 143
     assert train("finetune", config, "--resume") == 0
     assert_same(tmp_path / "whole", tmp_path / "run", "checkpoints/step_00000012.pt")
+
+
+@pytest.mark.parametrize("number", [2, 3, 4, 6])
+@pytest.mark.parametrize("augment", [True, False])
+def test_resume_is_exact_after_a_stop_within_an_evaluation(tmp_path, monkeypatch, number, augment):
+    """The third ends stage 1, and the sixth the run."""
+    keys = ["data.eval_batch=20", *([] if augment else ["data.augment={}"])]
+    config = finetune_config(tmp_path, **EARLY)
+    assert train("finetune", config, *keys, f"out_dir={tmp_path}/whole") == 0
+    with monkeypatch.context() as patch:
+        batches = stop_within_evaluation(patch, number)
+        assert train("finetune", config, *keys) == 143
+    assert len(batches) == 1
+    assert at(tmp_path / "run", 2 * number)["evaluation_due"]
+    assert train("finetune", config, *keys, "--resume") == 0
+    assert_same(tmp_path / "whole", tmp_path / "run", "checkpoints/step_00000012.pt")
+    one, other = (summary(tmp_path / run) for run in ("whole", "run"))
+    del one["seconds"], other["seconds"]
+    assert one == other
+
+
+@pytest.mark.parametrize("stop", [None, 3], ids=["at the start", "after a resume"])
+def test_a_signal_while_features_are_computed_saves_and_leaves(tmp_path, monkeypatch, stop):
+    config, keys = finetune_config(tmp_path), ["data.augment={}"]
+    assert train("finetune", config, *keys, f"out_dir={tmp_path}/whole") == 0
+    if stop:
+        with monkeypatch.context() as patch:
+            stop_after(patch, stop)
+            assert train("finetune", config, *keys) == 143
+    normalize, seen = models.network.Network.normalize, []
+
+    def stopped(self, images):
+        if not seen:
+            signal.raise_signal(signal.SIGTERM)
+        seen.append(len(images))
+        return normalize(self, images)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(models.network.Network, "normalize", stopped)
+        assert train("finetune", config, *keys, *(["--resume"] if stop else [])) == 143
+    assert seen == [40]  # of 160 images
+    assert (at(tmp_path / "run", stop or 0)["step"]) == (stop or 0)
+    assert train("finetune", config, *keys, "--resume") == 0
+    assert_same(tmp_path / "whole", tmp_path / "run", LAST)
 
 
 def test_the_last_steps_of_a_run_that_ends_early_are_logged(tmp_path):

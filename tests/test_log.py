@@ -39,6 +39,56 @@ def test_a_mean_that_is_not_finite_is_named(tmp_path):
     with pytest.raises(UserError, match="step 3: other is inf") as error:
         log.write(3)
     assert error.value.code == 3
+    assert str(error.value).endswith("; lower optim.lr, or use amp: float32, and start again")
+    log.resumable = True
+    with pytest.raises(UserError, match=r"and go on with --resume --allow-change$"):
+        log.write(3)
+
+
+def test_an_evaluation_that_is_made_again_is_dropped(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    text = '{"step": 4, "criteria.infomax": 1}\n{"step": 8, "loss": 1}\n'
+    file.write_text(text + '{"step": 8, "target.accuracy": 1.0, "criteria.infomax": 1}\n')
+    whole = file.read_text()
+    Log(file, 8).open(8)
+    assert file.read_text() == whole  # control
+    Log(file, 8).open(8, evaluated=False)
+    assert file.read_text() == text
+
+
+def test_a_muted_log_says_and_keeps_nothing(tmp_path, capsys):
+    log = Log(tmp_path / "metrics.jsonl", 4)
+    log.open(2)
+    log.muted = True
+    log.add(loss=1.0)
+    log.write(3)
+    log.print("a warning")
+    assert (log.sums, capsys.readouterr().out) == ({}, "")
+    assert not log.path.exists()
+
+
+def test_the_loss_scale_is_written_and_ends_the_run_below_one(tmp_path):
+    """With gradients that are never finite every step is skipped, and nothing is learned."""
+    log = Log(tmp_path / "metrics.jsonl", 40)
+    log.scaler = scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    weight = torch.nn.Parameter(torch.ones(1))
+    optimizer = torch.optim.SGD([weight], lr=1.0)
+    log.open(0)
+    for step in range(1, 5):
+        scaler.scale((weight * math.inf).sum()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        if step < 4:
+            log.write(step)
+    with pytest.raises(UserError, match=r"amp: float16: .* in 4 steps or more, .* to 0.5") as error:
+        log.write(4)
+    assert error.value.code == 3
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["scale"] for line in lines] == [4.0, 2.0, 1.0]
+    assert weight.item() == 1.0
+    log.scaler = torch.amp.GradScaler("cpu", enabled=False)  # of a run in float32
+    log.write(4)
+    assert "scale" not in json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])
 
 
 @pytest.mark.parametrize("terminal", [True, False])

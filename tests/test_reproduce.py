@@ -107,7 +107,8 @@ if __name__ == "__main__":
     folder = pathlib.Path(next(a for a in sys.argv if a.startswith("out_dir=")).split("=", 1)[1])
     folder.mkdir(parents=True)
     stop, end = [], time.monotonic() + 20
-    signal.signal(signal.SIGTERM, lambda number, frame: stop.append(number))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda number, frame: stop.append(number))
     (folder / "ready").touch()
     while not stop:
         time.sleep(0.02)
@@ -509,7 +510,8 @@ def test_a_bad_suite_on_the_command_line(folder):
     assert done.stderr == "error: suite.yaml: runs[0].config: there is no file one.yaml\n"
 
 
-def test_a_signal_reaches_the_runs_and_starts_no_more(folder):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_reaches_the_runs_and_starts_no_more(folder, number):
     Path("suite.yaml").write_text(SUITE.replace("script: train.py", "script: waits.py"))
     options = ["suite.yaml", "--seeds", "0", "1", "--jobs", "2", "--out", "results.md"]
     process = subprocess.Popen(
@@ -519,9 +521,9 @@ def test_a_signal_reaches_the_runs_and_starts_no_more(folder):
     end = time.monotonic() + 60
     while not all((run / "ready").exists() for run in first) and time.monotonic() < end:
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     out = process.communicate()[0]  # ends at any rate: the script gives up
-    assert process.returncode == 143
+    assert process.returncode == 128 + number
     for run in first:
         assert (run / "saved").exists()
         assert f"{run}: stopped after" in out

@@ -7,6 +7,8 @@ import signal
 import pytest
 import torch
 
+import losses.domain
+import models
 from common.errors import UserError
 from tests.helpers import (
     SCRIPTS,
@@ -296,6 +298,40 @@ def test_killed_before_the_first_checkpoint_starts_again(tmp_path, monkeypatch, 
             train("train_source", config)
     assert train("train_source", config, "--resume") == 0
     assert _same_run(whole["train_source"], tmp_path / "run") == 0
+
+
+def test_float16_without_a_finite_gradient_is_exit_3(tmp_path, monkeypatch):
+    """Every step is skipped, so nothing is learned; the losses stay finite."""
+    build_model = models.build_model
+
+    def built(*arguments, **named):
+        model = build_model(*arguments, **named)
+        model.head.bias.register_hook(lambda gradient: gradient * float("nan"))
+        return model
+
+    keys = ["amp=float16", "steps=24", "log_every=1", "eval_every=1000", "data.batch=2"]
+    config = tiny_config(tmp_path)
+    monkeypatch.setattr(models, "build_model", built)
+    with pytest.raises(UserError, match=r"step 17: amp: float16: .* in 17 steps or more") as error:
+        train("train_source", config, *keys)
+    assert error.value.code == 3
+    assert not (tmp_path / "run/summary.json").exists()
+
+
+def test_an_infinite_loss_of_the_method_is_named(tmp_path, monkeypatch):
+    """One batch is enough, and nothing of it is saved."""
+    domain_loss, seen = losses.domain.domain_loss, []
+
+    def infinite(*arguments, **named):
+        seen.append(1)
+        return domain_loss(*arguments, **named) * (float("inf") if len(seen) == 8 else 1)
+
+    monkeypatch.setattr(losses.domain, "domain_loss", infinite)
+    with pytest.raises(UserError, match=r"step 8: adv_loss is inf; .* --resume --allow-change$"):
+        train("train_dann", tiny_config(tmp_path))
+    assert [file.name for file in (tmp_path / "run/checkpoints").glob("*.pt")] == [
+        "step_00000005.pt"
+    ]
 
 
 def test_not_finite_stops_with_exit_3_and_keeps_the_last_good_checkpoint(tmp_path):

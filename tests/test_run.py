@@ -1,10 +1,12 @@
 """The run folder: when a run saves, how it leaves, and what it writes without being asked."""
 
+import errno
 import json
 import os
 import shutil
 import signal
 import subprocess
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +22,7 @@ from tests.helpers import (
     ROOT,
     TRAINING,
     any_config,
+    differing,
     finetune_config,
     load_script,
     metrics,
@@ -30,20 +33,10 @@ from tests.helpers import (
     train,
     weights,
 )
+from training import log
 from training import run as run_module
 from training.config import RunConfig, load_run_config
-from training.run import Run
-
-SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-
-@pytest.fixture(autouse=True)
-def handlers():
-    """The test process keeps its own signal handlers."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
+from training.run import SIGNALS, Run
 
 
 @dataclass
@@ -60,6 +53,7 @@ class Counter(torch.nn.Module):
     def __init__(self):
         super().__init__()
         self.register_buffer("steps", torch.tensor(0))
+        self.register_buffer("mean", torch.tensor(0.0))
 
 
 class Counting:
@@ -118,14 +112,16 @@ def test_a_run_saves_after_the_steps_where_that_is_due(tmp_path):
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_a_signal_ends_the_run_after_its_step_which_is_saved(tmp_path, capsys, number):
+def test_a_signal_ends_the_run_after_its_step_which_is_saved(tmp_path, capfd, number):
+    """It may come twice, from a group and from a wrapper that passes it on."""
     file = tiny_config(tmp_path, save_every=1000)
     counting, ended = Counting(file), []
 
     def during(step):
         if step == 3:
             signal.raise_signal(number)
-            assert signal.getsignal(number) == signal.SIG_DFL  # a second one leaves at once
+            signal.raise_signal(number)
+            signal.raise_signal(SIGNALS[0])
 
     with pytest.raises(SystemExit) as stop:
         counting.loop(during, ended.append)
@@ -134,7 +130,10 @@ def test_a_signal_ends_the_run_after_its_step_which_is_saved(tmp_path, capsys, n
     assert checkpoints(tmp_path / "run") == [3]
     assert counted(tmp_path / "run", 3) == 3
     assert status(tmp_path / "run") == ("stopped", 3)
-    assert number.name in capsys.readouterr().out
+    out, err = capfd.readouterr()
+    assert f"stopped by {number.name} after step 3" in out
+    notice = f"{number.name}: saving after this step; send it again to leave at once\n"
+    assert err.count("saving") == err.count(notice) == 1
 
     again = Counting(file, resume=True)
     assert (again.start, int(again.counter.steps)) == (3, 3)
@@ -187,9 +186,231 @@ def test_a_signal_within_a_pass_before_the_first_step(tmp_path):
     counting = Counting(file)
     signal.raise_signal(signal.SIGTERM)
     with pytest.raises(SystemExit):
-        next(counting.run.watch([0], 0))
+        next(iter(counting.run.watch([0], 0)))
     assert status(tmp_path / "run") == ("stopped", 0)
     assert Counting(file, resume=True).start == 0
+
+
+def test_a_watched_loader_is_the_loader_otherwise(tmp_path):
+    loader = torch.utils.data.DataLoader(range(6), batch_size=4)
+    watched = Counting(tiny_config(tmp_path)).run.watch(loader, 0)
+    assert (len(watched), watched.dataset) == (2, range(6))
+    assert [batch.tolist() for batch in watched] == [[0, 1, 2, 3], [4, 5]]
+
+
+# --- signals, in processes of their own
+
+
+def fork(main, log: Path) -> int:
+    """Start a script's `main` in a process with a group of its own. Returns its number."""
+    process = os.fork()
+    if process:
+        return process
+    code = 1
+    try:
+        os.setsid()
+        file = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        exit_with(main)
+    except SystemExit as end:
+        code = end.code
+    finally:
+        os._exit(code)
+
+
+def wait_for(condition, seconds: float = 30.0):
+    """The first value of `condition` that is not None, asked for until then."""
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if (value := condition()) is not None:
+            return value
+        time.sleep(0.01)
+    pytest.fail("a process did not do what it was waited for")
+
+
+def exit_code(process: int) -> int | None:
+    done, state = os.waitpid(process, os.WNOHANG)
+    return os.waitstatus_to_exitcode(state) if done else None
+
+
+def test_signals_to_the_group_lose_no_step(tmp_path):
+    """Five times, each at another moment; the result is that of the uninterrupted run."""
+    config, log, folder = tiny_config(tmp_path), tmp_path / "log.txt", tmp_path / "run"
+    assert train("train_source", config, "steps=60", f"out_dir={tmp_path}/whole") == 0
+
+    def logged() -> int:
+        """Steps logged, of which a run that is stopped must keep each."""
+        file = folder / "metrics.jsonl"
+        return max((line["step"] for line in metrics(folder)), default=0) if file.exists() else 0
+
+    for number in (10, 20, 30, 40, 50):
+        keys = ["steps=60", "log_every=1", "save_every=1000", "--resume"]
+        process = fork(lambda keys=keys: train("train_source", config, *keys), log)
+        wait_for(lambda number=number: True if logged() >= number else None)
+        os.killpg(process, signal.SIGTERM)
+        begin = time.monotonic()
+        assert wait_for(lambda process=process: exit_code(process)) == 143, log.read_text()
+        assert time.monotonic() - begin < 20
+        with pytest.raises(ProcessLookupError):
+            os.killpg(process, 0)
+        state, step = status(folder)
+        assert (state, step) == ("stopped", logged())
+        assert checkpoints(folder)[-1] == step
+    assert train("train_source", config, "steps=60", "log_every=1", "--resume") == 0
+    assert differing(*(weights(tmp_path / name) for name in ("whole", "run"))) == 0
+
+
+@pytest.mark.parametrize("second", [None, *SIGNALS[:2]], ids=["once", "SIGTERM", "SIGINT"])
+def test_a_second_signal_leaves_at_once(tmp_path, second):
+    """It comes after a second, of whichever kind; the older checkpoint stays good."""
+    file, log, folder = tiny_config(tmp_path, save_every=2), tmp_path / "log.txt", tmp_path / "run"
+
+    def main():
+        counting = Counting(file)
+        counting.loop(during=lambda step: time.sleep(3) if step == 5 else None)
+
+    process = fork(main, log)
+    wait_for(lambda: True if folder.exists() and checkpoints(folder)[-1:] == [4] else None)
+    time.sleep(0.2)
+    os.killpg(process, signal.SIGINT)
+    time.sleep(1.2)
+    begin = time.monotonic()
+    if second:
+        os.killpg(process, second)
+    code = wait_for(lambda: exit_code(process))
+    assert code == (-second if second else 130), log.read_text()
+    assert checkpoints(folder)[-1] == (4 if second else 5)
+    if second:
+        assert time.monotonic() - begin < 1
+    assert Counting(file, resume=True).start == (4 if second else 5)
+
+
+def test_a_hang_up_that_is_ignored_stays_ignored(tmp_path):
+    """As nohup asks; else it stops a run as SIGTERM does."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    counting = Counting(tiny_config(tmp_path))
+    assert counting.loop(during=lambda step: signal.raise_signal(signal.SIGHUP))[-1] == 10
+
+
+# --- failures
+
+
+def fail(main, capsys) -> tuple[int, str]:
+    """(exit code, sentence) of a run that ends with one line."""
+    with pytest.raises(SystemExit) as stop:
+        exit_with(main)
+    return stop.value.code, capsys.readouterr().err.splitlines()[-1].removeprefix("error: ")
+
+
+def raise_at(monkeypatch, step: int, error: Exception) -> None:
+    """Let step `step` of the next run end with an error."""
+    add, seen = log.Log.add, []
+
+    def failing(self, **values):
+        add(self, **values)
+        seen.append(1)
+        if len(seen) == step:
+            raise error
+
+    monkeypatch.setattr(log.Log, "add", failing)
+
+
+FAILURES = {
+    2: UserError("x.png: cannot be read; remove it"),
+    3: UserError("step 3: cls_loss is nan; start again", 3),
+    5: OSError(errno.ENOSPC, "No space left on device", "x"),
+    1: ZeroDivisionError("a mistake"),
+}
+
+
+@pytest.mark.parametrize("code", FAILURES)
+def test_a_failure_stands_in_status_json(tmp_path, monkeypatch, capsys, code):
+    """And the same command starts again, if nothing is saved; other files stay."""
+    config, folder = tiny_config(tmp_path), tmp_path / "run"
+    assert train("train_source", config, f"out_dir={tmp_path}/whole") == 0
+    with monkeypatch.context() as patch:
+        raise_at(patch, 3, FAILURES[code])
+        if code == 1:
+            with pytest.raises(ZeroDivisionError):
+                exit_with(lambda: train("train_source", config))
+            reason = "ZeroDivisionError: a mistake"
+        else:
+            found, reason = fail(lambda: train("train_source", config), capsys)
+            assert found == code
+    state = json.loads((folder / "status.json").read_text())
+    assert (state["state"], state["step"], state["method"]) == ("failed", 0, "source")
+    assert (state["code"], state["reason"]) == (code, reason)
+    (folder / "notes.txt").write_text("mine")
+    (folder / "model.pt").write_text("mine too")
+    assert train("train_source", config) == 0
+    assert metrics(folder) == metrics(tmp_path / "whole")
+    assert differing(weights(tmp_path / "whole"), weights(folder)) == 0
+    assert (folder / "notes.txt").read_text() == "mine"
+    assert status(folder) == ("finished", 10)
+
+
+def test_a_failure_after_a_checkpoint_keeps_the_folder_in_use(tmp_path, monkeypatch, capsys):
+    config, folder = tiny_config(tmp_path), tmp_path / "run"
+    with monkeypatch.context() as patch:
+        raise_at(patch, 8, FAILURES[2])
+        assert fail(lambda: train("train_source", config), capsys)[0] == 2
+    assert status(folder) == ("failed", 5)
+    code, reason = fail(lambda: train("train_source", config), capsys)
+    assert code == 2
+    assert "is used; add --resume" in reason
+    assert status(folder) == ("failed", 5)
+    assert train("train_source", config, "--resume") == 0
+    assert status(folder) == ("finished", 10)
+
+
+def test_a_refused_run_says_nothing_in_the_folder_of_another(tmp_path, monkeypatch, capsys):
+    config, folder = tiny_config(tmp_path), tmp_path / "run"
+    with monkeypatch.context() as patch:
+        stop_after(patch, 6)
+        assert train("train_source", config) == 143
+    before = (folder / "status.json").read_bytes()
+    for arguments in ([], ["--resume", "seed=5"], ["--resume", "data.source.name=mnist"]):
+        assert fail(lambda a=arguments: train("train_source", config, *a), capsys)[0] == 2
+        assert (folder / "status.json").read_bytes() == before
+    killed = json.dumps({**json.loads(before), "state": "running", "step": 0})
+    (folder / "status.json").write_text(killed)
+    for file in (folder / "checkpoints").iterdir():
+        file.unlink()
+    reason = fail(lambda: train("train_source", config), capsys)[1]
+    assert "is used; add --resume" in reason  # it may be a run that is alive
+
+
+def test_a_number_that_is_not_finite_is_not_saved(tmp_path, capsys):
+    """In whatever object it is; the checkpoint before stays."""
+    counting = Counting(tiny_config(tmp_path, save_every=2))
+
+    def during(step):
+        if step == 5:
+            counting.counter.mean.fill_(float("nan"))
+
+    code, reason = fail(lambda: counting.loop(during), capsys)
+    assert code == 3
+    assert reason.startswith("step 6: the counter's mean is not finite; lower optim.lr, ")
+    assert reason.endswith("and go on with --resume --allow-change")
+    assert checkpoints(tmp_path / "run") == [2, 4]
+    assert status(tmp_path / "run") == ("failed", 4)
+
+
+def test_after_a_damaged_checkpoint_two_good_ones_are_kept(tmp_path):
+    file, folder = tiny_config(tmp_path, save_every=3, steps=20), tmp_path / "run"
+    counting = Counting(file)
+    with pytest.raises(SystemExit):
+        counting.loop(lambda step: signal.raise_signal(signal.SIGTERM) if step == 10 else None)
+    assert checkpoints(folder) == [9, 10]
+    newest = folder / "checkpoints/step_00000010.pt"
+    newest.write_bytes(newest.read_bytes()[:1000])
+    again, seen = Counting(file, resume=True), []
+    assert again.start == 9
+    again.loop(after=lambda step: seen.append(checkpoints(folder)))
+    assert seen[1] == [9, 10]  # after step 11: nothing is removed before something is saved
+    assert seen[3] == [9, 12]  # after step 13
+    assert [counted(folder, step) for step in (18, 20)] == [18, 20]
 
 
 # --- end_after

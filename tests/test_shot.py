@@ -19,6 +19,7 @@ from tests.helpers import (
     metrics,
     shot_config,
     stop_after,
+    stop_within_evaluation,
     summary,
     train,
     weights,
@@ -271,6 +272,28 @@ def test_a_signal_while_centroids_are_computed_saves_and_leaves(tmp_path, monkey
     assert train("train_shot", config, "--resume") == 0
     whole, resumed = (weights(tmp_path / run, LAST) for run in ("whole", "run"))
     assert differing(whole["model"], resumed["model"]) == 0
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    ("task", "every", "number"), [("classification", 3, 3), ("segmentation", 4, 2)]
+)
+def test_stopped_within_an_evaluation_and_resumed_is_exact(
+    tmp_path, monkeypatch, task, every, number
+):
+    """Of step 9, whose repetition computes centroids; that of step 8 does not."""
+    config, keys = shot_config(tmp_path, task), [f"eval_every={every}"]
+    assert train("train_shot", config, *keys, f"out_dir={tmp_path}/whole") == 0
+    with monkeypatch.context() as patch:
+        batches = stop_within_evaluation(patch, number)
+        assert train("train_shot", config, *keys) == 143
+    assert len(batches) == 1
+    step = every * number
+    assert weights(tmp_path / "run", f"checkpoints/step_{step:08d}.pt")["evaluation_due"]
+    assert train("train_shot", config, *keys, "--resume") == 0
+    whole, resumed = (weights(tmp_path / run, LAST) for run in ("whole", "run"))
+    del whole["seconds"], resumed["seconds"]
+    assert differing(whole, resumed) == 0
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "run")
 
 

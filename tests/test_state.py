@@ -1,6 +1,7 @@
 """Everything with a state is saved, or `run.begin` refuses to start."""
 
 import argparse
+import math
 import signal
 from collections.abc import Iterator
 
@@ -14,7 +15,7 @@ from tests.helpers import tiny_config
 from train_source import Config
 from training.config import load_run_config
 from training.run import Run
-from training.state import check_state
+from training.state import check_state, first_not_finite
 
 
 def sgd(*modules: nn.Module) -> torch.optim.Optimizer:
@@ -178,3 +179,19 @@ def test_a_state_that_is_no_tensor_is_seen(model):
         check_state({"model": model}, {"monitor": Remembers()})
     monitor = Remembers()
     check_state({"model": model, "monitor": monitor}, {"monitor": monitor})  # control
+
+
+def test_the_first_number_that_is_not_finite_is_named(model):
+    statistics = nn.Module()
+    statistics.register_buffer("counts", torch.tensor([1, 2]))  # whole numbers always are
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.ones(1, 3)).sum().backward()
+    optimizer.step()
+    state = {"model": model, "teacher": None, "statistics": statistics, "optimizer": optimizer}
+    state["scaler"] = scaler(enabled=False)
+    assert first_not_finite(state) is None
+    parameter = next(iter(optimizer.state))
+    optimizer.state[parameter]["exp_avg"][-1] = math.inf
+    assert first_not_finite(state) == "the optimizer's state.0.exp_avg"
+    model[0].bias.data[0] = math.nan
+    assert first_not_finite(state) == "the model's 0.bias"
