@@ -24,7 +24,16 @@ from common.errors import UserError
 from data import LabeledDataConfig, classification, segmentation
 from data.image_set import ImageSet, Renumbered
 from tests.conftest import REAL_DATA, START_FOLDER
-from tests.helpers import ROOT, TRAINING, differing, load_script, metrics, stop_after, summary
+from tests.helpers import (
+    ROOT,
+    TRAINING,
+    differing,
+    load_script,
+    metrics,
+    stop_after,
+    stop_within_evaluation,
+    summary,
+)
 from tests.test_laws import imports
 from training.config import load_run_config
 
@@ -175,12 +184,16 @@ def test_a_dry_run_writes_nothing(ready, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_resume_is_exact(ready, whole, tmp_path, monkeypatch, workers):
+@pytest.mark.parametrize(
+    ("stop", "number", "workers"),
+    [(stop_after, 4, 0), (stop_after, 4, 2), (stop_within_evaluation, 1, 0)],
+    ids=["0 workers", "2 workers", "within an evaluation"],
+)
+def test_resume_is_exact(ready, whole, tmp_path, monkeypatch, stop, number, workers):
     """Stopped in the middle and resumed: no number differs from the uninterrupted run."""
     folder = tmp_path / "run"
     with monkeypatch.context() as patch:
-        stop_after(patch, 4)
+        stop(patch, number)
         assert ready.run(folder, f"data.workers={workers}") == 128 + signal.SIGTERM
     assert ready.run(folder, f"data.workers={workers}", "--resume") == 0
     assert metrics(folder) == metrics(whole), (

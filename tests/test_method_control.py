@@ -8,7 +8,7 @@ import pytest
 
 from common.errors import UserError
 from tests import test_method as kit
-from tests.helpers import ROOT
+from tests.helpers import ROOT, stop_after
 
 CONFIG = str(ROOT / "configs/demo/digits.yaml")
 LOSS = '            losses["mcc_loss"] = mcc_loss(out_t.logits, config.temperature)\n'
@@ -53,7 +53,7 @@ def test_a_state_outside_the_checkpoint_is_found(broken, tmp_path, monkeypatch):
     )
     whole = first_run(method, tmp_path)
     with pytest.raises(AssertionError, match=r"differs? after a resume"):
-        kit.test_resume_is_exact(method, whole, tmp_path, monkeypatch, workers=0)
+        kit.test_resume_is_exact(method, whole, tmp_path, monkeypatch, stop_after, 4, workers=0)
 
 
 def test_two_classes_give_no_false_alarm(broken, tmp_path, pictures, monkeypatch):
