@@ -271,7 +271,7 @@ def run_all(jobs: list[Job], at_once: int) -> tuple[int, int | None]:
     handlers = {
         number: signal.signal(number, lambda received, frame: signals.append(received))
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-        if signal.getsignal(number) != signal.SIG_IGN  # as nohup does
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN  # as nohup asks
     }
     try:
         while running or (waiting and not signals):

@@ -125,10 +125,10 @@ def _guard_output() -> None:
             setattr(sys, name, _Output(stream))
 
 
-def _silence_interrupt(kind, error, trace) -> None:
+def _silence_interrupt(kind, error, trace, show=sys.excepthook) -> None:
     """`sys.excepthook`: Ctrl-C during the imports of a script needs no traceback."""
     if not issubclass(kind, KeyboardInterrupt):
-        sys.__excepthook__(kind, error, trace)
+        show(kind, error, trace)
 
 
 sys.excepthook = _silence_interrupt

@@ -197,8 +197,9 @@ class Run:
         if not self.dry_run:
             self._open_folder(step)
             for number in SIGNALS:
-                if signal.getsignal(number) != signal.SIG_IGN:  # as nohup does
-                    signal.signal(number, self._on_signal)
+                if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
+                    continue  # as nohup asks
+                signal.signal(number, self._on_signal)
         self.log.open(step, evaluated=self.repeat is None)
         self.log.muted = self.repeat is not None
         self.started = time.monotonic()
