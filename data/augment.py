@@ -43,6 +43,14 @@ def _uniform(
     return torch.rand((n, *shape), generator=generator) * (high - low) + low
 
 
+def _some(images, changed, probability: float, generator: torch.Generator) -> torch.Tensor:
+    """The changed images, each with a `probability`, else as it was; with 1 nothing is drawn."""
+    if probability == 1:
+        return changed
+    chosen = torch.rand(len(images), generator=generator) < probability
+    return torch.where(chosen.view(-1, 1, 1, 1), changed, images)
+
+
 def affine(
     images,
     size,
@@ -153,6 +161,7 @@ def jitter(
     saturation: float = 0.0,
     hue: float = 0.0,
     gamma: Range = (1.0, 1.0),
+    probability: float = 1.0,
 ):
     """Color jitter, in the order of the parameters.
 
@@ -161,6 +170,7 @@ def jitter(
         hue: the shift is drawn from -value to value; 0.5 is half of the color circle.
         gamma: range of the exponent, drawn uniformly on a logarithmic scale; above 1 it darkens,
             below 1 it brightens.
+        probability: of an image to be changed at all.
     """
     operations = [
         (F.adjust_brightness, 1, brightness),
@@ -178,11 +188,16 @@ def jitter(
         log_gamma = _uniform(len(changed), math.log(gamma[0]), math.log(gamma[1]), generator)
         exponents = log_gamma.exp().tolist()
         changed = [F.adjust_gamma(x, power) for x, power in zip(changed, exponents, strict=True)]
-    return torch.stack(changed)
+    return _some(images, torch.stack(changed), probability, generator)
 
 
-def blur(images, size, generator, sigma: Range = (0.1, 2.0)):
-    """Gaussian blur; `sigma` is the range of the standard deviation in px."""
+def blur(images, size, generator, sigma: Range = (0.1, 2.0), probability: float = 1.0):
+    """Gaussian blur.
+
+    Args:
+        sigma: range of the standard deviation in px.
+        probability: of an image to be blurred.
+    """
     sigmas = _uniform(len(images), *sigma, generator).tolist()
     largest = min(images.shape[2:]) - 1  # the padding by reflection allows no larger radius
     radii = [min(math.ceil(2 * s), largest) for s in sigmas]
@@ -190,7 +205,7 @@ def blur(images, size, generator, sigma: Range = (0.1, 2.0)):
         F.gaussian_blur(x, [2 * r + 1] * 2, [s] * 2)
         for x, r, s in zip(images, radii, sigmas, strict=True)
     ]
-    return torch.stack(blurred)
+    return _some(images, torch.stack(blurred), probability, generator)
 
 
 def cutout(images, size, generator, side: float = 0.5):

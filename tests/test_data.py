@@ -436,6 +436,26 @@ def test_jitter():
     assert off(apply("jitter", image, hue=0.4), image) > 20
 
 
+SOMETIMES = {"jitter": {"brightness": 0.9, "hue": 0.4}, "blur": {"sigma": [2.0, 3.0]}}
+
+
+@pytest.mark.parametrize("name", SOMETIMES)
+def test_a_probability_is_drawn_for_each_image(name):
+    images = smooth(400)
+    out = apply(name, images, probability=0.3, **SOMETIMES[name])
+    unchanged = (out == images).flatten(1).all(1)
+    assert 0.6 < unchanged.float().mean() < 0.8
+    everything = apply(name, images, **SOMETIMES[name])
+    assert torch.equal(out[~unchanged], everything[~unchanged])
+    assert torch.equal(apply(name, images, probability=0.0, **SOMETIMES[name]), images)
+    # control: with 1 no number is drawn, so that the next operation finds the same stream
+    for given, same in (({}, True), ({"probability": 1}, True), ({"probability": 0.99}, False)):
+        random, plain = generator(0), generator(0)
+        Augment({name: {**SOMETIMES[name], **given}}, 32)(images[:2], random)
+        Augment({name: SOMETIMES[name]}, 32)(images[:2], plain)
+        assert torch.equal(random.get_state(), plain.get_state()) == same
+
+
 def test_blur_keeps_the_mass_and_spreads_it():
     out = apply("blur", _spot(0, 0), sigma=[2.0, 2.0])
     assert out.float().sum().item() == pytest.approx(_spot(0, 0).float().sum().item(), rel=0.05)
