@@ -6,16 +6,15 @@
     pseudo_loss = mean over target predictions of weight * CE(model(x_strong), y_t)
     y_t         = argmax of p_t, the teacher's prediction on the weak view of the same image;
                   accepted where max p_t >= threshold:  fixed | relative to the mean confidence on
-                  the source (AdaMatch, arXiv:2106.04732) | class_balanced, the most confident
-                  share of each class (CBST, ECCV 2018)
-    weight      = mask: 1 where accepted, else 0 | confident_fraction: everywhere the accepted
-                  share (DACS)
+                  the source (AdaMatch, arXiv:2106.04732); with class_balanced (CBST, ECCV 2018)
+                  argmax and max of p_t / t, t of a class being what its surest share reaches
+    weight      = mask: 1 where accepted, else 0 | confident_fraction: the accepted share (DACS)
     div_loss    = 1 - entropy of the mean target prediction
 
-The teacher is the model's exponential moving average (arXiv:1703.01780), or the model itself in
-eval mode. With `mix: classmix` half of the source image's classes are pasted onto the strong view,
-image and label (DACS, arXiv:2007.08702). An auxiliary head adds model.aux_weight times its own
-losses. docs/pseudo.md explains every metric and departure from the papers.
+The teacher is the model's exponential moving average (arXiv:1703.01780), or the model itself. With
+`mix: classmix` half of the source image's classes are pasted onto the strong view, image and label
+(DACS, arXiv:2007.08702). An auxiliary head adds model.aux_weight times its own losses.
+docs/pseudo.md explains every metric and departure from the papers.
 
     python train_pseudo.py --config configs/demo/digits.yaml configs/demo/pseudo.yaml
     python train_pseudo.py --config configs/demo/digits.yaml configs/demo/pseudo.yaml --resume
@@ -35,6 +34,7 @@ from losses.entropy import diversity_loss
 from losses.pseudo_label import (
     PredictionStatistics,
     align_distribution,
+    class_balanced_labels,
     pseudo_label_loss,
     pseudo_label_weights,
 )
@@ -134,12 +134,12 @@ def main(argv: list[str] | None = None) -> int:
         if config.threshold_mode == "class_balanced":
             first, last = config.portions
             statistics.histogram.add(confidence, y_t)
-            threshold = statistics.histogram.thresholds(first + (last - first) * p)[y_t]
+            thresholds = statistics.histogram.thresholds(first + (last - first) * p)
+            y_t, accepted = class_balanced_labels(p_t, thresholds)
         elif config.threshold_mode == "relative":
-            threshold = config.threshold * statistics.confidence_s.value
+            accepted = confidence >= config.threshold * statistics.confidence_s.value
         else:
-            threshold = config.threshold
-        accepted = confidence >= threshold
+            accepted = confidence >= config.threshold
         shares.add(y_t, accepted)
         labels, weights = y_t, pseudo_label_weights(accepted, config.weighting)
         if config.mix == "classmix":

@@ -48,6 +48,25 @@ def align_distribution(p: torch.Tensor, mean_s: torch.Tensor, mean_t: torch.Tens
     return p * ratio / (p * ratio).sum(1, keepdim=True).clamp_min(1e-12)
 
 
+def class_balanced_labels(
+    p: torch.Tensor, thresholds: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Labels argmax p / threshold, accepted where that ratio is 1 or more (CBST, Zou et al. 2018).
+
+    A rare class, whose threshold is low, is so chosen before one of higher probability that misses
+    its own: of p = (0.55, 0.45) and thresholds (0.95, 0.40) it is the second.
+
+    Args:
+        p: (N, K, ...) target probabilities.
+        thresholds: (K,) confidences, such as `ConfidenceHistogram.thresholds`.
+
+    Returns:
+        (labels int64, accepted bool), both (N, ...).
+    """
+    ratio, labels = (p / thresholds.view(-1, *[1] * (p.dim() - 2))).max(1)
+    return labels, ratio >= 1
+
+
 class ConfidenceHistogram(nn.Module):
     """Running histogram of confidences by predicted class, for class-balanced thresholds (CBST).
 

@@ -14,6 +14,7 @@ from data.classmix import class_mask, classmix
 from losses.pseudo_label import (
     ConfidenceHistogram,
     align_distribution,
+    class_balanced_labels,
     pseudo_label_loss,
     pseudo_label_weights,
 )
@@ -121,6 +122,27 @@ def test_class_balanced_cut_is_within_a_bin_of_a_sort(shape, portion):
         assert -1e-2 <= math.log(exact / (1 - exact)) - torch.logit(cut[k]).item() <= width + 1e-2
         assert portion - 0.01 <= (own >= cut[k]).float().mean() <= portion + 0.05
     assert cut[4] == 1  # never predicted
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_class_balanced_labels_against_a_loop(shape):
+    """The class of the largest ratio, which need not be that of the largest probability."""
+    p, thresholds = (3 * rand(*shape)).softmax(1), torch.tensor([0.95, 0.4, 0.25, 0.3, 1.0])
+    labels, accepted = class_balanced_labels(p, thresholds)
+    rows = p.movedim(1, -1).reshape(-1, 5).tolist()
+    for row, label, taken in zip(rows, labels.flatten(), accepted.flatten(), strict=True):
+        ratios = [value / limit for value, limit in zip(row, thresholds.tolist(), strict=True)]
+        assert label == max(range(5), key=ratios.__getitem__)
+        assert taken == (max(ratios) >= 1)
+    assert 0 < accepted.sum() < accepted.numel()
+    assert (labels != p.argmax(1)).any()
+
+
+def test_a_rare_class_is_chosen_before_one_that_misses_its_threshold():
+    road_or_pole = torch.tensor([[0.55, 0.45], [0.61, 0.39], [0.96, 0.04]])
+    labels, accepted = class_balanced_labels(road_or_pole, torch.tensor([0.95, 0.40]))
+    assert labels.tolist() == [1, 1, 0]
+    assert accepted.tolist() == [True, False, True]
 
 
 def test_the_histogram_counts_beyond_what_float32_adds_one_by_one():
@@ -465,6 +487,17 @@ def test_portions_are_what_is_accepted(tmp_path):
         assert train("train_pseudo", config, *keys, *start) == 0
         accepted = [m["accepted"] for m in metrics(tmp_path / str(portion)) if "lr" in m][-20:]
         assert abs(sum(accepted) / 20 - portion) < 0.1
+
+
+def test_class_balanced_labels_are_those_of_the_largest_ratio(tmp_path, monkeypatch):
+    """One class has a threshold that every prediction reaches, the others one that none does."""
+    limits = torch.where(torch.arange(10) == 3, 1e-6, 1.0)
+    monkeypatch.setattr(ConfidenceHistogram, "thresholds", lambda histogram, portion: limits)
+    config = tiny_config(tmp_path, log_every=1)
+    assert train("train_pseudo", config, "threshold_mode=class_balanced") == 0
+    for line in (line for line in metrics(tmp_path / "run") if "lr" in line):
+        shares = [line[f"accepted.{name}"] for name in summary(tmp_path / "run")["classes"]]
+        assert shares == [1.0 if k == 3 else None for k in range(10)]
 
 
 def test_classmix_is_another_training(tmp_path):
