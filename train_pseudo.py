@@ -173,7 +173,7 @@ def main(argv: list[str] | None = None) -> int:
         scaler.update()
         if teacher:
             teacher.update_parameters(model)
-        statistics.add_source(log_p_s.detach().exp())
+        statistics.add_source(log_p_s.detach().exp(), y_s)
 
         agreement = (log_p_t.detach().argmax(1) == labels).float().mean()
         run.log.add(**losses, confidence=confidence.mean(), agreement=agreement)

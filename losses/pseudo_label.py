@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.averages import RunningMean, class_mean
+from common.metrics import labeled_mask
 
 
 def pseudo_label_weights(accepted: torch.Tensor, weighting: str) -> torch.Tensor:
@@ -124,8 +125,9 @@ class PredictionStatistics(nn.Module):
     """Running statistics of predictions, for thresholds and alignment; saved with the run.
 
     Attributes:
-        mean_s, mean_t: running mean prediction (K,) on source and target, uniform at first.
-        confidence_s: running mean confidence on the source, 1 at first.
+        mean_s, mean_t: running mean prediction (K,) on the labeled source and on the target,
+            uniform at first.
+        confidence_s: running mean confidence on the labeled source, 1 at first.
         histogram: `ConfidenceHistogram` of the target.
     """
 
@@ -137,7 +139,14 @@ class PredictionStatistics(nn.Module):
         self.confidence_s = RunningMean(torch.ones(()), decay)
         self.histogram = ConfidenceHistogram(num_classes)
 
-    def add_source(self, p_s: torch.Tensor) -> None:
-        """Add the source probabilities (N, K, ...) of one step."""
-        self.mean_s.update(class_mean(p_s))
-        self.confidence_s.update(p_s.amax(1).mean())
+    def add_source(self, p_s: torch.Tensor, y_s: torch.Tensor) -> None:
+        """Add the source probabilities (N, K, ...) of one step, with the labels y_s (N, ...).
+
+        Ignored positions do not count. A step without any label leaves the means as they are.
+        """
+        labeled = labeled_mask(y_s, p_s.shape[1])
+        share = labeled.float().mean()
+        mean = class_mean(p_s * labeled.unsqueeze(1)) / share
+        confidence = (p_s.amax(1) * labeled).mean() / share
+        self.mean_s.update(torch.where(share > 0, mean, self.mean_s.value))
+        self.confidence_s.update(torch.where(share > 0, confidence, self.confidence_s.value))

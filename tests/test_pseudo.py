@@ -13,6 +13,7 @@ from common.averages import EMATeacher, RunningMean, class_mean
 from data.classmix import class_mask, classmix
 from losses.pseudo_label import (
     ConfidenceHistogram,
+    PredictionStatistics,
     align_distribution,
     class_balanced_labels,
     pseudo_label_loss,
@@ -143,6 +144,27 @@ def test_a_rare_class_is_chosen_before_one_that_misses_its_threshold():
     labels, accepted = class_balanced_labels(road_or_pole, torch.tensor([0.95, 0.40]))
     assert labels.tolist() == [1, 1, 0]
     assert accepted.tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_ignored_source_positions_do_not_count(shape):
+    p = (3 * rand(*shape)).softmax(1)
+    y = (4.999 * rand(shape[0], *shape[2:], seed=1)).long()
+    y[rand(*y.shape, seed=2) > 0.5] = 255
+    statistics = PredictionStatistics(5)
+    statistics.add_source(p, torch.full_like(y, 255))
+    assert torch.equal(statistics.mean_s.value, torch.full((5,), 0.2))  # nothing to learn from
+    assert statistics.confidence_s.value == 1
+    for labels in (y, y.clamp_max(4)):  # the second without any ignored position
+        statistics = PredictionStatistics(5)
+        statistics.add_source(p, labels)
+        rows = p.movedim(1, -1)[labels != 255]
+        torch.testing.assert_close(statistics.mean_s.value, rows.mean(0))
+        torch.testing.assert_close(statistics.confidence_s.value, rows.amax(1).mean())
+    assert (rows.mean(0) - p.movedim(1, -1)[y != 255].mean(0)).abs().max() > 1e-3  # control
+    many = PredictionStatistics(300)  # of so many classes, 255 is one
+    many.add_source((9 * rand(2, 300)).softmax(1), torch.tensor([255, 255]))
+    assert many.confidence_s.value < 1
 
 
 def test_the_histogram_counts_beyond_what_float32_adds_one_by_one():
@@ -593,3 +615,6 @@ def test_a_source_mask_of_void_alone_pastes_nothing(tmp_path, void_streets):
     assert train("train_pseudo", config, "mix=classmix", "threshold=1.01", "log_every=1") == 0
     lines = [m for m in metrics(tmp_path / "run") if "lr" in m]
     assert all(m["cls_loss"] == m["pseudo_loss"] == m["aux_pseudo_loss"] == 0 for m in lines)
+    state = weights(tmp_path / "run", "checkpoints/step_00000010.pt")["statistics"]
+    assert state["confidence_s.value"] == 1  # as at the start
+    assert state["mean_s.value"].unique().numel() == 1
