@@ -39,7 +39,7 @@ from losses.pseudo_label import (
     pseudo_label_weights,
 )
 from losses.supervised import cross_entropy, nll_loss, supervised_loss
-from models import build_model, forward_domains
+from models import build_model, eval_mode, forward_domains
 from training.collapse import AcceptedShares, CollapseMonitor
 from training.config import RunConfig, parse_args
 from training.device import get_device
@@ -53,6 +53,8 @@ class Config(RunConfig):
     method: ClassVar[str] = "pseudo"
     teacher: Literal["none", "ema"] = "ema"  # who labels the target: the model, or its average
     ema_decay: float = 0.999  # of the teacher's weights; smaller in the first steps
+    teacher_bn: Literal["own", "student"] = "own"  # batch norm: of the weak views, or the student's
+    evaluate: Literal["model", "teacher"] = "model"  # which of them is evaluated and saved
     threshold_mode: Literal["fixed", "relative", "class_balanced"] = "fixed"  # see above
     threshold: float = positive(0.95)  # fixed: itself; relative: times the source's confidence
     portions: list[float] = field(default_factory=lambda: [0.2, 0.5])  # class_balanced: start, end
@@ -71,9 +73,11 @@ class Config(RunConfig):
 
     def rules(self):
         shares = len(self.portions) == 2 and all(0 < share <= 1 for share in self.portions)
+        evaluable = self.evaluate == "model" or self.teacher == "ema"
         return [
             *super().rules(),
             (0 <= self.ema_decay < 1, "ema_decay must lie in [0, 1)"),
+            (evaluable, "evaluate: teacher needs teacher: ema"),
             (shares, "portions must be two numbers in (0, 1]"),
             (0 <= self.pseudo_warmup <= 1, "pseudo_warmup must lie in [0, 1]"),
             *(self.data.strong_view_rules(self.strong_augment, self.mix) if self.data else ()),
@@ -92,8 +96,10 @@ def main(argv: list[str] | None = None) -> int:
     # --- model
     model = build_model(config, domains.classes).to(device).train()
     optimizer = build_optimizer(config.optim, model)
-    teacher = EMATeacher(model, config.ema_decay) if config.teacher == "ema" else None
-    labeler = teacher or model  # in eval mode: no dropout, and no statistics of the weak view
+    own_bn = config.teacher_bn == "own"
+    teacher = EMATeacher(model, config.ema_decay, not own_bn) if config.teacher == "ema" else None
+    labeler = teacher or model
+    evaluated = teacher.module if config.evaluate == "teacher" else model
     statistics = PredictionStatistics(domains.num_classes).to(device)
     shares = AcceptedShares(domains.classes).to(device)
     monitor = CollapseMonitor(domains.classes).to(device)
@@ -122,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
         x_weak, x_strong = (x.to(device, non_blocking=True) for x in next(target))
 
         # pseudo-labels of the weak view
-        labeler.eval()
+        eval_mode(labeler, batch_statistics=own_bn)
         with torch.no_grad(), autocast:
             p_t = labeler(x_weak).logits.float().log_softmax(1).exp()
         model.train()
@@ -182,7 +188,7 @@ def main(argv: list[str] | None = None) -> int:
             run.log.write(step, lr=lr, pseudo_weight=pseudo_weight, **reports)
         if run.due(step, config.eval_every):
             with autocast:
-                run.evaluate(step, model, evaluation)
+                run.evaluate(step, evaluated, evaluation)
 
     return run.finish(domains, collapse_alarms=monitor.alarms)
 

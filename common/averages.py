@@ -17,16 +17,23 @@ class EMATeacher(AveragedModel):
     """A copy of a model, in eval mode, with the exponential moving average of the model's weights.
 
     The copy lives on the model's device.
+
+    Args:
+        model: the model to follow.
+        decay: largest decay of the average.
+        copy_buffers: whether `update_parameters` copies the model's buffers, which are batch norm's
+            running statistics. They are statistics of other images and of other weights than the
+            teacher's; without the copy the teacher's own forwards in train mode update its own.
     """
 
-    def __init__(self, model: nn.Module, decay: float):
+    def __init__(self, model: nn.Module, decay: float, copy_buffers: bool):
         super().__init__(model)  # n_averaged, the number of updates, stays on the CPU
-        self.decay = decay
+        self.decay, self.copy_buffers = decay, copy_buffers
         self.eval().requires_grad_(False)
 
     @torch.no_grad()
     def update_parameters(self, model: nn.Module) -> None:
-        """Average the weights of `model` into the teacher's, and copy its buffers.
+        """Average the weights of `model` into the teacher's; with `copy_buffers` copy its buffers.
 
         The teacher's weights become d * teacher + (1 - d) * model, with d from `decay_at`. The
         update of the base class would send its counter to the device at every step, and wait for
@@ -34,8 +41,9 @@ class EMATeacher(AveragedModel):
         """
         weight = 1 - decay_at(int(self.n_averaged), self.decay)
         torch._foreach_lerp_(list(self.module.parameters()), list(model.parameters()), weight)
-        for averaged, current in zip(self.module.buffers(), model.buffers(), strict=True):
-            averaged.copy_(current)
+        if self.copy_buffers:
+            for averaged, current in zip(self.module.buffers(), model.buffers(), strict=True):
+                averaged.copy_(current)
         self.n_averaged += 1
 
 

@@ -9,6 +9,7 @@ from models.network import (
     ModelOutput,
     Network,
     cache_features,
+    eval_mode,
     forward_domains,
 )
 from models.segmenter import build_segmenter
@@ -25,6 +26,7 @@ __all__ = [
     "build_model",
     "build_segmenter",
     "cache_features",
+    "eval_mode",
     "feature_vectors",
     "forward_domains",
     "gradient_reversal",

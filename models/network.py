@@ -246,6 +246,17 @@ def cache_features(
     return FeatureCache(BackboneFeatures(store, size), labels)
 
 
+def eval_mode(model: nn.Module, batch_statistics: bool) -> None:
+    """Put a model in eval mode, but with `batch_statistics` not its batch norm.
+
+    Batch norm then normalizes by the statistics of the batch and updates its running ones; frozen
+    statistics stay fixed. Dropout is off either way.
+    """
+    model.train(batch_statistics)
+    for module in model.modules():
+        module.training = module.training and isinstance(module, BatchNorm)
+
+
 def forward_domains(
     model: Network, x_s: torch.Tensor, x_t: torch.Tensor, config: ModelConfig
 ) -> tuple[ModelOutput, ModelOutput]:

@@ -417,6 +417,8 @@ def test_init_from_another_network(config, refused, tmp_path):
         (["mix=classmix"], "mix: classmix is for data.task: segmentation"),
         (["mix=cutmix"], "mix must be none | classmix, not 'cutmix'"),
         (["teacher=ma"], "teacher must be none | ema, not 'ma'"),
+        (["teacher=none", "evaluate=teacher"], "evaluate: teacher needs teacher: ema"),
+        (["teacher_bn=both"], "teacher_bn must be own | student, not 'both'"),
         (["ema_decay=1"], "ema_decay must lie in [0, 1)"),
         (["portions=[0.2]"], "portions must be two numbers in (0, 1]"),
         (["portions=[0, 1]"], "portions must be two numbers in (0, 1]"),

@@ -8,6 +8,7 @@ from common.errors import UserError
 from models import (
     DomainDiscriminator,
     build_classifier,
+    eval_mode,
     feature_vectors,
     forward_domains,
     gradient_reversal,
@@ -277,3 +278,21 @@ def test_fixed_running_statistics_are_fixed_within():
     with model.running_statistics(fixed=False):
         model(images(4))
     assert all((v != model.state_dict()[k]).any() for k, v in before.items())  # control
+
+
+@pytest.mark.parametrize("bn", ["concat", "frozen"])
+def test_eval_mode_with_the_statistics_of_the_batch(bn):
+    """Without dropout; batch norm, if it is not frozen, as in train mode."""
+    x, plain = images(4), build(bn=bn, bottleneck=8)
+    before, model = statistics(plain), build(bn=bn, bottleneck=8, dropout=0.5)
+    eval_mode(model, batch_statistics=True)
+    assert torch.equal(model(x).logits, plain(x).logits)  # plain has no dropout, and trains
+    moved = {k.split(".")[0] for k, v in statistics(model).items() if (before[k] != v).any()}
+    assert moved == ({"bottleneck"} if bn == "frozen" else {"backbone", "bottleneck"})
+    assert all(torch.equal(v, statistics(plain)[k]) for k, v in statistics(model).items())
+    after = statistics(model)
+    eval_mode(model, batch_statistics=False)
+    assert torch.equal(model(x).logits, plain.eval()(x).logits)
+    assert all(torch.equal(v, statistics(model)[k]) for k, v in after.items())
+    model.train()  # control
+    assert (model(x).logits != plain.train()(x).logits).any()

@@ -1,6 +1,7 @@
 """Self-training: its kernels against plain versions, and the real command."""
 
 import copy
+import itertools
 import math
 import signal
 
@@ -182,12 +183,17 @@ def test_the_histogram_forgets():
         assert histogram.thresholds(0.5).item() == pytest.approx(confidence, abs=0.005)
 
 
-def test_teacher_against_the_closed_formula():
-    """After 100 updates weights k count (1 - d_k) times all later decays; buffers are the last."""
+@pytest.mark.parametrize("copy_buffers", [False, True])
+def test_teacher_against_the_closed_formula(copy_buffers):
+    """After 100 updates weights k count (1 - d_k) times all later decays.
+
+    Buffers are those of the start, or the model's last.
+    """
     student = torch.nn.Sequential(
         torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Dropout(0.5)
     )
-    teacher = EMATeacher(student, 0.95)
+    teacher = EMATeacher(student, 0.95, copy_buffers)
+    at_first = copy.deepcopy(list(student.buffers()))
     assert not teacher.training
     assert not any(p.requires_grad for p in teacher.parameters())
     seen = []
@@ -202,8 +208,10 @@ def test_teacher_against_the_closed_formula():
     assert decays[1] == 0.5
     expected = sum((1 - decays[k]) * math.prod(decays[k + 1 :]) * seen[k] for k in range(100))
     torch.testing.assert_close(teacher.module[0].weight.double(), expected, rtol=1e-4, atol=1e-6)
-    for ours, theirs in zip(teacher.module.buffers(), student.buffers(), strict=True):
-        assert torch.equal(ours, theirs)
+    assert all((a != b).any() for a, b in zip(student.buffers(), at_first, strict=True))
+    buffers = list(student.buffers()) if copy_buffers else at_first
+    for ours, buffer in zip(teacher.module.buffers(), buffers, strict=True):
+        assert torch.equal(ours, buffer)
     x = rand(6, 3)
     assert torch.equal(teacher(x), teacher(x))  # without dropout
 
@@ -460,6 +468,8 @@ MODES = {
     "class balanced": ["threshold_mode=class_balanced", "portions=[0.3, 0.6]"],
     "aligned": ["distribution_alignment=true", "threshold=0.12"],
     "by the student": ["teacher=none", "threshold=0.12"],
+    "statistics of the student": ["teacher_bn=student", "threshold=0.12"],
+    "by the student in eval mode": ["teacher=none", "teacher_bn=student", "threshold=0.12"],
     "fraction": ["weighting=confident_fraction", "threshold=0.12"],
     "diversity": ["div_weight=1", "threshold=0.12"],
 }
@@ -557,23 +567,98 @@ def test_logged_metrics(tmp_path):
     )
 
 
-def test_the_teacher_follows_the_student(tmp_path):
-    assert train("train_pseudo", tiny_config(tmp_path), "ema_decay=0.9") == 0
+@pytest.mark.parametrize("bn", ["own", "student"])
+def test_the_teacher_follows_the_student(tmp_path, bn):
+    keys = ["ema_decay=0.9", f"teacher_bn={bn}"]
+    assert train("train_pseudo", tiny_config(tmp_path), *keys) == 0
     state = weights(tmp_path / "run", "checkpoints/step_00000010.pt")
     assert state["teacher"]["n_averaged"] == 10
     student, teacher = state["model"], state["teacher"]
     for name, value in student.items():
         ours = teacher[f"module.{name}"]
         if "running" in name or "num_batches" in name:
-            assert torch.equal(ours, value), name
+            assert torch.equal(ours, value) == (bn == "student" or "num_batches" in name), name
         else:
             assert (ours != value).any(), name
-    assert (
-        train("train_pseudo", tiny_config(tmp_path), "ema_decay=0", f"out_dir={tmp_path}/zero") == 0
-    )
+    keys = ["ema_decay=0", f"teacher_bn={bn}", f"out_dir={tmp_path}/zero"]
+    assert train("train_pseudo", tiny_config(tmp_path), *keys) == 0
     state = weights(tmp_path / "zero", "checkpoints/step_00000010.pt")
     for name, value in state["model"].items():
-        torch.testing.assert_close(state["teacher"][f"module.{name}"], value, msg=name)
+        if bn == "student" or "running" not in name:
+            torch.testing.assert_close(state["teacher"][f"module.{name}"], value, msg=name)
+
+
+def test_whose_images_enter_the_statistics(tmp_path):
+    """After one step, the running mean of the first layer, which starts at 0."""
+    views = {"weak": [], "strong": ["strong_augment={photometric: {offset: 0.9}}"]}
+    config, means = tiny_config(tmp_path, model="{bn: separate, bn_running: target}"), {}
+    name = "backbone.layer1.0.2.running_mean"
+    for teacher, bn, view in itertools.product(("ema", "none"), ("own", "student"), views):
+        run = tmp_path / f"{teacher}_{bn}_{view}"
+        keys = [*views[view], f"teacher={teacher}", f"teacher_bn={bn}", f"out_dir={run}"]
+        assert train("train_pseudo", config, "steps=1", *keys) == 0
+        state = weights(run, "checkpoints/step_00000001.pt")
+        means[run.name] = state["model"][name]
+        if teacher == "ema":
+            means[f"its teacher, {bn}_{view}"] = state["teacher"][f"module.{name}"]
+    weak, strong = means["ema_student_weak"], means["ema_student_strong"]
+    assert (weak - strong).abs().max() > 1e-2  # control
+    expected = {
+        "ema_own_weak": weak,
+        "ema_own_strong": strong,
+        "its teacher, own_weak": weak,
+        "its teacher, own_strong": weak,  # it never sees the strong view
+        "its teacher, student_weak": weak,
+        "its teacher, student_strong": strong,
+        "none_own_weak": 1.9 * weak,  # the weak view, then the strong one
+        "none_own_strong": 0.9 * weak + strong,
+        "none_student_weak": weak,
+        "none_student_strong": strong,
+    }
+    for run, mean in expected.items():
+        torch.testing.assert_close(means[run], mean, rtol=1e-4, atol=1e-5, msg=run)
+
+
+@pytest.mark.parametrize("teacher", ["ema", "none"])
+def test_frozen_statistics_are_the_same_for_every_teacher(tmp_path, teacher):
+    same = {}
+    for model in ("{bn: frozen}", "{bn: separate}"):
+        config, runs = tiny_config(tmp_path, model=model), []
+        for bn in ("own", "student"):
+            out = tmp_path / f"{model[5:8]}_{bn}"
+            keys = ["threshold=0.12", "pseudo_warmup=0", f"teacher={teacher}", f"teacher_bn={bn}"]
+            assert train("train_pseudo", config, STRONG, *keys, f"out_dir={out}") == 0
+            runs.append([metrics(out), weights(out, "checkpoints/step_00000010.pt")["model"]])
+        (lines, state), (other_lines, other_state) = runs
+        same[model] = lines == other_lines and differing(state, other_state) == 0
+    assert same == {"{bn: frozen}": True, "{bn: separate}": False}
+
+
+def test_the_teacher_is_evaluated_and_saved(tmp_path):
+    """It changes no training; model.pt holds the teacher's weights under the model's names."""
+    config, last, lines = tiny_config(tmp_path, eval_every=1000), {}, {}
+    for who in ("model", "teacher"):
+        keys = ["ema_decay=0.9", f"evaluate={who}", f"out_dir={tmp_path}/{who}"]
+        assert train("train_pseudo", config, *keys) == 0
+        last[who] = weights(tmp_path / who, "checkpoints/step_00000010.pt")
+        lines[who] = metrics(tmp_path / who)
+    for part in ("model", "teacher"):
+        assert differing(last["model"][part], last["teacher"][part]) == 0
+    average = {k.removeprefix("module."): v for k, v in last["teacher"]["teacher"].items()}
+    del average["n_averaged"]
+    assert differing(weights(tmp_path / "teacher"), average) == 0
+    assert differing(weights(tmp_path / "model"), last["model"]["model"]) == 0
+    assert differing(weights(tmp_path / "model"), average) > 1000  # control
+    assert lines["model"][:-1] == lines["teacher"][:-1]
+    assert lines["model"][-1] != lines["teacher"][-1]
+
+    start = [f"init_from={tmp_path}/teacher", "optim.lr=1e-30", "optim.weight_decay=0"]
+    keys = ["steps=1", "model.bn=frozen", f"out_dir={tmp_path}/next"]
+    assert train("train_source", config, *start, *keys) == 0
+    assert differing(weights(tmp_path / "next"), average) == 0
+    figures = {k: v for k, v in metrics(tmp_path / "next")[-1].items() if k.startswith("target")}
+    assert figures
+    assert figures == {k: lines["teacher"][-1][k] for k in figures}
 
 
 @pytest.mark.parametrize(
@@ -598,7 +683,9 @@ def test_a_forced_collapse_raises_the_alarm_and_a_healthy_run_does_not(tmp_path,
     assert summary(tmp_path / "healthy")["collapse_alarms"] == []
     assert "collapse alarm" not in capsys.readouterr().out
 
-    collapse = [*short, "threshold=0.05", "pseudo_weight=30", "optim.lr=0.05"]
+    # Statistics of the batch hold the classes apart for longer.
+    collapse = ["threshold=0.05", "pseudo_weight=30", "optim.lr=0.05", "teacher_bn=student"]
+    collapse = [*short, *collapse]
     assert train("train_pseudo", config, *collapse, f"out_dir={tmp_path}/collapsed") == 0
     alarms = summary(tmp_path / "collapsed")["collapse_alarms"]
     assert any("vanished" in alarm["reason"] for alarm in alarms)

@@ -30,7 +30,7 @@ KEYS = {  # keys that give a script a state to keep: dropout draws from the rand
     "train_advent": ["adv_weight=0.5", "div_weight=0.5"],
     "train_mmd": ["coral_weight=1"],
     "train_adda": ["disc_norm=dropout"],
-    "train_pseudo": SELF_TRAINING,
+    "train_pseudo": [*SELF_TRAINING, "evaluate=teacher"],
 }
 
 
