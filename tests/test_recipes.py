@@ -335,14 +335,19 @@ def test_recipes_of_maps_pass_a_dry_run(tmp_path, capsys, monkeypatch, file):
             pixels = np.random.default_rng(i).integers(0, 34, shape, np.uint8)
             Image.fromarray(pixels).save(folder / f"a_{i}{end}")
     data = loaded(file, monkeypatch).data
-    sizes = [
-        f"data.{role}.resize=[{getattr(data, role).resize[0] // 8}, 128]"
-        for role in ("source", "target")
-    ]
+    sizes, shapes = [], []
+    for role in ("source", "target"):
+        domain = getattr(data, role)
+        height, width = domain.resize[0] // 8, 128
+        sizes.append(f"data.{role}.resize=[{height}, {width}]")
+        if domain.crop is not None:
+            height, width = (side // 8 for side in domain.crop)
+            sizes.append(f"data.{role}.crop=[{height}, {width}]")
+        shapes.append(f"{role} 3x{height}x{width}")
     assert dry_run(file, tmp_path, monkeypatch, "model.backbone=resnet18", *sizes) == 0
     out = capsys.readouterr().out
     assert "19 classes: road, sidewalk, building" in out
-    assert "source 3x90x128, target 3x64x128" in out
+    assert ", ".join(shapes) in out
     assert "nothing was written" in out
     assert not (tmp_path / "run").exists()
     assert not (tmp_path / "cache").exists()
@@ -350,4 +355,4 @@ def test_recipes_of_maps_pass_a_dry_run(tmp_path, capsys, monkeypatch, file):
 
 def test_every_recipe_without_data_is_tried():
     assert {file.stem for file in RECIPES} >= {"office31_a_w", "officehome_ar_cl", "visda", "dann"}
-    assert {file.stem for file in MAP_RECIPES} >= {"cityscapes", "advent", "minent"}
+    assert {file.stem for file in MAP_RECIPES} >= {"cityscapes", "advent", "minent", "pseudo"}
