@@ -69,7 +69,7 @@ class Bare:
             self.model.parameters(),
             lr=optim.lr,
             momentum=optim.momentum,
-            nesterov=optim.momentum > 0,
+            nesterov=optim.nesterov and optim.momentum > 0,
             weight_decay=optim.weight_decay,
             foreach=True,
         )

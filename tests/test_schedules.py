@@ -105,8 +105,10 @@ def test_parts_of_an_optimizer():
     assert [g["lr_scale"] for g in frozen] == [1.0]  # nothing of the backbone is trained
 
 
-def test_sgd_is_nesterov_momentum_with_weight_decay():
-    config = OptimConfig(lr=0.1, momentum=0.9, weight_decay=0.01)
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_sgd_has_momentum_and_weight_decay(nesterov):
+    """Nesterov's momentum adds the gradient to what the velocity moves; the usual one does not."""
+    config = OptimConfig(lr=0.1, momentum=0.9, weight_decay=0.01, nesterov=nesterov)
     group = _group(1.0, 1)
     optimizer, value, velocity = build_optimizer(config, group), 1.0, 0.0
     for gradient in (0.5, -0.3, 0.2):
@@ -114,7 +116,7 @@ def test_sgd_is_nesterov_momentum_with_weight_decay():
         optimizer.step()
         gradient += 0.01 * value
         velocity = 0.9 * velocity + gradient
-        value -= 0.1 * (gradient + 0.9 * velocity)
+        value -= 0.1 * (gradient + 0.9 * velocity if nesterov else velocity)
         assert group["params"][0].item() == pytest.approx(value, rel=1e-5)
 
 

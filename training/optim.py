@@ -14,10 +14,11 @@ from training.schedules import progress
 
 @dataclass
 class OptimConfig:
-    name: Literal["sgd", "adam"] = "sgd"  # sgd with Nesterov momentum
+    name: Literal["sgd", "adam"] = "sgd"  # optimizer
     lr: float = positive(0.01)  # rate of the new layers
     backbone_lr_scale: float = not_negative(1.0)  # the backbone's rate over lr; pretrained: 0.1
     momentum: float = 0.9  # sgd only
+    nesterov: bool = True  # sgd only: whether the momentum is Nesterov's
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # adam only
     weight_decay: float = not_negative(1e-3)  # L2, on every trained parameter
     schedule: Literal["constant", "inverse_decay", "poly", "cosine"] = "inverse_decay"  # of lr
@@ -36,7 +37,7 @@ class OptimConfig:
 
 
 def build_optimizer(config: OptimConfig, *parts: nn.Module | dict) -> torch.optim.Optimizer:
-    """SGD with Nesterov momentum, or Adam; `set_rates` sets the rates.
+    """SGD with momentum (Nesterov's by default), or Adam; `set_rates` sets the rates.
 
     Args:
         config: the section `optim`.
@@ -56,7 +57,7 @@ def build_optimizer(config: OptimConfig, *parts: nn.Module | dict) -> torch.opti
     common = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": config.fused}
     if config.name == "adam":
         return torch.optim.Adam(groups, betas=tuple(config.betas), **common)
-    nesterov = config.momentum > 0
+    nesterov = config.nesterov and config.momentum > 0
     optimizer = torch.optim.SGD(groups, momentum=config.momentum, nesterov=nesterov, **common)
     if config.momentum > 0:
         # The fused kernel would leave the buffer uninitialized if the scaler skips the first step.
