@@ -49,6 +49,7 @@ class Config(RunConfig):
     layer_weights: list[float] = field(default_factory=lambda: [1.0])  # of the reversed gradients
     disc_locations: bool = False  # judge every location of a map, not its mean over positions
     conditional: Literal["none", "cdan", "cdan_e"] = "none"  # condition D on class probabilities
+    conditional_map: int | Literal["full"] = positive("full")  # outer product | random features
     reversal_schedule: Literal["dann", "constant", "linear"] = "dann"  # of the paper's lambda
     reversal_max: float = not_negative(1.0)  # its final value; 0 leaves the features alone
     reversal_gamma: float = positive(10.0)  # steepness of the dann schedule
@@ -73,6 +74,10 @@ class Config(RunConfig):
                 self.conditional == "none" or pooled,
                 "conditional needs feature_layers: [pooled], which a classifier has",
             ),
+            (
+                self.conditional_map == "full" or self.conditional != "none",
+                "conditional_map is for conditional: cdan or cdan_e",
+            ),
         ]
 
 
@@ -92,7 +97,8 @@ def main(argv: list[str] | None = None) -> int:
     widths = [model.channels[name] for name in config.feature_layers]
     multilinear = nn.Identity()
     if conditional:
-        multilinear = MultilinearMap(model.channels["pooled"], domains.num_classes)
+        width = model.channels["pooled"]
+        multilinear = MultilinearMap(width, domains.num_classes, config.conditional_map)
         widths = [multilinear.out_features]
     multilinear.to(device)
     discriminators = nn.ModuleList(

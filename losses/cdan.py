@@ -1,6 +1,7 @@
 """Conditioning of the domain discriminator in CDAN (Long et al. 2018, arXiv:1705.10667)."""
 
 import math
+from typing import Literal
 
 import torch
 from torch import nn
@@ -9,35 +10,27 @@ from torch import nn
 class MultilinearMap(nn.Module):
     """Outer product of features and probabilities, or a random projection of it (eq. 6).
 
-    The projection Rf f * Rg g / sqrt(random_features), elementwise, replaces an outer product of
-    more than `max_features` values. Rf and Rg are fixed matrices of standard-normal values; they
-    are buffers, and so are saved with the run.
+    The projection is Rf f * Rg g / sqrt(width), elementwise. Rf and Rg are fixed matrices of
+    standard-normal values; they are buffers, and so are saved with the run.
 
     Args:
         in_features: width D of the features.
         num_classes: K.
-        max_features: largest width of the outer product.
-        random_features: width of the projection.
+        width: "full" for the outer product, or the width of the projection.
 
-    Shapes: features (N, D) and probabilities (N, K) -> (N, D * K), or (N, random_features).
+    Shapes: features (N, D) and probabilities (N, K) -> (N, D * K), or (N, width).
 
     Attributes:
         out_features: the width of the result.
     """
 
-    def __init__(
-        self,
-        in_features: int,
-        num_classes: int,
-        max_features: int = 4096,
-        random_features: int = 1024,
-    ):
+    def __init__(self, in_features: int, num_classes: int, width: int | Literal["full"] = "full"):
         super().__init__()
-        self.randomized = in_features * num_classes > max_features
-        self.out_features = random_features if self.randomized else in_features * num_classes
+        self.randomized = width != "full"
+        self.out_features = width if self.randomized else in_features * num_classes
         if self.randomized:
-            self.register_buffer("random_f", torch.randn(in_features, random_features))
-            self.register_buffer("random_g", torch.randn(num_classes, random_features))
+            self.register_buffer("random_f", torch.randn(in_features, width))
+            self.register_buffer("random_g", torch.randn(num_classes, width))
 
     def forward(self, features: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
         if self.randomized:

@@ -440,6 +440,17 @@ def test_conditional_takes_the_pooled_layer_only():
     assert load(MINIMAL, "conditional=cdan").conditional == "cdan"
 
 
+def test_the_map_of_cdan_is_full_or_of_a_width():
+    assert load(MINIMAL, "conditional=cdan").conditional_map == "full"
+    assert load(MINIMAL, "conditional=cdan", "conditional_map=51200").conditional_map == 51200
+    assert mistakes(MINIMAL, "conditional_map=1024") == [
+        "conditional_map is for conditional: cdan or cdan_e"
+    ]
+    assert mistakes(MINIMAL, "conditional=cdan", "conditional_map=0") == [
+        "conditional_map must be positive"
+    ]
+
+
 @pytest.mark.parametrize(
     "text", [MINIMAL + "seed: 1\nsteps: 2\nseed: 3\n", MINIMAL + "optim: {lr: 1, lr: 2}\n"]
 )

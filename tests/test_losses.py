@@ -106,16 +106,16 @@ def test_multilinear_map_is_the_outer_product():
         torch.testing.assert_close(mapped[n], torch.stack(products))
 
 
-def test_multilinear_map_is_random_beyond_4096():
-    exact, random = MultilinearMap(512, 8), MultilinearMap(512, 9)
-    assert (exact.randomized, exact.out_features, len(exact.state_dict())) == (False, 4096, 0)
+def test_multilinear_map_is_random_on_demand_only():
+    exact, random = MultilinearMap(256, 65), MultilinearMap(512, 9, 1024)
+    assert (exact.randomized, exact.out_features, len(exact.state_dict())) == (False, 16640, 0)
     assert (random.randomized, random.out_features) == (True, 1024)
     assert {name: tuple(value.shape) for name, value in random.state_dict().items()} == {
         "random_f": (512, 1024),
         "random_g": (9, 1024),
     }
     assert not list(random.parameters())  # fixed
-    other, inputs = MultilinearMap(512, 9), (torch.randn(2, 512), torch.rand(2, 9))
+    other, inputs = MultilinearMap(512, 9, 1024), (torch.randn(2, 512), torch.rand(2, 9))
     assert (other(*inputs) != random(*inputs)).any()
     other.load_state_dict(random.state_dict())
     assert torch.equal(other(*inputs), random(*inputs))
@@ -128,7 +128,7 @@ def test_random_multilinear_map_keeps_inner_products():
     exact = MultilinearMap(30, 20)(features, probabilities)
     kernels = []
     for _ in range(100):
-        mapped = MultilinearMap(30, 20, max_features=1)(features, probabilities)
+        mapped = MultilinearMap(30, 20, 1024)(features, probabilities)
         kernels.append(mapped @ mapped.T)
     kernels = torch.stack(kernels)
     error, spread = kernels.mean(0) - exact @ exact.T, kernels.std(0) / 10

@@ -168,7 +168,7 @@ EVERYTHING = {
         "model.bn=separate",
         "disc_norm=dropout",
     ],
-    "random map": ["conditional=cdan_e", "model.bottleneck=512"],  # 512 x 10 is beyond 4096
+    "random map": ["conditional=cdan_e", "conditional_map=64"],
     "float16": ["amp=float16", "eval_every=1000", "data.select_images=20"],
 }
 

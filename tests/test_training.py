@@ -293,6 +293,16 @@ def test_logged_metrics_of_dann(tmp_path):
     assert lines[5]["disc_lr"] == pytest.approx(0.5 / 6**0.75)
 
 
+@pytest.mark.parametrize(("keys", "width"), [([], 5120), (["conditional_map=48"], 48)])
+def test_the_discriminator_of_cdan_reads_the_full_product_by_default(tmp_path, keys, width):
+    """512 features times 10 classes; random features of it only where the config asks for them."""
+    config = tiny_config(tmp_path, steps=1, save_every=1)
+    keys = ["conditional=cdan", "model.bottleneck=512", "disc_hidden=8", *keys]
+    assert train("train_dann", config, *keys) == 0
+    state = weights(tmp_path / "run", "checkpoints/step_00000001.pt")
+    assert state["discriminators"]["0.layers.0.weight"].shape == (8, width)
+
+
 @pytest.mark.parametrize("arguments", [[], ["model.bn=separate"], ["conditional=cdan_e"]])
 def test_a_batch_of_one(tmp_path, arguments):
     """One row of each domain; without batch norm, which cannot use one value per channel."""
