@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
             x_t = next(target).to(device, non_blocking=True)
             source_model.eval()
 
-            # the discriminator, on the features of both encoders
+            # the discriminator, on the features of both encoders at once, as its batch norm needs
             discriminator.requires_grad_(True)
             with autocast:
                 with torch.no_grad():
@@ -140,8 +140,9 @@ def main(argv: list[str] | None = None) -> int:
                 layer, locations = config.feature_layer, config.feature_locations
                 features_s = feature_vectors(out_s.features[layer], locations)
                 features_t = feature_vectors(out_t.features[layer], locations)
-                domain_logits_s = discriminator(features_s)
-                domain_logits_t = discriminator(features_t.detach())
+                features = torch.cat([features_s, features_t])
+                sizes = [len(features_s), len(features_t)]
+                domain_logits_s, domain_logits_t = discriminator(features.detach()).split(sizes)
                 disc_loss = domain_loss(domain_logits_s, domain_logits_t)
                 domain_accuracy = discriminator_accuracy(domain_logits_s, domain_logits_t)
 
@@ -152,7 +153,8 @@ def main(argv: list[str] | None = None) -> int:
             # the target encoder, under inverted labels, with the discriminator held fixed
             discriminator.requires_grad_(False)
             with autocast:
-                loss = one_domain_loss(discriminator(features_t), SOURCE)
+                _, domain_logits_t = discriminator(features).split(sizes)
+                loss = one_domain_loss(domain_logits_t, SOURCE)
                 losses = {"adv_loss": loss, "disc_loss": disc_loss}
                 losses["domain_accuracy"] = domain_accuracy
                 if labeled:
