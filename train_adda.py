@@ -37,7 +37,7 @@ from training.run import Run
 class Config(RunConfig):
     method: ClassVar[str] = "adda"
     source_steps: int | None = None  # of the first part; null: half, or 0 with init_from
-    feature_layer: str = "pooled"  # layer1..layer4, pooled: what the discriminator reads
+    feature_layer: str = "pooled"  # layer1..4 pooled logits: what the discriminator reads
     feature_locations: bool = False  # judge every location of a map, not its mean over positions
     target_lr: float = positive(2e-4)  # of the target encoder: Adam (0.5, 0.999), constant
     disc_lr: float = positive(2e-4)  # of the discriminator, likewise

@@ -45,7 +45,7 @@ from training.schedules import progress, reversal_coefficient
 class Config(RunConfig):
     method: ClassVar[str] = "dann"
     adv_weight: float = not_negative(1.0)  # of adv_loss, for features and discriminators alike
-    feature_layers: list[str] = field(default_factory=lambda: ["pooled"])  # layer1..layer4, pooled
+    feature_layers: list[str] = field(default_factory=lambda: ["pooled"])  # layer1..4 pooled logits
     layer_weights: list[float] = field(default_factory=lambda: [1.0])  # of the reversed gradients
     disc_locations: bool = False  # judge every location of a map, not its mean over positions
     conditional: Literal["none", "cdan", "cdan_e"] = "none"  # condition D on class probabilities

@@ -37,7 +37,7 @@ class Config(RunConfig):
     method: ClassVar[str] = "mmd"
     mmd_weight: float = not_negative(1.0)  # of mmd_loss
     coral_weight: float = not_negative(0.0)  # of coral_loss
-    feature_layers: list[str] = field(default_factory=lambda: ["pooled"])  # layer1..layer4, pooled
+    feature_layers: list[str] = field(default_factory=lambda: ["pooled"])  # layer1..4 pooled logits
     feature_locations: bool = False  # compare the locations of a map, not its mean over positions
 
     def trained_criteria(self):

@@ -121,8 +121,8 @@ def main(argv: list[str] | None = None) -> int:
     model = build_model(config, domains.classes).to(device).train()
     model.freeze("head", "aux_head")  # target features move to where the source's classifier is
     optimizer = build_optimizer(config.optim, model)
-    layer, width = list(model.channels.items())[-1]  # what the classifier reads
-    memory = CentroidMemory(domains.num_classes, width).to(device)
+    layer = model.head_layer  # what the classifier reads
+    memory = CentroidMemory(domains.num_classes, model.channels[layer]).to(device)
     monitor = CollapseMonitor(domains.classes).to(device)
     start = run.begin(
         model=model,

@@ -22,6 +22,8 @@ class Classifier(Network):
         config: the section `model`.
     """
 
+    head_layer = "pooled"
+
     def __init__(
         self, backbone: nn.Module, channels: dict[str, int], num_classes: int, config: ModelConfig
     ):
@@ -33,7 +35,8 @@ class Classifier(Network):
                 nn.ReLU(inplace=True),
             )
             width = config.bottleneck
-        super().__init__(backbone, {**channels, "pooled": width}, config)
+        widths = {**channels, "pooled": width, "logits": num_classes}
+        super().__init__(backbone, widths, config)
         self.bottleneck = bottleneck
         self.dropout = nn.Dropout(config.dropout)
         self.head = nn.Linear(width, num_classes)
@@ -45,7 +48,8 @@ class Classifier(Network):
 
     def predict(self, features: dict[str, torch.Tensor], size: tuple[int, ...]) -> ModelOutput:
         pooled = self.bottleneck(features["layer4"].mean((2, 3)))
-        return ModelOutput(self.head(self.dropout(pooled)), {**features, "pooled": pooled})
+        logits = self.head(self.dropout(pooled))
+        return ModelOutput(logits, {**features, "pooled": pooled, "logits": logits})
 
     def head_inputs(self, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {"layer4": features["layer4"].mean((2, 3), keepdim=True)}

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import nn
@@ -23,7 +23,8 @@ class ModelOutput(NamedTuple):
 
     Attributes:
         logits: (N, K), or (N, K, H, W) at the size of the images; class axis 1.
-        features: layer name -> (N, C, H', W'), and of a classifier `pooled` -> (N, D), its input.
+        features: layer name -> (N, C, H', W'), of a classifier `pooled` -> (N, D), its input, and
+            `logits`, the same tensor as above.
         aux_logits: those of the auxiliary head, None without one.
     """
 
@@ -58,7 +59,10 @@ class Network(nn.Module):
 
     Attributes:
         channels: width of each feature by name.
+        head_layer: name of the feature that the head reads.
     """
+
+    head_layer: ClassVar[str] = "layer4"
 
     def __init__(self, backbone: nn.Module, channels: dict[str, int], config: ModelConfig):
         super().__init__()

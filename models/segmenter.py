@@ -69,7 +69,7 @@ class Segmenter(Network):
     def __init__(
         self, backbone: nn.Module, channels: dict[str, int], num_classes: int, config: ModelConfig
     ):
-        super().__init__(backbone, channels, config)
+        super().__init__(backbone, {**channels, "logits": num_classes}, config)
         if config.head == "deeplab_v2":
             self.head = DeepLabV2Head(channels["layer4"], num_classes)
             aux_head = DeepLabV2Head
@@ -84,7 +84,8 @@ class Segmenter(Network):
             return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
 
         aux_logits = None if self.aux_head is None else enlarged(self.aux_head(features["layer3"]))
-        return ModelOutput(enlarged(self.head(features["layer4"])), features, aux_logits)
+        logits = enlarged(self.head(features["layer4"]))
+        return ModelOutput(logits, {**features, "logits": logits}, aux_logits)
 
     def head_inputs(self, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         names = ["layer4"] if self.aux_head is None else ["layer3", "layer4"]

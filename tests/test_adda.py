@@ -100,9 +100,7 @@ def test_the_discriminator_can_learn_and_can_be_fooled(tmp_path):
 
 
 @pytest.mark.parametrize(("shift", "low", "high"), [(1.0, 90, 100), (0.0, 40, 60)])
-def test_batch_norm_of_the_discriminator_sees_both_domains(
-    tmp_path, monkeypatch, shift, low, high
-):
+def test_batch_norm_of_the_discriminator_sees_both_domains(tmp_path, monkeypatch, shift, low, high):
     """Source features N(0, 1), target features N(shift, 1), in 16 dimensions.
 
     The best accuracy is 97.7 % for a shift of 1. Normalized alone, the two would be the same. The

@@ -106,14 +106,16 @@ def test_a_wrong_entry_of_the_table_is_noticed(monkeypatch, entry, match):
 def test_a_classifier_has_the_layers_of_its_backbone(keys, widths):
     model = build_classifier(ModelConfig(**keys), 5, ".").eval()
     out = model(images(2, 64, 64))
-    assert list(out.features) == [*LAYERS, "pooled"]
+    assert list(out.features) == [*LAYERS, "pooled", "logits"]
     for name, width, stride in zip(LAYERS, widths, STRIDES, strict=True):
         assert out.features[name].shape == (2, width, 64 // stride, 64 // stride)
     pooled = keys.get("bottleneck", widths[-1])
-    assert model.channels == {**dict(zip(LAYERS, widths, strict=True)), "pooled": pooled}
+    channels = {**dict(zip(LAYERS, widths, strict=True)), "pooled": pooled, "logits": 5}
+    assert model.channels == channels
     assert out.features["pooled"].shape == (2, pooled)
     assert out.logits.shape == (2, 5)
-    torch.testing.assert_close(out.logits, model.head(out.features["pooled"]))
+    assert out.features["logits"] is out.logits
+    torch.testing.assert_close(out.logits, model.head(out.features[model.head_layer]))
     if "bottleneck" not in keys:
         torch.testing.assert_close(out.features["pooled"], out.features["layer4"].mean((2, 3)))
 

@@ -211,7 +211,8 @@ def test_forward_domains_is_one_forward_or_two():
         outputs = forward_domains(build(**keys, bottleneck=8), x_s, x_t, ModelConfig(**keys))
         logits = together if keys["bn"] == "concat" else alone
         for out, n, expected in zip(outputs, (5, 3), logits, strict=True):
-            assert list(out.features) == [*LAYERS, "pooled"]
+            assert list(out.features) == [*LAYERS, "pooled", "logits"]
+            assert torch.equal(out.features["logits"], out.logits)
             assert {len(feature) for feature in (*out.features.values(), out.logits)} == {n}
             torch.testing.assert_close(out.logits, expected)
     assert (together[0] - alone[0]).abs().max() > 1e-3  # control

@@ -303,6 +303,34 @@ def test_the_discriminator_of_cdan_reads_the_full_product_by_default(tmp_path, k
     assert state["discriminators"]["0.layers.0.weight"].shape == (8, width)
 
 
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("script", ["train_dann", "train_mmd", "train_adda"])
+def test_the_logits_are_a_feature_layer(tmp_path, script, task):
+    """A discriminator has an input per class, and a loss on the logits moves the classifier."""
+    config = config_of(task, tmp_path, script, steps=4, save_every=4)
+    if script == "train_adda":
+        keys = ["feature_layer=logits", "feature_locations=false", "source_steps=2"]
+        pooled = ["feature_layer=layer4"]
+    else:
+        keys, pooled = ["feature_layers=[logits]"], ["feature_layers=[layer4]"]
+    if script == "train_dann":
+        keys += ["layer_weights=[1]", "reversal_schedule=constant"]
+    state = {}
+    for name, layer in (("logits", []), ("layer4", pooled)):
+        assert train(script, config, *keys, *layer, f"out_dir={tmp_path}/{name}") == 0
+        state[name] = weights(tmp_path / name, "checkpoints/step_00000004.pt")
+    model, other = state["logits"]["model"], state["layer4"]["model"]
+    num_classes = len(summary(tmp_path / "logits")["classes"])
+    first = {"train_dann": ("discriminators", "0.layers.0.weight")}
+    first |= {"train_adda": ("discriminator", "layers.0.weight")}
+    if script in first:
+        part, weight = first[script]
+        assert state["logits"][part][weight].shape[1] == num_classes
+    head = [name for name in model if name.startswith("head.") and name.endswith("weight")]
+    moved = any((model[name] != other[name]).any() for name in head)
+    assert moved == (script != "train_adda")  # where the classifier is frozen
+
+
 @pytest.mark.parametrize("arguments", [[], ["model.bn=separate"], ["conditional=cdan_e"]])
 def test_a_batch_of_one(tmp_path, arguments):
     """One row of each domain; without batch norm, which cannot use one value per channel."""

@@ -151,7 +151,8 @@ def test_mobilenet_weights_fit_the_segmenter(tmp_path, capsys):
     torch.save(state, tmp_path / "mobilenet.pth")
     config = ModelConfig(backbone="mobilenet_v2", weights="mobilenet.pth", output_stride=16)
     model = build_segmenter(config, 4, str(tmp_path))
-    assert model.channels == {"layer1": 24, "layer2": 32, "layer3": 96, "layer4": 320}
+    widths = {"layer1": 24, "layer2": 32, "layer3": 96, "layer4": 320}
+    assert model.channels == {**widths, "logits": 4}
     assert torch.equal(
         model.backbone.state_dict()["17.conv.2.weight"], state["features.17.conv.2.weight"]
     )
