@@ -159,8 +159,13 @@ def main(argv: list[str] | None = None) -> int:
         y_t = at_images(nearest_centroid(features, memory.centroids), out_weak.logits)
         monitor.add(p_t)
 
+        two_views = bool(config.strong_augment)
+        if two_views:  # evaluation sees plain images, so their statistics are the running ones
+            with torch.no_grad(), autocast:
+                model(x_weak)
         with autocast:
-            log_p_t = model(x_strong).logits.float().log_softmax(1)
+            with model.running_statistics(fixed=two_views):
+                log_p_t = model(x_strong).logits.float().log_softmax(1)
             ent_loss = entropy_loss(information_map(log_p_t))
             div_loss = diversity_loss(log_p_t)
             pseudo_loss = nll_loss(log_p_t, y_t)

@@ -214,6 +214,25 @@ def test_the_classifier_is_frozen_and_everything_else_moves(tmp_path, task):
 
 
 @pytest.mark.parametrize("task", TASKS)
+def test_the_running_statistics_are_those_of_the_plain_target(tmp_path, task):
+    """The strong view is normalized by its own, and leaves them as the weak view makes them."""
+    config, state = shot_config(tmp_path, task), {}
+    still = ["optim.lr=1e-30", "optim.weight_decay=0", "steps=3", "save_every=3"]
+    views = {"strong": "{photometric: {invert: 1, noise: 0.5}}", "none": "{}"}
+    for name, view in views.items():
+        keys = [*still, f"strong_augment={view}", f"out_dir={tmp_path}/{name}"]
+        assert train("train_shot", config, *keys) == 0
+        state[name] = weights(tmp_path / name, "checkpoints/step_00000003.pt")["model"]
+    before = weights(tmp_path / "source")
+    names = [name for name in before if "running" in name and not name.startswith("head.")]
+    assert names
+    assert all(torch.equal(state["strong"][name], state["none"][name]) for name in names)
+    assert not any(torch.equal(before[name], state["none"][name]) for name in names)  # control
+    losses = [metrics(tmp_path / name)[0]["ent_loss"] for name in views]
+    assert losses[0] != losses[1]  # control: the loss is of the strong view
+
+
+@pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize(("stop", "workers", "workers_after"), [(6, 0, 0), (4, 2, 0)])
 def test_resume_is_exact(tmp_path, monkeypatch, task, stop, workers, workers_after):
     config = shot_config(tmp_path, task)
