@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from common.metrics import IGNORE_INDEX
 
 
-def nll_loss(log_p: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def nll_loss(log_p: torch.Tensor, labels: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
     """Mean of -log p of the label, in nats, over the labeled samples and positions.
 
     Without any label it is 0, attached to the graph; torch's mean would be NaN.
@@ -15,33 +15,42 @@ def nll_loss(log_p: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         log_p: (N, K, ...) from `log_softmax`.
         labels: (N, ...); `IGNORE_INDEX` is not counted. With more than 255 classes every number is
             a class.
+        smoothing: share of each label that is spread over all classes alike.
     """
     ignored = IGNORE_INDEX if log_p.shape[1] <= IGNORE_INDEX else -1
     # With "sum", CUDA adds the pixels in an order that differs from run to run.
     reduction = "sum" if log_p.dim() == 2 else "none"
     total = F.nll_loss(log_p, labels, ignore_index=ignored, reduction=reduction).sum()
+    if smoothing > 0:
+        spread = -(log_p.mean(1) * (labels != ignored)).sum()
+        total = (1 - smoothing) * total + smoothing * spread
     return total / (labels != ignored).sum().clamp_min(1)
 
 
-def cross_entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def cross_entropy(
+    logits: torch.Tensor, labels: torch.Tensor, smoothing: float = 0.0
+) -> torch.Tensor:
     """`nll_loss` of float32 `log_softmax(logits)`: logits (N, K, ...), labels (N, ...)."""
-    return nll_loss(logits.float().log_softmax(1), labels)
+    return nll_loss(logits.float().log_softmax(1), labels, smoothing)
 
 
-def supervised_loss(out, labels: torch.Tensor, aux_weight: float) -> tuple[torch.Tensor, dict]:
+def supervised_loss(
+    out, labels: torch.Tensor, aux_weight: float, smoothing: float = 0.0
+) -> tuple[torch.Tensor, dict]:
     """Cross-entropy of a model's output, with that of the auxiliary head where there is one.
 
     Args:
         out: a `ModelOutput`.
         labels: (N, ...).
         aux_weight: weight of the auxiliary head's cross-entropy.
+        smoothing: share of each label that is spread over all classes alike.
 
     Returns:
         (loss, parts): cls_loss + aux_weight * aux_cls_loss, and both terms by name.
     """
-    parts = {"cls_loss": cross_entropy(out.logits, labels)}
+    parts = {"cls_loss": cross_entropy(out.logits, labels, smoothing)}
     loss = parts["cls_loss"]
     if out.aux_logits is not None:
-        parts["aux_cls_loss"] = cross_entropy(out.aux_logits, labels)
+        parts["aux_cls_loss"] = cross_entropy(out.aux_logits, labels, smoothing)
         loss = loss + aux_weight * parts["aux_cls_loss"]
     return loss, parts

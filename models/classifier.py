@@ -4,6 +4,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from common.errors import UserError
 from models.backbones import build_backbone
@@ -29,17 +30,18 @@ class Classifier(Network):
     ):
         width, bottleneck = channels["layer4"], nn.Sequential()
         if config.bottleneck:
-            bottleneck = nn.Sequential(
-                nn.Linear(width, config.bottleneck),
-                nn.BatchNorm1d(config.bottleneck),
-                nn.ReLU(inplace=True),
-            )
+            bottleneck.append(nn.Linear(width, config.bottleneck))
+            bottleneck.append(nn.BatchNorm1d(config.bottleneck))
+            if config.bottleneck_relu:
+                bottleneck.append(nn.ReLU(inplace=True))
             width = config.bottleneck
         widths = {**channels, "pooled": width, "logits": num_classes}
         super().__init__(backbone, widths, config)
         self.bottleneck = bottleneck
         self.dropout = nn.Dropout(config.dropout)
         self.head = nn.Linear(width, num_classes)
+        if config.weight_norm:
+            weight_norm(self.head)
         self.prepare(config)
 
     def forward(self, images: torch.Tensor | BackboneFeatures) -> ModelOutput:

@@ -21,6 +21,8 @@ class ModelConfig:
     bn_affine: Literal["train", "frozen"] = "train"  # scale and shift of batch norm
     channels_last: bool = False  # memory layout; speed only
     bottleneck: int | None = positive(None)  # width of Linear + BN + ReLU before the classifier
+    bottleneck_relu: bool = True  # false: without the ReLU, as in SHOT
+    weight_norm: bool = False  # classification: of the classifier (arXiv:1602.07868), as in SHOT
     dropout: float = 0.0  # classification: share of the classifier's inputs
     head: Literal["deeplab_v2", "deeplab_v3"] = "deeplab_v2"  # segmentation: the head on layer4
     output_stride: Literal[8, 16] = 8  # segmentation: px of the image per px of layer4 (dilated)
@@ -36,6 +38,10 @@ class ModelConfig:
             (
                 self.bn_running == "both" or self.bn == "separate",
                 "bn_running: target needs bn: separate",
+            ),
+            (
+                self.bottleneck_relu or self.bottleneck is not None,
+                "bottleneck_relu: false needs a bottleneck",
             ),
             (0 <= self.dropout < 1, "dropout must lie in [0, 1)"),
         )
@@ -53,5 +59,6 @@ class ModelConfig:
                 "model.backbone: lenet is for task: classification; choose another",
             ),
             (self.bottleneck is None, "model.bottleneck is for task: classification"),
+            (not self.weight_norm, "model.weight_norm is for task: classification"),
             (self.dropout == 0, "model.dropout is for task: classification"),
         ]

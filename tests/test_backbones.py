@@ -120,6 +120,32 @@ def test_a_classifier_has_the_layers_of_its_backbone(keys, widths):
         torch.testing.assert_close(out.features["pooled"], out.features["layer4"].mean((2, 3)))
 
 
+def test_a_bottleneck_without_relu_keeps_what_is_negative():
+    for relu in (True, False):
+        config = ModelConfig(bottleneck=16, bottleneck_relu=relu)
+        model = build_classifier(config, 5, ".").eval()
+        pooled = model(images(4, 28, 28)).features["pooled"]
+        assert bool((pooled < 0).any()) != relu
+    assert [type(m) for m in model.bottleneck] == [nn.Linear, nn.BatchNorm1d]
+
+
+def test_a_classifier_with_weight_norm_has_a_length_and_a_direction_per_class():
+    models = {}
+    for normed in (False, True):
+        torch.manual_seed(0)
+        models[normed] = build_classifier(ModelConfig(weight_norm=normed), 5, ".").eval()
+    plain, model = models.values()
+    x = images(3, 28, 28)
+    torch.testing.assert_close(model(x).logits, plain(x).logits)  # the same layer at the start
+    length, direction = (value for name, value in model.head.named_parameters() if name != "bias")
+    with torch.no_grad():
+        direction.mul_(7)  # has no effect
+        torch.testing.assert_close(model(x).logits, plain(x).logits)
+        length.mul_(2)
+        bias = plain.head.bias
+        torch.testing.assert_close(model(x).logits - bias, 2 * (plain(x).logits - bias))
+
+
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
 def test_a_layer_is_the_last_of_its_stride(name):
     backbone, _ = build_backbone(name)

@@ -302,6 +302,7 @@ RULES = [
     ),
     ("model.bn_running=target", "model.bn_running: target needs bn: separate"),
     ("model.bottleneck=0", "model.bottleneck must be positive"),
+    ("model.bottleneck_relu=false", "model.bottleneck_relu: false needs a bottleneck"),
     ("optim.lr=0", "optim.lr must be positive"),
     ("optim.backbone_lr_scale=-1", "optim.backbone_lr_scale must not be negative"),
     ("optim.momentum=1", "optim.momentum must lie in [0, 1)"),
@@ -355,6 +356,7 @@ TOO_LARGE = "data.target.crop [9, 9] is larger than resize [8, 9]"
 RULES_OF_SEGMENTATION = [
     ("model.backbone=lenet", "model.backbone: lenet is for task: classification; choose another"),
     ("model.bottleneck=8", "model.bottleneck is for task: classification"),
+    ("model.weight_norm=true", "model.weight_norm is for task: classification"),
     ("model.aux_weight=-1", "model.aux_weight must not be negative"),
     ("data.source.name=mnist", "data.source.name: mnist is for task: classification"),
     ("data.target.masks=masks", "data.target.ids is missing: what the numbers of its masks mean"),

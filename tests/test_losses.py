@@ -241,6 +241,25 @@ def test_cross_entropy_against_a_loop(shape):
     assert torch.equal(cross_entropy(logits, labels), nll_loss(logits.log_softmax(1), labels))
 
 
+@pytest.mark.parametrize("shape", [(6,), (2, 5, 4)])
+def test_label_smoothing_is_that_of_torch(shape):
+    random = torch.Generator().manual_seed(0)
+    logits = torch.randn(shape[0], 5, *shape[1:], generator=random)
+    labels = torch.randint(5, shape, generator=random)
+    labels.view(-1)[::3] = IGNORE_INDEX
+    theirs = torch.nn.functional.cross_entropy(
+        logits, labels, ignore_index=IGNORE_INDEX, label_smoothing=0.1
+    )
+    smoothed = cross_entropy(logits, labels, smoothing=0.1)
+    torch.testing.assert_close(smoothed, theirs)
+    assert abs(smoothed - cross_entropy(logits, labels)) > 1e-3  # control
+    loss, parts = supervised_loss(ModelOutput(logits, {}, logits), labels, 0.5, 0.1)
+    assert torch.equal(parts["cls_loss"], smoothed)
+    torch.testing.assert_close(loss, 1.5 * theirs)
+    nothing = torch.full(shape, IGNORE_INDEX)
+    assert cross_entropy(logits, nothing, smoothing=0.1).item() == 0
+
+
 @pytest.mark.parametrize("shape", [(2, 3, 4, 4), (0, 3), (0, 3, 4, 4)])
 def test_cross_entropy_of_nothing_is_nothing_and_stays_attached(shape):
     logits = torch.randn(shape, requires_grad=True)

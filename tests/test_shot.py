@@ -187,13 +187,18 @@ def test_a_run(tmp_path, command, task):
     assert (state["memory"]["centroids"].norm(dim=1) > 0.99).any()
 
 
-@pytest.mark.parametrize("task", TASKS)
-def test_the_classifier_is_frozen_and_everything_else_moves(tmp_path, task):
-    model = {
-        "classification": "{bottleneck: 16}",
-        "segmentation": "{backbone: mobilenet_v2, head: deeplab_v3, "
-        "output_stride: 16, aux_weight: 0.1}",
-    }[task]
+@pytest.mark.parametrize(
+    ("task", "model"),
+    [
+        ("classification", "{bottleneck: 16}"),
+        ("classification", "{bottleneck: 16, bottleneck_relu: false, weight_norm: true}"),
+        (
+            "segmentation",
+            "{backbone: mobilenet_v2, head: deeplab_v3, output_stride: 16, aux_weight: 0.1}",
+        ),
+    ],
+)
+def test_the_classifier_is_frozen_and_everything_else_moves(tmp_path, task, model):
     config = shot_config(tmp_path, task)
     keys = [f"model={model}", "optim.weight_decay=0"]
     assert (

@@ -293,6 +293,28 @@ def test_logged_metrics_of_dann(tmp_path):
     assert lines[5]["disc_lr"] == pytest.approx(0.5 / 6**0.75)
 
 
+def test_label_smoothing_of_the_source(tmp_path):
+    """The key reaches the loss, and so the weights."""
+    config = tiny_config(tmp_path)
+    for share in ("0", "0.3"):
+        keys = [f"label_smoothing={share}", f"out_dir={tmp_path}/{share}"]
+        assert train("train_source", config, *keys) == 0
+    plain, smoothed = (weights(tmp_path / share) for share in ("0", "0.3"))
+    assert differing(plain, smoothed) > 1000
+    with pytest.raises(UserError, match="label_smoothing must be below 1"):
+        train("train_source", config, "label_smoothing=1")
+
+
+def test_every_script_trains_with_weight_norm(tmp_path):
+    """Its two parameters are copied, averaged, frozen and saved like others."""
+    for script in SCRIPTS:
+        config = tiny_config(tmp_path, steps=2, save_every=2, out_dir=tmp_path / script)
+        assert train(script, config, "model.weight_norm=true") == 0
+        head = {name for name in weights(tmp_path / script) if name.startswith("head.")}
+        length, direction = (f"head.parametrizations.weight.original{i}" for i in (0, 1))
+        assert head == {"head.bias", length, direction}
+
+
 @pytest.mark.parametrize(("keys", "width"), [([], 5120), (["conditional_map=48"], 48)])
 def test_the_discriminator_of_cdan_reads_the_full_product_by_default(tmp_path, keys, width):
     """512 features times 10 classes; random features of it only where the config asks for them."""
