@@ -128,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
         x, y = (part.to(device, non_blocking=True) for part in next(batches))
 
         with autocast:
-            loss, _ = supervised_loss(model(x), y, config.model.aux_weight)
+            loss, _ = supervised_loss(model(x), y, config.model)
 
         trained.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()

@@ -119,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
             rates = {"lr": set_rates(source_optimizer, config.optim, step - 1, source_steps)}
             with autocast:
                 out_s = source_model(x_s)
-                loss, losses = supervised_loss(out_s, y_s, config.model.aux_weight)
+                loss, losses = supervised_loss(out_s, y_s, config.model)
 
             source_optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
@@ -159,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
                 losses["domain_accuracy"] = domain_accuracy
                 if labeled:
                     x_l, y_l = (x.to(device, non_blocking=True) for x in next(labeled))
-                    target_cls_loss, _ = supervised_loss(model(x_l), y_l, config.model.aux_weight)
+                    target_cls_loss, _ = supervised_loss(model(x_l), y_l, config.model)
                     losses["target_cls_loss"] = target_cls_loss
                     loss = loss + target_cls_loss
 

@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
                 logits_t = getattr(out_t, f"{head.name}logits")
                 log_p_s, log_p_t = logits_s.float().log_softmax(1), logits_t.float().log_softmax(1)
                 information_t = information_map(log_p_t)
-                cls_loss = nll_loss(log_p_s, y_s)
+                cls_loss = nll_loss(log_p_s, y_s, config.model.label_smoothing)
                 ent_loss, div_loss = entropy_loss(information_t), diversity_loss(log_p_t)
                 loss = loss + head.cls_weight * cls_loss
                 loss = loss + head.ent_weight * ent_loss + head.div_weight * div_loss
@@ -137,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
                 predictions.append((log_p_s.detach(), information_t.detach()))
             if labeled:
                 x_l, y_l = (x.to(device, non_blocking=True) for x in next(labeled))
-                target_cls_loss, _ = supervised_loss(model(x_l), y_l, config.model.aux_weight)
+                target_cls_loss, _ = supervised_loss(model(x_l), y_l, config.model)
                 losses["target_cls_loss"] = target_cls_loss
                 loss = loss + target_cls_loss
 

@@ -81,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
 
         with autocast:
             out_s, out_t = forward_domains(model, x_s, x_t, config.model)
-            loss, losses = supervised_loss(out_s, y_s, config.model.aux_weight)
+            loss, losses = supervised_loss(out_s, y_s, config.model)
 
             locations, pairs = config.feature_locations, []
             for name in config.feature_layers:
@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
                 loss = loss + config.coral_weight * losses["coral_loss"]
             if labeled:
                 x_l, y_l = (x.to(device, non_blocking=True) for x in next(labeled))
-                target_cls_loss, _ = supervised_loss(model(x_l), y_l, config.model.aux_weight)
+                target_cls_loss, _ = supervised_loss(model(x_l), y_l, config.model)
                 losses["target_cls_loss"] = target_cls_loss
                 loss = loss + target_cls_loss
 

@@ -156,20 +156,21 @@ def main(argv: list[str] | None = None) -> int:
         with autocast:
             out_s, out_t = forward_domains(model, x_s, x_strong, config.model)
             log_p_s, log_p_t = (out.logits.float().log_softmax(1) for out in (out_s, out_t))
-            cls_loss = nll_loss(log_p_s, y_s)
+            smoothing = config.model.label_smoothing
+            cls_loss = nll_loss(log_p_s, y_s, smoothing)
             pseudo_loss = pseudo_label_loss(log_p_t, labels, weights)
             div_loss = diversity_loss(log_p_t)
             loss = cls_loss + pseudo_weight * pseudo_loss + config.div_weight * div_loss
             losses = {"cls_loss": cls_loss, "pseudo_loss": pseudo_loss, "div_loss": div_loss}
             if out_s.aux_logits is not None:
                 aux_log_p_t = out_t.aux_logits.float().log_softmax(1)
-                losses["aux_cls_loss"] = cross_entropy(out_s.aux_logits, y_s)
+                losses["aux_cls_loss"] = cross_entropy(out_s.aux_logits, y_s, smoothing)
                 losses["aux_pseudo_loss"] = pseudo_label_loss(aux_log_p_t, labels, weights)
                 aux_loss = losses["aux_cls_loss"] + pseudo_weight * losses["aux_pseudo_loss"]
                 loss = loss + config.model.aux_weight * aux_loss
             if labeled:
                 x_l, y_l = (x.to(device, non_blocking=True) for x in next(labeled))
-                target_cls_loss, _ = supervised_loss(model(x_l), y_l, config.model.aux_weight)
+                target_cls_loss, _ = supervised_loss(model(x_l), y_l, config.model)
                 losses["target_cls_loss"] = target_cls_loss
                 loss = loss + target_cls_loss
 

@@ -174,7 +174,7 @@ def main(argv: list[str] | None = None) -> int:
             losses = {"ent_loss": ent_loss, "div_loss": div_loss, "pseudo_loss": pseudo_loss}
             if labeled:
                 x_l, y_l = (x.to(device, non_blocking=True) for x in next(labeled))
-                target_cls_loss, _ = supervised_loss(model(x_l), y_l, config.model.aux_weight)
+                target_cls_loss, _ = supervised_loss(model(x_l), y_l, config.model)
                 losses["target_cls_loss"] = target_cls_loss
                 loss = loss + target_cls_loss
 

@@ -17,7 +17,6 @@ from typing import ClassVar
 
 import torch
 
-from common.config import not_negative
 from common.errors import exit_with
 from losses.supervised import supervised_loss
 from models import build_model
@@ -30,13 +29,9 @@ from training.run import Run
 @dataclass
 class Config(RunConfig):
     method: ClassVar[str] = "source"
-    label_smoothing: float = not_negative(0.0)  # share of a source label spread over all classes
 
     def trained_criteria(self):
         return set()  # of entropy and infomax, the loss improves neither directly
-
-    def rules(self):
-        return [*super().rules(), (self.label_smoothing < 1, "label_smoothing must be below 1")]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -65,11 +60,10 @@ def main(argv: list[str] | None = None) -> int:
 
         with autocast:
             out_s = model(x_s)
-            smoothing = config.label_smoothing
-            loss, losses = supervised_loss(out_s, y_s, config.model.aux_weight, smoothing)
+            loss, losses = supervised_loss(out_s, y_s, config.model)
             if labeled:
                 x_l, y_l = (x.to(device, non_blocking=True) for x in next(labeled))
-                target_cls_loss, _ = supervised_loss(model(x_l), y_l, config.model.aux_weight)
+                target_cls_loss, _ = supervised_loss(model(x_l), y_l, config.model)
                 losses["target_cls_loss"] = target_cls_loss
                 loss = loss + target_cls_loss
 

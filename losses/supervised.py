@@ -34,23 +34,22 @@ def cross_entropy(
     return nll_loss(logits.float().log_softmax(1), labels, smoothing)
 
 
-def supervised_loss(
-    out, labels: torch.Tensor, aux_weight: float, smoothing: float = 0.0
-) -> tuple[torch.Tensor, dict]:
+def supervised_loss(out, labels: torch.Tensor, config) -> tuple[torch.Tensor, dict]:
     """Cross-entropy of a model's output, with that of the auxiliary head where there is one.
 
     Args:
         out: a `ModelOutput`.
         labels: (N, ...).
-        aux_weight: weight of the auxiliary head's cross-entropy.
-        smoothing: share of each label that is spread over all classes alike.
+        config: the section `model`; its `aux_weight`, the weight of the auxiliary head's
+            cross-entropy, and its `label_smoothing` are read.
 
     Returns:
         (loss, parts): cls_loss + aux_weight * aux_cls_loss, and both terms by name.
     """
+    smoothing = config.label_smoothing
     parts = {"cls_loss": cross_entropy(out.logits, labels, smoothing)}
     loss = parts["cls_loss"]
     if out.aux_logits is not None:
         parts["aux_cls_loss"] = cross_entropy(out.aux_logits, labels, smoothing)
-        loss = loss + aux_weight * parts["aux_cls_loss"]
+        loss = loss + config.aux_weight * parts["aux_cls_loss"]
     return loss, parts

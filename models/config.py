@@ -24,6 +24,7 @@ class ModelConfig:
     bottleneck_relu: bool = True  # false: without the ReLU, as in SHOT
     weight_norm: bool = False  # classification: of the classifier (arXiv:1602.07868), as in SHOT
     dropout: float = 0.0  # classification: share of the classifier's inputs
+    label_smoothing: float = not_negative(0.0)  # share of a label spread over all classes alike
     head: Literal["deeplab_v2", "deeplab_v3"] = "deeplab_v2"  # segmentation: the head on layer4
     output_stride: Literal[8, 16] = 8  # segmentation: px of the image per px of layer4 (dilated)
     aux_weight: float = not_negative(0.0)  # segmentation: of an auxiliary head on layer3; 0: none
@@ -44,6 +45,7 @@ class ModelConfig:
                 "bottleneck_relu: false needs a bottleneck",
             ),
             (0 <= self.dropout < 1, "dropout must lie in [0, 1)"),
+            (self.label_smoothing < 1, "label_smoothing must be below 1"),
         )
 
     def rules(self, task: str) -> list[tuple[bool, str]]:

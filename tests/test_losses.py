@@ -14,6 +14,7 @@ from losses.entropy import diversity_loss, entropy_loss, information_map
 from losses.mmd import mmd_loss
 from losses.supervised import cross_entropy, nll_loss, supervised_loss
 from models import ModelOutput
+from models.config import ModelConfig
 
 
 def randn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -253,7 +254,8 @@ def test_label_smoothing_is_that_of_torch(shape):
     smoothed = cross_entropy(logits, labels, smoothing=0.1)
     torch.testing.assert_close(smoothed, theirs)
     assert abs(smoothed - cross_entropy(logits, labels)) > 1e-3  # control
-    loss, parts = supervised_loss(ModelOutput(logits, {}, logits), labels, 0.5, 0.1)
+    section = ModelConfig(aux_weight=0.5, label_smoothing=0.1)
+    loss, parts = supervised_loss(ModelOutput(logits, {}, logits), labels, section)
     assert torch.equal(parts["cls_loss"], smoothed)
     torch.testing.assert_close(loss, 1.5 * theirs)
     nothing = torch.full(shape, IGNORE_INDEX)
@@ -290,10 +292,11 @@ def test_supervised_loss_adds_the_auxiliary_head():
     labels = torch.randint(3, (2, 4, 5), generator=torch.Generator().manual_seed(0))
     labels[0, :2] = IGNORE_INDEX
     main, aux = cross_entropy(logits, labels), cross_entropy(aux_logits, labels)
-    loss, parts = supervised_loss(ModelOutput(logits, {}, aux_logits), labels, 0.3)
+    section = ModelConfig(aux_weight=0.3)
+    loss, parts = supervised_loss(ModelOutput(logits, {}, aux_logits), labels, section)
     torch.testing.assert_close(loss, main + 0.3 * aux)
     assert parts == {"cls_loss": main, "aux_cls_loss": aux}  # neither is weighted
-    loss, parts = supervised_loss(ModelOutput(logits, {}), labels, 0.3)
+    loss, parts = supervised_loss(ModelOutput(logits, {}), labels, section)
     assert torch.equal(loss, main)
     assert parts == {"cls_loss": main}
     assert abs(main - aux) > 1e-3  # control

@@ -79,7 +79,8 @@ def test_read_target_labels_are_found(broken, tmp_path, monkeypatch):
     leak = (
         "            test = domains.target_test\n"
         "            out = model(test.images[:8].to(device))\n"
-        "            loss = loss + supervised_loss(out, test.labels[:8].to(device), 0.0)[0]\n"
+        "            y = test.labels[:8].to(device)\n"
+        "            loss = loss + supervised_loss(out, y, config.model)[0]\n"
     )
     method = broken((LOSS, LOSS + leak))
     whole = first_run(method, tmp_path)

@@ -293,16 +293,17 @@ def test_logged_metrics_of_dann(tmp_path):
     assert lines[5]["disc_lr"] == pytest.approx(0.5 / 6**0.75)
 
 
-def test_label_smoothing_of_the_source(tmp_path):
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_label_smoothing_of_the_source(tmp_path, script):
     """The key reaches the loss, and so the weights."""
     config = tiny_config(tmp_path)
     for share in ("0", "0.3"):
-        keys = [f"label_smoothing={share}", f"out_dir={tmp_path}/{share}"]
-        assert train("train_source", config, *keys) == 0
+        keys = [f"model.label_smoothing={share}", f"out_dir={tmp_path}/{share}"]
+        assert train(script, config, *keys) == 0
     plain, smoothed = (weights(tmp_path / share) for share in ("0", "0.3"))
     assert differing(plain, smoothed) > 1000
     with pytest.raises(UserError, match="label_smoothing must be below 1"):
-        train("train_source", config, "label_smoothing=1")
+        train(script, config, "model.label_smoothing=1")
 
 
 def test_every_script_trains_with_weight_norm(tmp_path):
