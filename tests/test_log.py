@@ -32,6 +32,27 @@ def test_lines_of_later_steps_and_incomplete_lines_are_dropped(tmp_path):
     assert file.read_text() == '{"step": 2, "loss": 1}\n'
 
 
+NO_RECORDS = {
+    "null": b"null",
+    "list": b"[1]",
+    "empty": b"{}",
+    "number": b"5",
+    "no number": b'{"step": "x"}',
+    "true": b'{"step": true}',
+    "latin-1": b'{"step": 1, "loss": "\xfc"}',
+    "binary": bytes(range(128, 256)),
+    "nested": b"[" * 100_000,
+}
+
+
+@pytest.mark.parametrize("line", NO_RECORDS.values(), ids=NO_RECORDS)
+def test_what_is_no_record_is_dropped(tmp_path, line):
+    file, first, third = tmp_path / "metrics.jsonl", b'{"step": 1}\n', b'{"step": 3, "loss": 1}\n'
+    file.write_bytes(first + line + b"\n" + third)
+    Log(file, 8).open(4)
+    assert file.read_bytes() == first + third
+
+
 def test_a_mean_that_is_not_finite_is_named(tmp_path):
     log = Log(tmp_path / "metrics.jsonl", 4)
     log.open(0)

@@ -10,7 +10,20 @@ import torch
 from tqdm import tqdm
 
 from common.errors import UserError
-from common.files import write_text
+from common.files import write_atomically
+
+
+def _is_kept(line: bytes, step: int, evaluated: bool) -> bool:
+    """Whether a line of metrics.jsonl is complete, and stays when a run goes on (`Log.open`)."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):  # such as a line that a killed run did not end
+        return False
+    written = record.get("step") if isinstance(record, dict) else None
+    if type(written) is not int or not line.endswith(b"\n"):
+        return False
+    is_evaluation = any(key.startswith("criteria.") for key in record)
+    return written < step or (written == step and (evaluated or not is_evaluation))
 
 
 class Log:
@@ -49,20 +62,12 @@ class Log:
         """Begin after `step` steps.
 
         Lines of later steps, which a broken run wrote, are removed, and the evaluation of `step`
-        itself if it is not over yet (`evaluated` is False).
+        itself if it is not over yet (`evaluated` is False). So is what is no record.
         """
         if self.path is not None and self.path.exists():
-            lines = []
-            for line in self.path.read_text().splitlines(keepends=True):
-                try:
-                    record = json.loads(line)
-                    keep = record["step"] <= step and line.endswith("\n")
-                    if record["step"] == step and not evaluated:
-                        keep = keep and not any(key.startswith("criteria.") for key in record)
-                except ValueError:
-                    keep = False  # the run was killed while it wrote this line
-                lines += [line] if keep else []
-            write_text(self.path, "".join(lines))
+            lines = self.path.read_bytes().splitlines(keepends=True)
+            kept = b"".join(line for line in lines if _is_kept(line, step, evaluated))
+            write_atomically(self.path, lambda file: file.write(kept))
         self.start, self.started = step, time.monotonic()
         if self.scaler is not None and self.scaler.is_enabled():
             self.largest_scale = self.scaler.get_scale()
