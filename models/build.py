@@ -1,5 +1,7 @@
 """The networks that a config asks for, by its `data.task`."""
 
+from dataclasses import replace
+
 from torch import nn
 
 from models.classifier import build_classifier
@@ -12,7 +14,7 @@ BUILDERS = {"classification": build_classifier, "segmentation": build_segmenter}
 
 
 def build_model(config, classes: list[str], new_head: bool = False) -> Network:
-    """The network of a run: random weights, then `model.weights`, then `init_from`.
+    """The network of a run: random weights, then those of `init_from`, else of `model.weights`.
 
     Args:
         config: of the run; its `model`, `data.task`, `data.root` and `init_from` are read.
@@ -23,7 +25,8 @@ def build_model(config, classes: list[str], new_head: bool = False) -> Network:
     Raises:
         UserError: weights that do not fit.
     """
-    model = BUILDERS[config.data.task](config.model, len(classes), config.data.root)
+    section = replace(config.model, weights=None) if config.init_from else config.model
+    model = BUILDERS[config.data.task](section, len(classes), config.data.root)
     if config.init_from:
         init_from(model, config.init_from, classes, new_head)
     return model
