@@ -11,6 +11,7 @@ from common.errors import UserError
 from common.files import trained_classes
 from data.config import DataConfig, LabeledDataConfig
 from data.decoded import Decoded
+from data.fingerprint import fingerprint
 from data.image_set import ImageSet, join
 from data.labeled import draw_labeled, list_labeled, without
 from data.loaders import eval_loader, train_loader
@@ -145,6 +146,18 @@ class Domains:
         """Every unlabeled target image once, not augmented; in a dry run one batch of them."""
         return eval_loader(self.criteria if self.dry_run else self.target, self.config)
 
+    def fingerprints(self) -> dict[str, torch.Tensor]:
+        """The fingerprint of each set by its role."""
+        roles = ("source", "source_val", "target", "target_labeled", "target_test")
+        found, listed = {}, set()
+        for role in roles:
+            images = getattr(self, role)
+            if images is not None:
+                files = id(images.images), id(images.labels)
+                found[role] = fingerprint(images, Path(self.config.root), files not in listed)
+                listed.add(files)
+        return found
+
     def describe(self) -> str:
         """One line per set, and the sizes of a batch."""
         names = ", ".join(self.classes[:12]) + (" ..." if self.num_classes > 12 else "")
@@ -192,11 +205,19 @@ class Domains:
         return text
 
 
-def open_domains(config: DataConfig, seed: int, dry_run: bool = False) -> Domains:
+def open_domains(
+    config: DataConfig, seed: int, dry_run: bool = False, trained: list[str] | None = None
+) -> Domains:
     """Open both domains, match their classes by name and make the splits.
 
-    Without a source the classes are those of the run `classes_from`. In a dry run nothing is
-    written and every evaluation set is one batch.
+    In a dry run nothing is written and every evaluation set is one batch.
+
+    Args:
+        config: the section `data`.
+        seed: of order, augmentation and splits.
+        dry_run: whether this is a dry run.
+        trained: the class names of a run that is resumed. Without a source they are the classes;
+            if they are None too, the classes are those of the run `classes_from`.
     """
     if isinstance(config, LabeledDataConfig):
         return _open_labeled_target(config, seed, dry_run)
@@ -205,7 +226,7 @@ def open_domains(config: DataConfig, seed: int, dry_run: bool = False) -> Domain
         classes = source.classes
     else:
         source, source_val = None, None
-        classes = _classes_of_run(config.classes_from)
+        classes = trained or _classes_of_run(config.classes_from)
     _check_iou_classes(config, classes)
     _check_absent_classes(config, classes)
     opener = task_module(config)
