@@ -1,10 +1,14 @@
 """Safe files: written atomically; checkpoints have a sha256 file and are loaded as plain data."""
 
+import fcntl
 import hashlib
+import io
 import json
 import os
 import pickle
+import socket
 from pathlib import Path
+from typing import IO
 
 import torch
 
@@ -49,6 +53,43 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
+def lock(path: Path) -> IO[str]:
+    """Lock the file `path` until this process ends, or until the returned file is closed.
+
+    The file names the process that holds the lock. `fcntl.lockf` is not inherited by the workers of
+    a loader, as `flock` is, so the lock is free at once when a run is killed.
+
+    Raises:
+        UserError: another process holds the lock, or (code 5) the file cannot be written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+")  # noqa: SIM115 - it stays open
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.seek(0)
+            raise UserError(
+                f"out_dir: {path.parent} is in use by another run ({file.read().strip()}); "
+                "wait for it to end, or choose another out_dir"
+            ) from None
+        except OSError as error:
+            print(
+                f"warning: {path.parent}: its file system has no locks ({error.strerror}); "
+                "make sure that no other run uses the folder"
+            )
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        file.flush()
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written ({error.strerror or error}); "
+            "free some space or choose another out_dir",
+            5,
+        ) from None
+    return file
+
+
 def _hash_file(path: Path) -> Path:
     return path.with_name(path.name + ".sha256")
 
@@ -61,19 +102,43 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
+def is_intact(path: Path) -> bool:
+    """Whether a file of `save_tensors` is there and matches its hash."""
+    try:
+        return _hash_file(path).read_text().split()[:1] == [_digest(path)]
+    except (OSError, UnicodeDecodeError):
+        return False
+
+
+def remove(path: Path) -> None:
+    """Remove a file of `save_tensors` and its hash, which never stays behind alone.
+
+    What is no file stays.
+    """
+    for file in (_hash_file(path), path):
+        if file.is_file():
+            file.unlink()
+
+
 def save_tensors(path: Path, state: dict) -> None:
     """Write `state` to `path`, and its hash to the file `path`.sha256.
 
     `state` consists of tensors, numbers and strings, and of lists and dicts of these.
     """
+    # Into memory first: to a full disk torch's zip writer raises a RuntimeError.
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    content = buffer.getbuffer()
 
     def write(file) -> None:
-        torch.save(state, file)
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())  # a full disk is known now, while the old file has its hash
         # The old hash must never lie beside the new file.
         _hash_file(path).unlink(missing_ok=True)
 
     write_atomically(path, write)
-    write_text(_hash_file(path), f"{_digest(path)}  {path.name}\n")
+    write_text(_hash_file(path), f"{hashlib.sha256(content).hexdigest()}  {path.name}\n")
 
 
 def load_tensors(path: Path) -> dict:
@@ -122,21 +187,18 @@ def save(path: Path, **state) -> None:
     )
 
 
-def load(path: Path, **state) -> dict:
-    """Load a file of `save` into the given objects.
+def restore(path: Path, saved: dict, **state) -> None:
+    """Load what a file of `save` contains into the given objects.
 
     Args:
-        path: the file.
+        path: the file, for messages.
+        saved: its content, by `load_tensors`.
         state: the names that were saved; a value with `load_state_dict` takes its saved state.
-
-    Returns:
-        All that was saved, by name, for the plain values.
 
     Raises:
         UserError: (code 4) the names differ from those in the file, or a state does not fit its
             object.
     """
-    saved = load_tensors(path)
     if different := sorted(saved.keys() ^ state.keys()):
         raise UserError(
             f"{path}: was written by another script or version "
@@ -151,7 +213,6 @@ def load(path: Path, **state) -> dict:
                 raise UserError(
                     f"{path}: its {name} does not fit this run ({str(error).splitlines()[0]})", 4
                 ) from None
-    return saved
 
 
 def trained_classes(path: str) -> list[str] | None:

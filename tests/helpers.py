@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from common.errors import UserError
 from training import evaluation, log
 from training import run as run_module
 
@@ -188,6 +189,23 @@ def stop_within_evaluation(monkeypatch, number: int) -> list[int]:
     monkeypatch.setattr(run_module, "evaluate", counted)
     monkeypatch.setattr(evaluation, "confusion_matrix", stopped)
     return batches
+
+
+def in_a_fork(function) -> int:
+    """Call the function in a fork of this process: its exit code, 0 after it returned."""
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            function()
+            code = 0
+        except UserError as error:
+            code = error.code
+        except SystemExit as stop:
+            code = stop.code
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 def differing(a, b) -> int:

@@ -3,6 +3,9 @@
 import os
 import pickle
 import random
+import resource
+import signal
+import socket
 import warnings
 
 import pytest
@@ -11,14 +14,18 @@ from torch import nn
 
 from common.errors import UserError
 from common.files import (
-    load,
+    is_intact,
     load_tensors,
+    lock,
+    remove,
+    restore,
     save,
     save_tensors,
     trained_classes,
     write_atomically,
     write_text,
 )
+from tests.helpers import in_a_fork
 
 STATE = {
     "weight": torch.arange(6.0).view(2, 3),
@@ -59,7 +66,7 @@ def test_round_trip_with_the_hash_beside(file):
 
 def test_every_flipped_bit_is_detected(file):
     intact, flips = file.read_bytes(), random.Random(0)
-    for _ in range(100):
+    for _ in range(200):
         damaged, position = bytearray(intact), flips.randrange(len(intact))
         damaged[position] ^= 1 << flips.randrange(8)
         file.write_bytes(damaged)
@@ -146,7 +153,8 @@ def test_objects_and_values_by_name(tmp_path):
     optimizer.step()
     save(tmp_path / "a.pt", model=model, optimizer=optimizer, step=7)
     fresh = torch.optim.SGD(other.parameters(), lr=0.5, momentum=0.9)
-    saved = load(tmp_path / "a.pt", model=other, optimizer=fresh, step=None)
+    saved = load_tensors(tmp_path / "a.pt")
+    restore(tmp_path / "a.pt", saved, model=other, optimizer=fresh, step=None)
     assert saved["step"] == 7
     assert torch.equal(other.weight, model.weight)
     assert fresh.param_groups[0]["lr"] == 0.1
@@ -169,7 +177,7 @@ def test_objects_and_values_by_name(tmp_path):
 def test_names_and_shapes_must_agree(tmp_path, asked, match):
     save(tmp_path / "a.pt", model=nn.Linear(3, 2), step=1)
     with pytest.raises(UserError, match=match) as caught:
-        load(tmp_path / "a.pt", **asked)
+        restore(tmp_path / "a.pt", load_tensors(tmp_path / "a.pt"), **asked)
     assert caught.value.code == 4
     assert len(str(caught.value).splitlines()) == 1
 
@@ -187,6 +195,112 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(file):
         write_atomically(file, full)
     assert caught.value.code == 5
     assert {p.name: p.read_bytes() for p in file.parent.iterdir()} == before
+
+
+@pytest.mark.parametrize("limit", [0, 1, 1000, 40_000])
+def test_a_full_disk_is_exit_5_and_the_older_file_loads(file, limit):
+    """The limit of a file's size stands for the disk: zip headers, the data or the end do not fit.
+
+    The real thing, unlike an OSError of a test's own: torch's zip writer turns it into others.
+    """
+    before = {p.name: p.read_bytes() for p in file.parent.iterdir()}
+    large = {**STATE, "weight": torch.rand(100, 100)}
+
+    def with_limit(size: int) -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+        save_tensors(file, large)
+
+    assert in_a_fork(lambda: with_limit(limit)) == 5
+    assert {p.name: p.read_bytes() for p in file.parent.iterdir()} == before
+    assert torch.equal(load_tensors(file)["weight"], STATE["weight"])
+    assert in_a_fork(lambda: with_limit(100_000)) == 0  # control
+    assert load_tensors(file)["weight"].shape == (100, 100)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="there is no /dev/full")
+def test_a_device_that_is_full_is_exit_5(file):
+    before = {p.name: p.read_bytes() for p in file.parent.iterdir()}
+
+    def full(temporary) -> None:
+        with open("/dev/full", "wb") as device:
+            device.write(b"1")
+
+    with pytest.raises(UserError, match="cannot be written") as caught:
+        write_atomically(file, full)
+    assert caught.value.code == 5
+    assert {p.name: p.read_bytes() for p in file.parent.iterdir()} == before
+
+
+def test_a_file_is_removed_with_its_hash(file):
+    """The hash goes first, so that a kill in between leaves a file that loads."""
+    hash_file = file.with_name("a.pt.sha256")
+    with pytest.MonkeyPatch.context() as patch:
+        unlink = type(file).unlink
+
+        def killed(path, *arguments):
+            unlink(path, *arguments)
+            raise KeyboardInterrupt
+
+        patch.setattr(type(file), "unlink", killed)
+        with pytest.raises(KeyboardInterrupt):
+            remove(file)
+    assert not hash_file.exists()
+    assert load_tensors(file)["step"] == 3
+    remove(file)
+    assert list(file.parent.iterdir()) == []
+    file.mkdir()
+    hash_file.mkdir()
+    remove(file)  # folders are no files of ours
+    assert file.is_dir()
+    assert hash_file.is_dir()
+
+
+def test_only_a_file_that_matches_its_hash_is_intact(file):
+    assert is_intact(file)
+    file.write_bytes(file.read_bytes() + b"1")
+    assert not is_intact(file)
+    save_tensors(file, STATE)
+    assert is_intact(file)
+    file.with_name("a.pt.sha256").write_bytes(b"\xff\xfe")
+    assert not is_intact(file)
+    remove(file)
+    assert not is_intact(file)
+
+
+def test_a_lock_is_held_by_one_process(tmp_path):
+    """Other processes are refused; a fork that lives on, as a loader's worker, does not hold it."""
+    path = tmp_path / "run" / ".lock"
+    held = lock(path)
+    assert in_a_fork(lambda: lock(path)) == 2
+    worker = os.fork()
+    if worker == 0:
+        signal.pause()
+        os._exit(0)
+    held.close()  # not before this line: to close any file of the path frees the lock
+    assert path.read_text() == f"process {os.getpid()} on {socket.gethostname()}\n"
+    assert in_a_fork(lambda: lock(path)) == 0
+    os.kill(worker, signal.SIGKILL)
+    os.waitpid(worker, 0)
+
+
+def test_a_lock_names_its_owner(tmp_path):
+    """And is free as soon as the owner is killed."""
+    path = tmp_path / ".lock"
+    ready, wrote = os.pipe()
+    owner = os.fork()
+    if owner == 0:
+        held = lock(path)
+        os.write(wrote, b"1")
+        signal.pause()
+        held.close()
+    os.read(ready, 1)
+    match = rf"out_dir: {tmp_path} is in use by another run \(process {owner} on \S+\); wait for"
+    with pytest.raises(UserError, match=match) as caught:
+        lock(path)
+    assert caught.value.code == 2
+    os.kill(owner, signal.SIGKILL)
+    os.waitpid(owner, 0)
+    lock(path).close()
 
 
 def test_text_replaces_text(tmp_path):

@@ -2,18 +2,28 @@
 
 import contextlib
 import functools
+import os
+import shutil
 import signal
+import warnings
 
 import pytest
 import torch
 
 import losses.domain
 import models
+from common import files
 from common.errors import UserError
+from models import build_model
 from tests.helpers import (
+    ROOT,
     SCRIPTS,
     differing,
+    finetune_config,
+    in_a_fork,
+    load_script,
     metrics,
+    shot_config,
     stop_after,
     stop_within_evaluation,
     street_config,
@@ -22,6 +32,7 @@ from tests.helpers import (
     train,
     weights,
 )
+from training.config import load_run_config
 
 LAST = "checkpoints/step_00000010.pt"
 SELF_TRAINING = ["threshold_mode=class_balanced", "distribution_alignment=true", "pseudo_warmup=0"]
@@ -226,13 +237,6 @@ def test_the_selected_weights_are_those_of_the_history(tmp_path, monkeypatch, wh
         assert train("train_source", config, "--resume") == 143
     assert differing(selected, weights(tmp_path / "run")) == 0
 
-    for file in (tmp_path / "run/checkpoints").iterdir():
-        file.unlink()
-    with monkeypatch.context() as patch:
-        stop_after(patch, 1)  # from the start, and before the first evaluation
-        assert train("train_source", config, "--resume") == 143
-    assert not model.exists()
-
 
 @pytest.mark.parametrize("lost", ["optimizer", "random state", "batch norm"])
 def test_control_a_lost_state_is_seen(tmp_path, monkeypatch, whole, lost):
@@ -271,21 +275,222 @@ def test_same_seed_same_weights_other_seed_other_weights(tmp_path, whole):
     assert (a != b).float().mean() > 0.9
 
 
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:abc\nsize 12345\n"
+DAMAGE = {
+    "empty": lambda content: b"",
+    "one byte": lambda content: content[:1],
+    "1,000 bytes": lambda content: content[:1000],
+    "half": lambda content: content[: len(content) // 2],
+    "last byte": lambda content: content[:-1],
+    "zeros": lambda content: bytes(len(content)),
+    "html": lambda content: b"<html><body>404 Not Found</body></html>",
+    "pointer": lambda content: POINTER,
+}
+
+
+def running(folder) -> None:
+    """Let a finished run be one that was killed at its last step."""
+    status = '{"method": "source", "state": "running", "step": 10, "steps": 10}'
+    (folder / "status.json").write_text(status)
+
+
 def test_damaged_newest_falls_back_and_none_usable_is_exit_4(tmp_path, capsys, whole):
     config = tiny_config(tmp_path)
     assert train("train_source", config) == 0
-    (tmp_path / "run/status.json").write_text('{"state": "running", "step": 10, "steps": 10}')
-    newest = tmp_path / "run" / LAST
-    newest.write_bytes(newest.read_bytes()[:1000])
-    assert train("train_source", config, "--resume") == 0
-    assert "step_00000010.pt: does not match" in capsys.readouterr().out
-    assert _same_run(whole["train_source"], tmp_path / "run") == 0
-    (tmp_path / "run/status.json").write_text('{"state": "running", "step": 10, "steps": 10}')
-    for file in (tmp_path / "run/checkpoints").glob("*.pt"):
+    folder, newest = tmp_path / "run", tmp_path / "run" / LAST
+    for number, damage in enumerate(DAMAGE.values()):
+        running(folder)
+        newest.write_bytes(damage(newest.read_bytes()))
+        if number % 2:  # as a file that was copied without its hash
+            newest.with_name(newest.name + ".sha256").unlink()
+        assert train("train_source", config, "--resume") == 0
+        out = capsys.readouterr().out
+        reason = "is not a readable checkpoint" if number % 2 else "does not match"
+        assert f"step_00000010.pt: {reason}" in out
+        assert "resuming after step 5" in out
+    assert _same_run(whole["train_source"], folder) == 0
+    running(folder)
+    for file in (folder / "checkpoints").glob("*.pt"):
         file.write_bytes(b"")
+    before = {p.name: p.read_bytes() for p in folder.iterdir() if p.is_file()}
     with pytest.raises(UserError, match="none of its 2 checkpoints can be used") as error:
         train("train_source", config, "--resume")
     assert error.value.code == 4
+    del before[".lock"]
+    assert {name: (folder / name).read_bytes() for name in before} == before
+
+
+class Hostile:
+    def __reduce__(self):
+        return os.mkdir, ("executed",)
+
+
+@pytest.mark.parametrize("forced", [False, True])
+def test_a_hostile_checkpoint_is_not_executed(tmp_path, monkeypatch, forced):
+    """Neither on --resume nor by init_from, whatever the variable of torch says."""
+    if forced:
+        monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    config = tiny_config(tmp_path)
+    assert train("train_source", config) == 0
+    running(tmp_path / "run")
+    for file in (LAST, "checkpoints/step_00000005.pt", "model.pt"):
+        torch.save({"model": Hostile()}, tmp_path / "run" / file)
+        (tmp_path / "run" / f"{file}.sha256").unlink()
+    start = [f"init_from={tmp_path}/run/model.pt", f"out_dir={tmp_path}/other"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for arguments in (["--resume"], start):
+            with pytest.raises(UserError) as error:
+                train("train_source", config, *arguments)
+            assert error.value.code in (2, 4)
+            assert "weights_only" not in str(error.value)
+        assert not (tmp_path / "executed").exists()
+        torch.load(tmp_path / "run/model.pt", weights_only=False)  # control
+    assert (tmp_path / "executed").exists()
+
+
+def train_and_die(config, kill: str, saves: int) -> None:
+    """Train, and be killed while the file number `saves` is saved."""
+    write_atomically, saved = files.write_atomically, []
+
+    def die_if(now: bool) -> None:
+        if now:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def interrupted(path, write) -> None:
+        is_file = path.suffix == ".pt"
+        saved.extend([path] if is_file else [])
+        due = is_file and len(saved) == saves
+
+        def write_and_die(temporary) -> None:
+            write(temporary)
+            if kill == "half written":
+                temporary.truncate(1000)
+            die_if(kill in ("half written", "written"))
+
+        write_atomically(path, write_and_die if due else write)
+        die_if(due and kill == "replaced")
+        die_if(path.suffix == ".sha256" and len(saved) == saves and kill == "hashed")
+
+    files.write_atomically = interrupted
+    train("train_source", config)
+
+
+@pytest.mark.parametrize("kill", ["half written", "written", "replaced", "hashed"])
+def test_a_kill_while_saving_loses_the_last_save_at_most(tmp_path, whole, kill):
+    """Ten kills in all, of checkpoints and of model.pt; every file that is left loads."""
+    for saves in (1, 2, 4) if kill in ("half written", "replaced") else (2, 4):
+        folder = tmp_path / str(saves)
+        folder.mkdir()
+        config = tiny_config(folder)
+        assert in_a_fork(lambda c=config, s=saves: train_and_die(c, kill, s)) == -signal.SIGKILL
+        for file in (folder / "run").rglob("step_*.pt"):
+            files.load_tensors(file)
+        assert train("train_source", config, "--resume") == 0
+        assert not list((folder / "run").rglob(".*.tmp"))
+        assert _same_run(whole["train_source"], folder / "run") == 0
+
+
+# --- other data
+
+
+DATA_CHANGES = {
+    "added": lambda images: shutil.copy(images / "sketch/cat/000.png", images / "sketch/cat/9.png"),
+    "removed": lambda images: (images / "photo/cat/011.png").unlink(),
+    "another class": lambda images: (images / "photo/cat/011.png").rename(
+        images / "photo/dog/zz.png"
+    ),
+    "class renamed": lambda images: [
+        (images / d / "cat").rename(images / d / "zebra") for d in ("photo", "sketch")
+    ],
+    "class added": lambda images: [
+        shutil.copytree(images / d / "cat", images / d / "zebra") for d in ("photo", "sketch")
+    ],
+    "replaced": lambda images: [
+        file.write_bytes(file.read_bytes() + b"1") for file in (images / "photo").rglob("*.png")
+    ],
+}
+
+
+def test_a_run_does_not_go_on_with_other_data(tmp_path, monkeypatch, pictures):
+    """But it does with a copy elsewhere, whose files have other times."""
+    pictures("photo", {"cat": 12, "dog": 12})
+    images = pictures("sketch", {"cat": 6, "dog": 6}).parent
+    data = (
+        "{source: {name: folder, path: photo}, target: {name: folder, path: sketch}, "
+        f"size: 16, batch: 4, root: {images}, cache: {tmp_path}/cache}}"
+    )
+    config = tiny_config(tmp_path, data=data)
+    assert train("train_source", config, f"out_dir={tmp_path}/whole") == 0
+    with monkeypatch.context() as patch:
+        stop_after(patch, 6)
+        assert train("train_source", config) == 143
+    for number, (name, change) in enumerate(DATA_CHANGES.items()):
+        copy = tmp_path / "copies" / str(number)
+        shutil.copytree(images, copy)
+        change(copy)
+        with pytest.raises(UserError, match="was trained on other data") as error:
+            train("train_source", config, "--resume", f"data.root={copy}")
+        assert error.value.code == 2, name
+        assert "remove" not in str(error.value)
+    copy = tmp_path / "copies" / "same"
+    shutil.copytree(images, copy, copy_function=shutil.copyfile)
+    assert train("train_source", config, "--resume", f"data.root={copy}") == 0
+    assert _same_run(tmp_path / "whole", tmp_path / "run") == 0
+
+
+# --- without what the run started from
+
+
+@pytest.mark.parametrize("script", ["train_shot", "finetune", "train_dann", "train_adda"])
+def test_a_run_goes_on_without_the_run_it_started_from(tmp_path, monkeypatch, script):
+    """All of it is in the checkpoint, the names of the classes too."""
+    if script == "train_shot":
+        config = shot_config(tmp_path)
+    else:
+        source = tiny_config(tmp_path, out_dir=tmp_path / "source")
+        assert train("train_source", source) == 0
+        start = {"init_from": tmp_path / "source"}
+        make = finetune_config if script == "finetune" else tiny_config
+        config = make(tmp_path, **start)
+    assert train(script, config, f"out_dir={tmp_path}/whole") == 0
+    with monkeypatch.context() as patch:
+        stop_after(patch, 6)
+        assert train(script, config) == 143
+    shutil.rmtree(tmp_path / "source")
+    assert train(script, config, "--resume") == 0
+    assert _same_run(tmp_path / "whole", tmp_path / "run") == 0
+    text = (tmp_path / "run/config.yaml").read_text()
+    assert f"init_from: {tmp_path}/source" in text  # what the run was trained with
+    with pytest.raises(UserError, match="there is no"):  # control
+        train(script, config, f"out_dir={tmp_path}/another")
+
+
+def test_a_run_goes_on_without_its_imagenet_weights(tmp_path, monkeypatch):
+    """And a run that starts from another one needs none."""
+    torch.manual_seed(1)
+    keys = {"model": "{backbone: mobilenet_v2, weights: weights.pth}", "steps": 3}
+    config = street_config(tmp_path, "train_source", **keys)
+    script = load_script(ROOT / "train_source.py")
+    plain = load_run_config(script.Config, str(config), ["model.weights=null"])
+    (tmp_path / "images").mkdir()
+    file = tmp_path / "images/weights.pth"
+    state = build_model(plain, ["a", "b"]).backbone.state_dict()
+    torch.save({f"features.{name}": value for name, value in state.items()}, file)
+    assert train("train_source", config, f"out_dir={tmp_path}/whole") == 0
+    with monkeypatch.context() as patch:
+        stop_after(patch, 2)
+        assert train("train_source", config) == 143
+    file.unlink()
+    assert train("train_source", config, "--resume") == 0
+    last = "checkpoints/step_00000003.pt"
+    models = [weights(tmp_path / run, last)["model"] for run in ("whole", "run")]
+    assert differing(*models) == 0
+    assert "weights: weights.pth" in (tmp_path / "run/config.yaml").read_text()
+    start = [f"init_from={tmp_path}/run", f"out_dir={tmp_path}/second"]
+    assert train("train_source", config, *start) == 0
+    with pytest.raises(UserError, match="there is no file"):  # control
+        train("train_source", config, f"out_dir={tmp_path}/third")
 
 
 def test_killed_before_the_first_checkpoint_starts_again(tmp_path, monkeypatch, whole):

@@ -3,8 +3,11 @@
 import errno
 import json
 import os
+import re
+import resource
 import shutil
 import signal
+import socket
 import subprocess
 import time
 from dataclasses import dataclass
@@ -24,6 +27,7 @@ from tests.helpers import (
     any_config,
     differing,
     finetune_config,
+    in_a_fork,
     load_script,
     metrics,
     stop_after,
@@ -59,9 +63,10 @@ class Counter(torch.nn.Module):
 class Counting:
     """A script without a method: its steps count themselves."""
 
-    def __init__(self, file: Path, *overrides: str, resume=False, dry_run=False):
+    def __init__(self, file: Path, *overrides: str, resume=False, dry_run=False, allow=False):
         config = load_run_config(Config, str(file), overrides)
-        self.config, self.run = config, Run(config, SimpleNamespace(resume=resume, dry_run=dry_run))
+        arguments = SimpleNamespace(resume=resume, dry_run=dry_run, allow_change=allow)
+        self.config, self.run = config, Run(config, arguments)
         self.domains = self.run.open_domains()
         self.model, self.counter = build_model(config, self.domains.classes), Counter()
         self.start = self.run.begin(model=self.model, counter=self.counter)
@@ -526,6 +531,276 @@ def test_several_processes_are_refused(tmp_path, monkeypatch, capsys, script):
     assert not (tmp_path / "run").exists()
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert train(script, config, "--dry-run") == 0  # control
+
+
+def begin_and_wait(file: Path, *keys: str, **flags) -> int:
+    """Begin a run in a fork, which then waits to be killed. Returns its process id."""
+    ready, begun = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            counting = Counting(file, *keys, **flags)
+            os.write(begun, b"1")
+            signal.pause()
+            counting.loop()
+        finally:
+            os._exit(1)
+    os.close(begun)
+    assert os.read(ready, 1) == b"1"
+    os.close(ready)
+    return pid
+
+
+def test_two_runs_in_one_folder(tmp_path):
+    """The second is refused with the name of the first; after a SIGKILL the folder is free."""
+    file = tiny_config(tmp_path)
+    first = begin_and_wait(file)
+    before = {p: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.name != ".lock"}
+    match = rf"run is in use by another run \(process {first} on {socket.gethostname()}\); wait"
+    for keys in ([], ["seed=1"]):
+        with pytest.raises(UserError, match=match) as error:
+            Counting(file, *keys, resume=True)
+        assert error.value.code == 2
+    with pytest.raises(UserError, match="is used; add --resume"):
+        Counting(file)
+    assert Counting(file, dry_run=True).loop() == [1]  # no lock
+    now = {p: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.name != ".lock"}
+    assert now == before
+    os.kill(first, signal.SIGKILL)
+    os.waitpid(first, 0)
+    assert Counting(file, resume=True).loop() == [*range(1, 11)]
+
+
+def test_two_runs_that_start_at_once(tmp_path):
+    """Both find the folder empty; the second to begin is refused, even when the first has ended."""
+    file = tiny_config(tmp_path)
+    config = load_run_config(Config, str(file))
+    arguments = SimpleNamespace(resume=False, dry_run=False)
+    second = Run(config, arguments)
+    model = build_model(config, second.open_domains().classes)
+    first = begin_and_wait(file)
+    with pytest.raises(UserError, match=rf"in use by another run \(process {first} on"):
+        second.begin(model=model)
+    os.kill(first, signal.SIGKILL)
+    os.waitpid(first, 0)
+    second = Run(load_run_config(Config, f"{file}", [f"out_dir={tmp_path}/other"]), arguments)
+    second.open_domains()
+    assert in_a_fork(lambda: Counting(file, f"out_dir={tmp_path}/other").loop()) == 0
+    with pytest.raises(UserError, match=r"another run has begun in \S+other; choose another"):
+        second.begin(model=model)
+
+
+# --- what is left of a run
+
+
+def finished_run(tmp_path: Path) -> tuple[Path, Path]:
+    """(config, folder) of a run of ten steps."""
+    file = tiny_config(tmp_path)
+    counting = Counting(file)
+    counting.loop()
+    assert counting.run.finish(counting.domains) == 0
+    return file, tmp_path / "run"
+
+
+def lose(*names: str):
+    def act(folder: Path) -> None:
+        for name in names:
+            (folder / name).unlink()
+
+    return act
+
+
+def damage(name: str, content: bytes = b"x"):
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+LOSSES = {
+    "summary": lose("summary.json"),
+    "damaged summary": damage("summary.json", b'{"cl\xff'),
+    "model": lose("model.pt"),
+    "model and hash": lose("model.pt", "model.pt.sha256"),
+    "damaged model": damage("model.pt"),
+    "both": lose("summary.json", "model.pt"),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_finished_run_writes_anew_what_it_lost(tmp_path, loss):
+    file, folder = finished_run(tmp_path)
+    before, model = summary(folder), (folder / "model.pt").read_bytes()
+    LOSSES[loss](folder)
+    again = Counting(file, resume=True)
+    assert again.start == 10
+    assert again.loop() == []
+    assert again.run.finish(again.domains) == 0
+    assert {**summary(folder), "seconds": 0} == {**before, "seconds": 0}
+    assert (folder / "model.pt").read_bytes() == model
+    with pytest.raises(SystemExit) as stop:  # control: now it is finished
+        Counting(file, resume=True)
+    assert stop.value.code == 0
+
+
+def test_a_finished_run_needs_no_checkpoints(tmp_path):
+    """They may be removed to save space, unless something else is lost."""
+    file, folder = finished_run(tmp_path)
+    shutil.rmtree(folder / "checkpoints")
+    with pytest.raises(SystemExit) as stop:
+        Counting(file, resume=True)
+    assert stop.value.code == 0
+    (folder / "summary.json").unlink()
+    with pytest.raises(UserError, match="its checkpoints are gone") as error:
+        Counting(file, resume=True)
+    assert error.value.code == 4
+
+
+@pytest.mark.parametrize("status_too", [False, True])
+def test_a_run_whose_checkpoints_are_gone_does_not_start_anew(tmp_path, status_too):
+    file = tiny_config(tmp_path)
+    counting = Counting(file)
+    with pytest.raises(SystemExit):
+        counting.loop(lambda step: signal.raise_signal(signal.SIGTERM) if step == 7 else None)
+    folder = tmp_path / "run"
+    shutil.rmtree(folder / "checkpoints")
+    if status_too:
+        (folder / "status.json").unlink()
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
+    assert folder / "model.pt" in before
+    with pytest.raises(UserError, match="its checkpoints are gone; restore them, or") as error:
+        Counting(file, resume=True)
+    assert error.value.code == 4
+    now = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
+    assert now == before
+
+
+def test_a_run_killed_before_its_first_checkpoint_removes_no_model(tmp_path):
+    file = tiny_config(tmp_path)
+    counting = Counting(file)
+    with pytest.raises(ZeroDivisionError):
+        counting.loop(after=lambda step: 1 / 0 if step == 4 else None)  # evaluated, not saved
+    model = (tmp_path / "run/model.pt").read_bytes()
+    again = Counting(file, resume=True)
+    assert again.start == 0
+    assert (tmp_path / "run/model.pt").read_bytes() == model
+    again.loop()
+    steps = [line["step"] for line in metrics(tmp_path / "run") if "cls_loss" not in line]
+    assert steps == [4, 8, 10]  # each evaluation once
+
+
+def test_what_removed_checkpoints_leave_is_removed(tmp_path):
+    """A kill may leave the hash of a removed checkpoint, and files that were being written."""
+    file, folder = finished_run(tmp_path)
+    (folder / "summary.json").unlink()
+    checkpoint_folder = folder / "checkpoints"
+    for name in ("step_00000003.pt.sha256", ".step_00000003.pt.77.tmp", "mine.pt.sha256"):
+        (checkpoint_folder / name).write_text("x")
+    (checkpoint_folder / ".folder.tmp").mkdir()
+    Counting(file, resume=True)
+    names = [f"step_{step:08d}.pt{end}" for step in (5, 10) for end in ("", ".sha256")]
+    assert {p.name for p in checkpoint_folder.iterdir()} == {
+        *names,
+        "mine.pt.sha256",
+        ".folder.tmp",
+    }
+
+
+def test_folders_with_the_names_of_checkpoints_are_left_alone(tmp_path):
+    file = tiny_config(tmp_path, save_every=2)
+    names = ("step_00000001.pt", "step_00000099.pt", "step_00000002.pt.sha256")
+    counting = Counting(file)
+    for name in names:
+        (tmp_path / "run/checkpoints" / name).mkdir(parents=True)
+    with pytest.raises(UserError, match=r"step_00000002\.pt: cannot be written") as error:
+        counting.loop()
+    assert error.value.code == 5
+    (tmp_path / "run/checkpoints" / names[-1]).rmdir()
+    assert Counting(file, resume=True).loop() == [*range(1, 11)]
+    assert all((tmp_path / "run/checkpoints" / name).is_dir() for name in names[:-1])
+    assert checkpoints(tmp_path / "run") == [1, 8, 10, 99]
+
+
+def test_a_drawn_list_that_is_no_text_is_refused(tmp_path):
+    file = tiny_config(tmp_path)
+    counting = Counting(file, "data.target_labeled=2")
+    counting.loop()
+    drawn = tmp_path / "run/target_labeled.txt"
+    drawn.write_bytes(drawn.read_bytes()[:-2] + b"\xff\n")
+    with pytest.raises(UserError, match=r"target_labeled\.txt is gone, or was drawn from other"):
+        Counting(file, "data.target_labeled=2", resume=True)
+
+
+def test_another_machine_is_told(tmp_path, monkeypatch, capsys):
+    file = tiny_config(tmp_path)
+    machines = iter(["a desk", "a desk", "a server"])
+    monkeypatch.setattr(run_module, "describe_machine", lambda device: next(machines))
+
+    def stopped(step: int, **flags) -> Counting:
+        counting = Counting(file, **flags)
+        with pytest.raises(SystemExit):
+            counting.loop(lambda s: signal.raise_signal(signal.SIGTERM) if s == step else None)
+        return capsys.readouterr().out
+
+    stopped(2)
+    assert "warning" not in stopped(4, resume=True)  # control
+    last = Counting(file, resume=True)
+    assert re.search(
+        r"warning: \S+run was trained on a desk, and now on a server: the result may differ",
+        capsys.readouterr().out,
+    )
+    last.loop()
+    last.run.finish(last.domains)
+    assert summary(tmp_path / "run")["machine"] == "a desk; a server"
+
+
+@pytest.mark.parametrize("kind", ["file", "read only"])
+def test_an_out_dir_that_cannot_be_written(tmp_path, kind):
+    out_dir = {
+        "file": tmp_path / "config.yaml" / "run",
+        "read only": Path("/proc/run"),
+    }[kind]
+    file = tiny_config(tmp_path, out_dir=out_dir)
+    with pytest.raises(UserError, match=r"out_dir|cannot be written") as error:
+        Counting(file)
+    assert error.value.code in (2, 5)
+
+
+def test_a_disk_that_is_full_at_a_checkpoint(tmp_path):
+    """Exit 5; the run goes on from the checkpoint before, and no temporary is left."""
+    file = tiny_config(tmp_path, save_every=3)
+
+    def run() -> None:
+        def after(step):
+            if step == 5:
+                limit = (100_000, resource.RLIM_INFINITY)
+                resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+
+        Counting(file).loop(after=after)
+
+    assert in_a_fork(run) == 5
+    folder = tmp_path / "run"
+    assert checkpoints(folder) == [3]
+    assert not list(folder.rglob(".*.tmp"))
+    assert status(folder)[1] == 3
+    again = Counting(file, resume=True)
+    assert (again.start, int(again.counter.steps)) == (3, 3)
+
+
+def test_a_checkpoint_does_not_grow_with_the_figures(tmp_path):
+    """metrics.jsonl has them all; a checkpoint has what the choice of a step needs."""
+    file = street_config(tmp_path, "train_source", eval_every=1)
+    counting = Counting(file)
+    counting.loop()
+    counting.run.finish(counting.domains)
+    folder = tmp_path / "run"
+    history = weights(folder, "checkpoints/step_00000010.pt")["history"]
+    assert [entry["step"] for entry in history] == [*range(1, 11)]
+    whole = {entry["step"] for entry in history if "source_val" in entry}
+    assert whole <= {entry["step"] for entry in summary(folder)["target"].values()}
+    assert 10 in whole
+    before = summary(folder)
+    (folder / "summary.json").unlink()
+    again = Counting(file, resume=True)
+    again.run.finish(again.domains)
+    assert {**summary(folder), "seconds": 0} == {**before, "seconds": 0}
 
 
 def test_state_that_is_not_named_is_refused(tmp_path):

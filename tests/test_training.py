@@ -247,6 +247,7 @@ def test_what_a_run_leaves(tmp_path, script):
     assert train(script, tiny_config(tmp_path, eval_every=1000, save_every=1000)) == 0
     folder = tmp_path / "run"
     assert {p.name for p in folder.iterdir()} == {
+        ".lock",
         "config.yaml",
         "metrics.jsonl",
         "status.json",

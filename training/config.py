@@ -107,7 +107,7 @@ def load_run_config(cls, files: str | Sequence[str], overrides: Sequence[str] = 
 def parse_args(cls, description: str, argv: Sequence[str] | None = None):
     """The command line of a training script.
 
-    `--config FILE [FILE ...] [key=value ...] [--resume] [--dry-run] [--debug]`
+    `--config FILE [FILE ...] [key=value ...] [--resume [--allow-change]] [--dry-run] [--debug]`
 
     Returns:
         (config, arguments): an instance of `cls`, and the flags.
@@ -125,6 +125,8 @@ def parse_args(cls, description: str, argv: Sequence[str] | None = None):
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=override_help)
     resume_help = "go on from the newest checkpoint in out_dir"
     parser.add_argument("--resume", action="store_true", help=resume_help)
+    allow_help = "with --resume: accept other learning rates, steps, eval_every and amp"
+    parser.add_argument("--allow-change", action="store_true", help=allow_help)
     dry_run_help = "take one step of training and of evaluation, write nothing"
     parser.add_argument("--dry-run", action="store_true", help=dry_run_help)
     debug_help = "show the traceback of an error"
@@ -134,6 +136,8 @@ def parse_args(cls, description: str, argv: Sequence[str] | None = None):
     overrides = [word for word in words if re.match(r"\w[\w.-]*=", word)]
     others = [word for word in words if word not in overrides]
     args = parser.parse_intermixed_args([*overrides, *others])
+    if args.allow_change and not args.resume:
+        raise UserError("--allow-change goes with --resume")
     config = load_run_config(cls, args.config, args.overrides)
     if config.select in config.trained_criteria():
         print(

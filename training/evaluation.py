@@ -131,6 +131,28 @@ def _rank(value: float | None) -> float:
     return -math.inf if value is None or math.isnan(value) else value
 
 
+def compact(history: list[dict], select: str) -> list[dict]:
+    """The history with the figures that `choose` reads, and whole entries for those it returns.
+
+    It grows by a few numbers per evaluation, however many classes there are; metrics.jsonl has all
+    figures. A part that ends with an entry `part_ends` is chosen from on its own, too.
+    """
+    if not history:
+        return []
+    whole, begin = {entry["step"] for entry in choose(history, select).values()}, 0
+    for end, entry in enumerate(history, 1):
+        if entry.get("part_ends") or end == len(history):
+            whole.add(choose(history[begin:end], select)["selected"]["step"])
+            begin = end
+    figure = main_metric(history[-1]["target"])
+
+    def short(entry: dict) -> dict:
+        rest = {name: value for name, value in entry.items() if name != "source_val"}
+        return {**rest, "target": {figure: entry["target"][figure]}}
+
+    return [entry if entry["step"] in whole else short(entry) for entry in history]
+
+
 def choose(history: list[dict], select: str) -> dict:
     """Last, selected and oracle entries of a run.
 

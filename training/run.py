@@ -1,6 +1,7 @@
 """The run folder: what a run writes, and how it continues after a stop.
 
 config.yaml  metrics.jsonl  status.json  summary.json  model.pt  checkpoints/step_00000080.pt
+.lock  held while a run uses the folder
 pictures/step_00000080.png  for segmentation
 stage1.pt  of fine-tuning
 target_labeled.txt, train.txt, val.txt  where images were drawn by the seed
@@ -21,13 +22,14 @@ from pathlib import Path
 import torch
 
 from common import files
-from common.config import changed_keys, dump, flatten, load_config
+from common.config import dump, flatten, load_config
 from common.errors import UserError, observe
 from common.provenance import code_version
 from data import Domains, EvaluationSets, open_domains
-from training.config import FREE_AT_RESUME
+from data.fingerprint import difference
+from training.changes import check_changes, config_of, config_tree, is_rate
 from training.device import describe_machine, get_device, seed_everything
-from training.evaluation import choose, evaluate
+from training.evaluation import choose, compact, evaluate
 from training.log import Log
 from training.pictures import save_pictures
 from training.state import OWN_STATE, check_state, first_not_finite
@@ -73,15 +75,17 @@ class Run:
 
     It seeds the random generators. Nothing is written before `begin`, and nothing at all in a dry
     run. A script calls, in this order, `open_domains`, `begin`, `steps` (with `log`, `due` and
-    `evaluate` in the loop) and `finish`.
+    `evaluate` in the loop) and `finish`. If there is a checkpoint to go on from, the config's
+    `model.weights` and `init_from` are null from here on: nothing is read that the checkpoint
+    replaces.
 
     Attributes:
         log: a `Log`, for the losses of a step.
         selected: the weights that model.pt holds, or None before the first evaluation.
 
     Raises:
-        UserError: the folder is used and --resume is missing, or the run to be resumed was
-            trained under another config.
+        UserError: the folder is used and --resume is missing, another process uses it, or the run
+            to be resumed was trained under another config, or (code 4) has lost its checkpoints.
     """
 
     def __init__(self, config, args):
@@ -101,6 +105,14 @@ class Run:
         self.selected: dict | None = None
         self.domains: Domains | None = None
         self.commits = [code_version()]  # now: the code may change while the run goes on
+        self.machines = [describe_machine(get_device(config.device))]
+        self.config_text, self.config_tree = dump(config), config_tree(config)
+        self.allow_change = self.resume and args.allow_change
+        self.changes: list[dict] = []  # of keys, by --allow-change, since the run began
+        self.changed: set[str] = set()  # the keys that have changed now
+        self.lock = None
+        self.checkpoint: Path | None = None  # to go on from, and what it contains until `begin`
+        self.checkpoint_state: dict | None = None
         observe(self)
         self._check_folder()
         self.resume = self.resume and not self.dry_run
@@ -116,15 +128,17 @@ class Run:
         if not os.access(place, os.W_OK | os.X_OK):
             raise UserError(f"out_dir: {place} cannot be written to; choose another out_dir", 5)
         try:
-            if not any(self.folder.iterdir()):
-                return
-        except FileNotFoundError:
-            return
+            if not self._is_used():
+                return  # `begin` locks it
         except OSError as error:  # such as a name that is too long
             raise UserError(
                 f"out_dir: {self.folder} cannot be used ({error.strerror}); choose another out_dir"
             ) from None
-        status, method = self._read_status(), type(self.config).method
+        has_config = (self.folder / "config.yaml").is_file()
+        begun = self.resume or (self.folder / "status.json").exists()
+        if has_config and begun and not self.dry_run:
+            self.lock = files.lock(self.folder / ".lock")
+        config, status, method = self.config, self._read_status(), type(self.config).method
         other = status.get("method", method)
         if other != method:
             raise UserError(
@@ -138,35 +152,39 @@ class Run:
                 f"out_dir: {self.folder} is used; add --resume to go on with it, "
                 "or choose another with out_dir=..."
             )
-        self._check_config()
-        if status.get("state") == "finished":
-            print(f"{self.folder}: finished already, nothing to do")
-            sys.exit(0)
+        if not has_config:
+            raise UserError(
+                f"out_dir: {self.folder} has no config.yaml, so it is not a run folder; "
+                "choose another out_dir"
+            )
+        if self._is_finished(status):
+            before = load_config(type(config), str(self.folder / "config.yaml"))
+            if not check_changes(before, config, self.allow_change, self.folder):
+                print(f"{self.folder}: finished already, nothing to do")
+                sys.exit(0)
+        self._read_newest(status)
+
+    def _is_used(self) -> bool:
+        """Whether the folder contains anything but a lock, which a failed start may leave."""
+        return self.folder.is_dir() and any(p.name != ".lock" for p in self.folder.iterdir())
+
+    def _is_finished(self, status: dict) -> bool:
+        """Whether the run is finished, and has summary.json and an undamaged model.pt."""
+        try:
+            dict(json.loads((self.folder / "summary.json").read_text()))
+        except (OSError, ValueError, TypeError):
+            return False
+        return status.get("state") == "finished" and files.is_intact(self.folder / "model.pt")
 
     def _has_failed_early(self, status: dict) -> bool:
         """Whether the folder is that of a run which failed before its first checkpoint."""
         failed = status.get("state") == "failed" and status.get("step") == 0
         return failed and not self._checkpoints() and not (self.folder / "summary.json").exists()
 
-    def _check_config(self) -> None:
-        file = self.folder / "config.yaml"
-        if not file.is_file():
-            raise UserError(
-                f"out_dir: {self.folder} has no config.yaml, so it is not a run folder; "
-                "choose another out_dir"
-            )
-        before = load_config(type(self.config), str(file))
-        changed = changed_keys(before, self.config, FREE_AT_RESUME)
-        if changed and self._checkpoints():  # nothing is trained before the first one
-            shown = ", ".join(f"{key} {old!r} -> {new!r}" for key, (old, new) in changed.items())
-            raise UserError(
-                f"--resume: {self.folder} was trained under another config ({shown}); "
-                "undo the change or choose another out_dir"
-            )
-
     def open_domains(self) -> Domains:
         """Open the data of the config and print what the run learns from."""
-        self.domains = open_domains(self.config.data, self.config.seed, self.dry_run)
+        trained = self.checkpoint_state and self.checkpoint_state["classes"]
+        self.domains = open_domains(self.config.data, self.config.seed, self.dry_run, trained)
         print(self.domains.describe())
         return self.domains
 
@@ -184,17 +202,22 @@ class Run:
 
         Raises:
             UserError: something with a state in the caller is not named (see `check_state`), or
-                no checkpoint can be used.
+                the data are not those that the run was trained on, or (code 4) the checkpoint
+                does not fit.
         """
         named = {"model": model, **state}
         check_state(named, sys._getframe(1).f_locals)
         self.state = {**named, "log": self.log}
         self.log.scaler = next((x for x in named.values() if hasattr(x, "get_scale")), None)
         step = 0
-        if self.resume:
-            step = self._load_newest()
-            self._restore_selected()
         if not self.dry_run:
+            self.fingerprints = self.domains.fingerprints()
+            self._lock_new_folder()
+            if self.checkpoint is not None:
+                step = self._go_on()
+                self._restore_selected()
+            elif self.resume:
+                print(f"{self.folder}: no checkpoint yet, starting at step 0")
             self._open_folder(step)
             for number in SIGNALS:
                 if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
@@ -208,9 +231,21 @@ class Run:
             return step - 1
         return step
 
+    def _lock_new_folder(self) -> None:
+        """Lock a folder that was empty when the run was created, and must be so still."""
+        if self.lock is None:
+            self.lock = files.lock(self.folder / ".lock")
+            if self._is_used():
+                raise UserError(
+                    f"out_dir: another run has begun in {self.folder}; choose another out_dir"
+                )
+
     def _open_folder(self, step: int) -> None:
         for temporary in self.folder.rglob(".*.tmp"):  # of a run that was killed while writing
-            temporary.unlink()
+            files.remove(temporary)
+        for orphan in (self.folder / "checkpoints").glob("step_*.pt.sha256"):
+            if not orphan.with_suffix("").exists():
+                files.remove(orphan)
         lists = self.domains.lists
         for name in lists if step > 0 else ():
             file = self.folder / name
@@ -218,7 +253,7 @@ class Run:
                 raise UserError(
                     f"--resume: {file} is gone, or was drawn from other images; restore them"
                 )
-        files.write_text(self.folder / "config.yaml", dump(self.config))
+        files.write_text(self.folder / "config.yaml", self.config_text)
         for name, text in lists.items():
             files.write_text(self.folder / name, text)
         self._write_status("running", step)
@@ -271,7 +306,7 @@ class Run:
     def _end_repeat(self) -> None:
         """Put back all that the repeated step has changed, so that its evaluation can be made."""
         if self.repeat is not None:
-            self._restore(self.repeat)
+            self._restore(self.repeat, files.load_tensors(self.repeat))
             self.repeat, self.log.muted = None, False
 
     def sizes(self) -> str:
@@ -300,16 +335,25 @@ class Run:
         """Whether something that is done every `every` steps is due; it is at the last step."""
         return step % every == 0 or step == self.last_step
 
+    def _seconds(self) -> float:
+        """The seconds that the run has taken, before and after it was resumed."""
+        return self.seconds + time.monotonic() - self.started
+
     def _values(self) -> dict:
         """What is saved besides `state`: plain values."""
         cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         return {
-            "history": self.history,
+            "config": self.config_tree,
+            "changes": self.changes,
+            "classes": self.domains.classes,
+            "fingerprints": self.fingerprints,
+            "history": compact(self.history, self.config.select),
             "selected": self.selected,
-            "seconds": self.seconds + time.monotonic() - self.started,
+            "seconds": self._seconds(),
             "rng": torch.get_rng_state(),
             "cuda_rng": cuda,
             "commits": self.commits,
+            "machines": self.machines,
             "evaluation_due": self.evaluating,
         }
 
@@ -331,8 +375,7 @@ class Run:
         self.damaged.discard(file)
         usable = [file for file in self._checkpoints() if file not in self.damaged]
         for old in (*usable[KEEP:], *self.damaged):
-            old.unlink(missing_ok=True)
-            old.with_name(old.name + ".sha256").unlink(missing_ok=True)
+            files.remove(old)
         self._write_status("running", step)
 
     def _checkpoints(self) -> list[Path]:
@@ -342,38 +385,90 @@ class Run:
         checkpoints = (f for f in named if f.is_file())
         return sorted(checkpoints, reverse=True)
 
-    def _load_newest(self) -> int:
+    def _read_newest(self, status: dict) -> None:
+        """Read the newest checkpoint that is not damaged, if there is one, and check its config.
+
+        Raises:
+            UserError: (code 4) none can be read, or all are gone; or the config has changed.
+        """
         checkpoints = self._checkpoints()
-        if not checkpoints:
-            print(f"{self.folder}: no checkpoint yet, starting at step 0")
-            return 0
         for file in checkpoints:
             try:
-                saved = self._restore(file)
+                saved = files.load_tensors(file)
             except UserError as error:
                 print(f"warning: {error}")
                 self.damaged.add(file)
                 continue
-            self.history, self.selected = saved["history"], saved["selected"]
-            self.seconds = saved["seconds"]
-            self.commits = list(dict.fromkeys([*saved["commits"], *self.commits]))
-            self.repeat = file if saved["evaluation_due"] else None
-            self.log.resumable = True
-            print(f"{self.folder}: resuming after step {saved['step']}")
-            return saved["step"]
-        raise UserError(
-            f"{self.folder}: none of its {len(checkpoints)} checkpoints can be used; "
-            "remove the folder to start again",
-            4,
-        )
+            if OWN_STATE - saved.keys():
+                raise UserError(f"{file}: was written by another script or version", 4)
+            self._check_checkpoint(file, saved)
+            return
+        # A run writes status.json first, with step 0, and other steps after their checkpoint.
+        trained = status.get("step", (self.folder / "metrics.jsonl").exists())
+        if checkpoints or trained:
+            found = f"none of its {len(checkpoints)} checkpoints can be used"
+            if not checkpoints:
+                found = "its checkpoints are gone"
+            raise UserError(
+                f"{self.folder}: {found}; restore them, or choose another out_dir to start again", 4
+            )
 
-    def _restore(self, file: Path) -> dict:
-        """Load a checkpoint into what the run saves. Returns all that was saved, by name."""
-        saved = files.load(file, **self.state, **dict.fromkeys(OWN_STATE - {"log"}))
+    def _check_checkpoint(self, file: Path, saved: dict) -> None:
+        """Take over what a checkpoint says about the run, before data and model are there."""
+        before = config_of(saved["config"], self.config, file)
+        changed = check_changes(before, self.config, self.allow_change, self.folder)
+        step, steps = saved["step"], self.config.steps
+        if changed and steps <= step:
+            raise UserError(
+                f"--allow-change: {self.folder} is at step {step} already, and steps is {steps}; "
+                f"set steps above {step} to go on"
+            )
+        self.checkpoint, self.checkpoint_state = file, saved
+        self.changed = set(changed)
+        new = ({"key": key, "before": pair[0], "now": pair[1]} for key, pair in changed.items())
+        self.changes = [*saved["changes"], *({"step": step, **change} for change in new)]
+        self.config.model.weights = self.config.init_from = None
+
+    def _go_on(self) -> int:
+        """Go on from the checkpoint. Returns its step."""
+        file, saved, (machine,) = self.checkpoint, self.checkpoint_state, self.machines
+        self.checkpoint_state = None  # its tensors need memory
+        if changed := difference(saved["fingerprints"], self.fingerprints):
+            raise UserError(
+                f"--resume: {self.folder} was trained on other data ({changed}); "
+                "restore the data, or choose another out_dir"
+            )
+        self._restore(file, saved)
+        self.history, self.selected = saved["history"], saved["selected"]
+        self.seconds = saved["seconds"]
+        self.commits = list(dict.fromkeys([*saved["commits"], *self.commits]))
+        self.machines = list(dict.fromkeys([*saved["machines"], machine]))
+        self.repeat = file if saved["evaluation_due"] else None
+        self.log.resumable = True
+        print(f"{self.folder}: resuming after step {saved['step']}")
+        if len(self.machines) > 1:
+            print(
+                f"warning: {self.folder} was trained on {'; '.join(saved['machines'])}, and now on "
+                f"{machine}: the result may differ from that of an uninterrupted run"
+            )
+        return saved["step"]
+
+    def _restore(self, file: Path, saved: dict) -> None:
+        """Load the content of a checkpoint into what the run saves."""
+        state = {**self.state, **dict.fromkeys(OWN_STATE - {"log"})}
+        if "amp" in self.changed:  # a scaler that was off has nothing saved
+            state |= {name: None for name in self.state if saved.get(name) == {}}
+        optimizers = [x for x in self.state.values() if isinstance(x, torch.optim.Optimizer)]
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        rates = [{k: group[k] for k in ("lr", "lr_scale") if k in group} for group in groups]
+        files.restore(file, saved, **state)
+        if any(map(is_rate, self.changed)):  # a state has the rates from before
+            groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+            for group, rate in zip(groups, rates, strict=True):
+                group.update(rate)
         torch.set_rng_state(saved["rng"])
         if saved["cuda_rng"] and torch.cuda.is_available():
             torch.cuda.set_rng_state_all(saved["cuda_rng"])
-        return saved
 
     def _restore_selected(self) -> None:
         """Restore model.pt as of the checkpoint; a later evaluation may have written another."""
@@ -381,8 +476,7 @@ class Run:
         if self.selected is not None:
             files.save_tensors(file, self.selected)
         else:
-            for stale in (file, file.with_name(file.name + ".sha256")):
-                stale.unlink(missing_ok=True)
+            files.remove(file)
 
     def evaluate(self, step: int, model: torch.nn.Module, sets: EvaluationSets) -> dict:
         """Measure the model, record its metrics, and keep its weights if they are selected.
@@ -413,7 +507,8 @@ class Run:
             self._save_pictures(step)
         if choose(self.history, self.config.select)["selected"]["step"] == step:
             self.selected = {k: v.to("cpu", copy=True) for k, v in model.state_dict().items()}
-            self.keep_selected("model.pt")
+            if not self.dry_run:
+                files.save_tensors(self.folder / "model.pt", self.selected)
         return metrics
 
     def _save_pictures(self, step: int) -> None:
@@ -423,7 +518,11 @@ class Run:
             self.examples = []
 
     def keep_selected(self, name: str) -> None:
-        """Write the weights selected so far to the file `name` of the run folder."""
+        """Write the weights selected so far to the file `name` of the run folder.
+
+        A part of the run ends with the last evaluation, and has a selection of its own.
+        """
+        self.history[-1]["part_ends"] = True
         if not self.dry_run:
             files.save_tensors(self.folder / name, self.selected)
 
@@ -497,10 +596,11 @@ class Run:
             "seed": config.seed,
             "steps": self.history[-1]["step"],
             "device": device.type,
-            "machine": describe_machine(device),
+            "machine": "; ".join(self.machines),
             "commit": commit,
-            "seconds": round(self._values()["seconds"], 1),
+            "seconds": round(self._seconds(), 1),
             "target": target,
+            **({"changed": self.changes} if self.changes else {}),
             **({"target_labeled": len(labeled)} if labeled else {}),
             "target_test": domains.target_test_note,
             "classes": domains.classes,
