@@ -201,8 +201,8 @@ class Job:
     def summary(self) -> dict | None:
         """summary.json of a finished run.
 
-        Returns None if the run is not finished, if its config has changed since, or if either
-        holds for the run that it starts from.
+        Returns None if the run is not finished, if its config has changed since or while it was
+        trained (--allow-change), or if any of these holds for the run that it starts from.
         """
         if self.start and not self.start.summary():
             return None
@@ -214,7 +214,7 @@ class Job:
             wanted = load_config(config_class, self.entry.files, self.overrides)
         except (OSError, ValueError, KeyError, TypeError, UserError):
             return None
-        same = not changed_keys(trained, wanted, FREE_AT_RESUME)
+        same = not changed_keys(trained, wanted, FREE_AT_RESUME) and not summary.get("changed")
         return summary if state == "finished" and same else None
 
 
@@ -243,7 +243,7 @@ def report_end(job: Job, code: int, seconds: float, stopping: bool) -> bool:
     line = f"{job.folder}: {end} after {seconds:.0f} s"
     if end == "failed":
         last_line = job.log.read_text(errors="replace").strip().splitlines()[-1]
-        reason = last_line if code else "no summary.json of this config"
+        reason = last_line if code else "no summary.json of this config without a change"
         line += f" with exit code {code}: {reason} (log: {job.log})"
     print(line, flush=True)
     return end == "failed"

@@ -213,6 +213,18 @@ def test_broken_runs_are_resumed(folder, file, text):
     ]
 
 
+def test_a_run_that_was_changed_is_no_run_of_the_suite(folder, capfd):
+    """Its config may be the suite's in the end: --allow-change and back again."""
+    reproduce.main(["suite.yaml", "--seeds", "0"])
+    calls()
+    file = Path("runs/one_seed0/summary.json")
+    change = {"step": 4, "key": "optim.lr", "before": 0.1, "now": 0.05}
+    file.write_text(json.dumps({**json.loads(file.read_text()), "changed": [change]}))
+    assert not reproduce.Job(load_config(reproduce.Suite, "suite.yaml").runs[0], 0).summary()
+    assert reproduce.main(["suite.yaml", "--seeds", "0"]) == 0  # the fake script trains anew
+    assert [call["argv"][3] for call in calls()] == ["seed=0"]
+
+
 def test_scripts_are_imported_as_python_would(folder, capfd):
     """Beside their own modules; one that cannot be imported is refused before anything runs."""
     Path("mine").mkdir()
