@@ -13,7 +13,9 @@ from models.weights import init_from
 BUILDERS = {"classification": build_classifier, "segmentation": build_segmenter}
 
 
-def build_model(config, classes: list[str], new_head: bool = False) -> Network:
+def build_model(
+    config, classes: list[str], new_head: bool = False, initialize: bool = True
+) -> Network:
     """The network of a run: random weights, then those of `init_from`, else of `model.weights`.
 
     Args:
@@ -21,13 +23,16 @@ def build_model(config, classes: list[str], new_head: bool = False) -> Network:
         classes: names of the classes.
         new_head: with `init_from`, whether a run of other classes may be started from, with a new
             head.
+        initialize: whether to load those weights. They are not needed for a network that takes
+            another state next, such as a run's model.pt.
 
     Raises:
         UserError: weights that do not fit.
     """
-    section = replace(config.model, weights=None) if config.init_from else config.model
+    replaced = config.init_from or not initialize
+    section = replace(config.model, weights=None) if replaced else config.model
     model = BUILDERS[config.data.task](section, len(classes), config.data.root)
-    if config.init_from:
+    if config.init_from and initialize:
         init_from(model, config.init_from, classes, new_head)
     return model
 

@@ -489,6 +489,9 @@ def test_a_run_goes_on_without_its_imagenet_weights(tmp_path, monkeypatch):
     assert "weights: weights.pth" in (tmp_path / "run/config.yaml").read_text()
     start = [f"init_from={tmp_path}/run", f"out_dir={tmp_path}/second"]
     assert train("train_source", config, *start) == 0
+    trained = load_run_config(script.Config, f"{tmp_path}/run/config.yaml")
+    model = build_model(trained, summary(tmp_path / "run")["classes"], initialize=False)
+    model.load_state_dict(weights(tmp_path / "run"))
     with pytest.raises(UserError, match="there is no file"):  # control
         train("train_source", config, f"out_dir={tmp_path}/third")
 

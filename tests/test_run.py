@@ -1,5 +1,6 @@
 """The run folder: when a run saves, how it leaves, and what it writes without being asked."""
 
+import contextlib
 import errno
 import json
 import os
@@ -533,25 +534,41 @@ def test_several_processes_are_refused(tmp_path, monkeypatch, capsys, script):
     assert train(script, config, "--dry-run") == 0  # control
 
 
-def begin_and_wait(file: Path, *keys: str, **flags) -> int:
-    """Begin a run in a fork, which then waits to be killed. Returns its process id."""
-    ready, begun = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        try:
-            counting = Counting(file, *keys, **flags)
-            os.write(begun, b"1")
-            signal.pause()
-            counting.loop()
-        finally:
-            os._exit(1)
-    os.close(begun)
-    assert os.read(ready, 1) == b"1"
-    os.close(ready)
-    return pid
+@pytest.fixture
+def begin_and_wait():
+    """`begin_and_wait(file)` begins a run in a fork, which waits to be killed: its process id."""
+    forks = []
+
+    def begin(file: Path) -> int:
+        ready, begun = os.pipe()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                counting = Counting(file)
+                os.write(begun, b"1")
+                signal.pause()
+                counting.loop()
+            finally:
+                os._exit(1)
+        forks.append(pid)
+        os.close(begun)
+        assert os.read(ready, 1) == b"1"
+        os.close(ready)
+        return pid
+
+    yield begin
+    for pid in forks:
+        kill(pid)
 
 
-def test_two_runs_in_one_folder(tmp_path):
+def kill(pid: int) -> None:
+    """SIGKILL, and wait for the end; not if it was waited for."""
+    with contextlib.suppress(ProcessLookupError, ChildProcessError):
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def test_two_runs_in_one_folder(tmp_path, begin_and_wait):
     """The second is refused with the name of the first; after a SIGKILL the folder is free."""
     file = tiny_config(tmp_path)
     first = begin_and_wait(file)
@@ -566,12 +583,11 @@ def test_two_runs_in_one_folder(tmp_path):
     assert Counting(file, dry_run=True).loop() == [1]  # no lock
     now = {p: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.name != ".lock"}
     assert now == before
-    os.kill(first, signal.SIGKILL)
-    os.waitpid(first, 0)
+    kill(first)
     assert Counting(file, resume=True).loop() == [*range(1, 11)]
 
 
-def test_two_runs_that_start_at_once(tmp_path):
+def test_two_runs_that_start_at_once(tmp_path, begin_and_wait):
     """Both find the folder empty; the second to begin is refused, even when the first has ended."""
     file = tiny_config(tmp_path)
     config = load_run_config(Config, str(file))
@@ -581,8 +597,7 @@ def test_two_runs_that_start_at_once(tmp_path):
     first = begin_and_wait(file)
     with pytest.raises(UserError, match=rf"in use by another run \(process {first} on"):
         second.begin(model=model)
-    os.kill(first, signal.SIGKILL)
-    os.waitpid(first, 0)
+    kill(first)
     second = Run(load_run_config(Config, f"{file}", [f"out_dir={tmp_path}/other"]), arguments)
     second.open_domains()
     assert in_a_fork(lambda: Counting(file, f"out_dir={tmp_path}/other").loop()) == 0
