@@ -38,7 +38,7 @@ FORGOTTEN = {
     "by_layer": lambda: {"layer4": (nn.ReLU(), nn.Linear(2, 1))},
     "scaler": lambda: scaler(enabled=True),
     "monitor": lambda: RunningMean(torch.zeros(2), 0.9),  # buffers, no parameter
-    "teacher": lambda: EMATeacher(nn.Linear(2, 1), 0.9),
+    "teacher": lambda: EMATeacher(nn.Linear(2, 1), 0.9, copy_buffers=False),
     "scheduler": lambda: torch.optim.lr_scheduler.StepLR(sgd(nn.Linear(2, 1)), 3),
 }
 
