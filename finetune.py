@@ -37,7 +37,7 @@ from training.stages import Stages
 class Config(RunConfig):
     method: ClassVar[str] = "finetune"
     data: LabeledDataConfig
-    select: Literal["val_loss"] = "val_loss"  # the lowest validation loss picks model.pt
+    select: Literal["neg_val_loss"] = "neg_val_loss"  # the lowest validation loss picks model.pt
     head_steps: int | None = None  # for stage 1 at most; null: half, or all if it is alone
     patience: int = positive(5)  # evaluations without a lower validation loss that end a stage
     min_delta: float = not_negative(0.001)  # nats; what counts as lower
@@ -52,7 +52,7 @@ class Config(RunConfig):
         super().__post_init__()
 
     def trained_criteria(self):
-        return set()  # of entropy and infomax, the loss improves neither directly
+        return set()  # of neg_entropy and infomax, the loss improves neither directly
 
     def rules(self):
         share = self.unfreeze if isinstance(self.unfreeze, float) else 0.5
@@ -141,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
         if run.due(step, config.eval_every) or stages.due(step):
             with autocast:
                 metrics = run.evaluate(step, model, evaluation)
-            ended = stages.end(step, -metrics["criteria"]["val_loss"], run.log.print)
+            ended = stages.end(step, -metrics["criteria"]["neg_val_loss"], run.log.print)
             stages.over = ended and (stages.number == 2 or not config.unfreeze)
             if stages.over:
                 run.end_after(step)

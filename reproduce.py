@@ -333,14 +333,17 @@ def selection(pairs: list[tuple[str, dict]]) -> str:
     names = {summary["selection"]["criterion"] for _, summary in pairs}
     part = [method for method, summary in pairs if summary["selection"]["part_of_training_loss"]]
     sentences = []
-    if names != {"val_loss"}:
+    if criteria := names - {"neg_val_loss", "last"}:
         no_judge = f", which for {distinct(part)} is part of the training loss and no judge"
-        criteria = distinct(names - {"val_loss"})
-        sentences.append(f"Selected without target labels by {criteria}{no_judge if part else ''}.")
-    if "val_loss" in names:
+        by = f"by {distinct(criteria)}{no_judge if part else ''}"
+        sentences.append(f"Selected without target labels {by}.")
+    if "last" in names:
+        last = [method for method, summary in pairs if summary["selection"]["criterion"] == "last"]
+        sentences.append(f"The last step is selected for {distinct(last)}.")
+    if "neg_val_loss" in names:
         sentences.append(
-            "Selected by val_loss, on the labels of the very images that the figures are computed "
-            "on: no test figures."
+            "Selected by neg_val_loss, on the labels of the very images that the figures are "
+            "computed on: no test figures."
         )
     return " ".join(sentences)
 

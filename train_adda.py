@@ -50,7 +50,7 @@ class Config(RunConfig):
         super().__post_init__()
 
     def trained_criteria(self):
-        return set()  # of entropy and infomax, the loss improves neither directly
+        return set()  # of neg_entropy and infomax, the loss improves neither directly
 
     def rules(self):
         return [

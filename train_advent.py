@@ -49,7 +49,7 @@ class Config(RunConfig):
     disc_lr: float = positive(1e-4)  # at the start: Adam (0.9, 0.99), poly
 
     def trained_criteria(self):
-        entropy = {"entropy", "infomax"} if self.ent_weight > 0 else set()
+        entropy = {"neg_entropy", "infomax"} if self.ent_weight > 0 else set()
         return entropy | ({"infomax"} if self.div_weight > 0 else set())
 
 

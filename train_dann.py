@@ -59,7 +59,7 @@ class Config(RunConfig):
     disc_lr: float | None = positive(None)  # of the discriminators; null: optim.lr
 
     def trained_criteria(self):
-        return set()  # of entropy and infomax, the loss improves neither directly
+        return set()  # of neg_entropy and infomax, the loss improves neither directly
 
     def rules(self):
         layers, pooled = self.feature_layers, self.feature_layers == ["pooled"]

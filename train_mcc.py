@@ -31,7 +31,7 @@ class Config(RunConfig):
     temperature: float = positive(2.5)  # of the target's predictions in mcc_loss
 
     def trained_criteria(self):
-        return {"entropy", "infomax"} if self.mcc_weight > 0 else set()
+        return {"neg_entropy", "infomax"} if self.mcc_weight > 0 else set()
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -41,7 +41,7 @@ class Config(RunConfig):
     feature_locations: bool = False  # compare the locations of a map, not its mean over positions
 
     def trained_criteria(self):
-        return set()  # of entropy and infomax, the loss improves neither directly
+        return set()  # of neg_entropy and infomax, the loss improves neither directly
 
     def rules(self):
         named, pairs = len(self.feature_layers) > 0, self.mmd_weight > 0

@@ -68,7 +68,7 @@ class Config(RunConfig):
 
     def trained_criteria(self):
         if self.pseudo_weight > 0:
-            return {"entropy", "infomax"}
+            return {"neg_entropy", "infomax"}
         return {"infomax"} if self.div_weight > 0 else set()
 
     def rules(self):

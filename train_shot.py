@@ -63,7 +63,7 @@ class Config(RunConfig):
         super().__post_init__()
 
     def trained_criteria(self):
-        return {"entropy", "infomax"}
+        return {"neg_entropy", "infomax"}
 
     def rules(self):
         return [

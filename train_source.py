@@ -31,7 +31,7 @@ class Config(RunConfig):
     method: ClassVar[str] = "source"
 
     def trained_criteria(self):
-        return set()  # of entropy and infomax, the loss improves neither directly
+        return set()  # of neg_entropy and infomax, the loss improves neither directly
 
 
 def main(argv: list[str] | None = None) -> int:

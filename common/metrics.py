@@ -79,8 +79,8 @@ def main_metric(metrics: dict) -> str:
 class Criteria:
     """Label-free criteria in units of log K; higher is better.
 
-    entropy: minus the mean entropy of the predictions. infomax: the entropy of the mean prediction
-    (diversity) minus the mean entropy. Both use a float32 log_softmax and float64 sums.
+    neg_entropy: minus the mean entropy of the predictions. infomax: the entropy of the mean
+    prediction (diversity) minus the mean entropy. Both use a float32 log_softmax and float64 sums.
     """
 
     def __init__(self, num_classes: int):
@@ -100,7 +100,7 @@ class Criteria:
         mean = self.mean / self.count
         entropy = float(self.entropy / self.count) / math.log(self.num_classes)
         diversity = -float(torch.xlogy(mean, mean).sum()) / math.log(self.num_classes)
-        return {"entropy": -entropy, "infomax": diversity - entropy}
+        return {"neg_entropy": -entropy, "infomax": diversity - entropy}
 
 
 class ValidationLoss:

@@ -90,7 +90,7 @@ def test_the_validation_loss_is_a_criterion_where_labels_may_be_used():
     metrics, _ = evaluate(Answers(), sets_of(None, None, batches, val_loss=True))
     images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
     loss = nn.functional.cross_entropy(images, labels).item()
-    assert metrics["criteria"] == {"val_loss": pytest.approx(-loss, rel=1e-5)}
+    assert metrics["criteria"] == {"neg_val_loss": pytest.approx(-loss, rel=1e-5)}
     void = [(x, torch.full_like(y, IGNORE_INDEX)) for x, y in batches]
     with pytest.raises(UserError, match="none of the validation images has a labeled pixel"):
         evaluate(Answers(), sets_of(None, None, void, val_loss=True))
@@ -100,7 +100,11 @@ def test_the_validation_loss_is_a_criterion_where_labels_may_be_used():
 
 def _entry(step: int, infomax: float, entropy: float, accuracy: float | None) -> dict:
     target = {"accuracy": accuracy, "mean_class_accuracy": accuracy and accuracy - 1}
-    return {"step": step, "criteria": {"infomax": infomax, "entropy": entropy}, "target": target}
+    return {
+        "step": step,
+        "criteria": {"infomax": infomax, "neg_entropy": entropy},
+        "target": target,
+    }
 
 
 HISTORY = [
@@ -120,7 +124,9 @@ def test_last_selected_and_oracle_differ():
         "selected": {"step": 20, "accuracy": 40.0, "mean_class_accuracy": 39.0},
         "oracle": {"step": 30, "accuracy": 80.0, "mean_class_accuracy": 79.0},
     }
-    assert choose([_entry(*entry) for entry in HISTORY], "entropy")["selected"]["step"] == 10
+    assert choose([_entry(*entry) for entry in HISTORY], "neg_entropy")["selected"]["step"] == 10
+    last = choose([_entry(*entry) for entry in HISTORY], "last")  # no criterion: the last one
+    assert last == {**chosen, "selected": chosen["last"]}
     assert choose([_entry(*HISTORY[0])], "infomax") == {
         name: {"step": 10, "accuracy": 55.0, "mean_class_accuracy": 54.0}
         for name in ("last", "selected", "oracle")
@@ -211,12 +217,12 @@ def test_the_oracle_of_maps_goes_by_mean_iou():
     def entry(step: int, mean_iou: float, pixels: float) -> dict:
         return {
             "step": step,
-            "criteria": {"entropy": step},
+            "criteria": {"neg_entropy": step},
             "target": {"mean_iou": mean_iou, "pixel_accuracy": pixels},
         }
 
     history = [entry(1, 30.0, 70.0), entry(2, 40.0, 60.0), entry(3, 20.0, 80.0)]
-    steps = {name: e["step"] for name, e in choose(history, "entropy").items()}
+    steps = {name: e["step"] for name, e in choose(history, "neg_entropy").items()}
     assert steps == {"last": 3, "selected": 3, "oracle": 2}
 
 

@@ -364,18 +364,18 @@ def test_a_run(tmp_path, command, task):
     assert result["stage1"]["step"] == 4
     assert result["stage2"]["step"] in (8, 10)
     assert result["stage1"][figure] is not None
-    history = {m["step"]: m for m in metrics(tmp_path / "run") if "criteria.val_loss" in m}
+    history = {m["step"]: m for m in metrics(tmp_path / "run") if "criteria.neg_val_loss" in m}
     assert list(history) == [4, 8, 10]
-    lowest = max(history, key=lambda step: history[step]["criteria.val_loss"])
+    lowest = max(history, key=lambda step: history[step]["criteria.neg_val_loss"])
     assert result["target"]["selected"]["step"] == lowest
     assert result["selection"] == {
-        "criterion": "val_loss",
-        "value": history[lowest]["criteria.val_loss"],
+        "criterion": "neg_val_loss",
+        "value": history[lowest]["criteria.neg_val_loss"],
         "part_of_training_loss": False,
     }
-    jump = max(0, history[4]["criteria.val_loss"] - history[8]["criteria.val_loss"])
+    jump = max(0, history[4]["criteria.neg_val_loss"] - history[8]["criteria.neg_val_loss"])
     if jump > 0:
-        jump = max(jump, history[4]["criteria.val_loss"] - history[10]["criteria.val_loss"])
+        jump = max(jump, history[4]["criteria.neg_val_loss"] - history[10]["criteria.neg_val_loss"])
     assert result["stage2"]["jump"] == pytest.approx(jump)
     train_list, val_list = (
         (tmp_path / f"run/{name}.txt").read_text().splitlines() for name in ("train", "val")
@@ -438,9 +438,9 @@ def test_each_stage_learns(tmp_path):
     )
     assert train("finetune", config, *keys[:3], "finetune_lr=0.005", "unfreeze=1.0") == 0
     loss = {
-        m["step"]: -m["criteria.val_loss"]
+        m["step"]: -m["criteria.neg_val_loss"]
         for m in metrics(tmp_path / "run")
-        if "criteria.val_loss" in m
+        if "criteria.neg_val_loss" in m
     }
     assert loss[40] < loss[20] - 0.03
     assert loss[80] < loss[40] - 0.2
@@ -683,7 +683,7 @@ def test_as_many_classes_of_other_names_get_a_new_head(tmp_path, capsys, picture
         (["patience=0"], "patience must be positive"),
         (["optim.lr=0"], "optim.lr must be positive"),
         (["model.dropout=1.0"], r"dropout must lie in \[0, 1\)"),
-        (["select=infomax"], "select must be val_loss"),
+        (["select=infomax"], "select must be neg_val_loss"),
     ],
 )
 def test_bad_input(tmp_path, keys, match):

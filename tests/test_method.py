@@ -167,7 +167,7 @@ def test_the_script_is_one_of_the_family(method):
     assert not stems & modules, "a script imports no other: it would change with that one"
     config = method.config_class
     assert "trained_criteria" in vars(config), (
-        "Config must state trained_criteria() itself: which of entropy and infomax the loss "
+        "Config must state trained_criteria() itself: which of neg_entropy and infomax the loss "
         "improves directly; these do not measure the run independently (docs/selection.md)"
     )
     others = [script for script in TRAINING if script.resolve() != method.script.resolve()]

@@ -64,7 +64,7 @@ def _numpy_criteria(logits: torch.Tensor) -> dict[str, float]:
     entropy, mean = -(p * np.log(p)).sum(1).mean(), p.mean(0)
     diversity = -(mean * np.log(mean)).sum()
     return {
-        "entropy": -entropy / np.log(p.shape[1]),
+        "neg_entropy": -entropy / np.log(p.shape[1]),
         "infomax": (diversity - entropy) / np.log(p.shape[1]),
     }
 
@@ -93,7 +93,7 @@ def test_criteria_at_the_extremes(dtype):
     ):
         criteria = Criteria(4)
         criteria.add(logits.to(dtype))
-        expected = {"entropy": entropy, "infomax": infomax}
+        expected = {"neg_entropy": entropy, "infomax": infomax}
         assert criteria.values() == pytest.approx(expected, abs=1e-6)
 
 

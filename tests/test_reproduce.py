@@ -548,17 +548,21 @@ def test_what_selected_is_said():
         return {"selection": {"criterion": criterion, "part_of_training_loss": part}}
 
     free = (
-        "Selected without target labels by entropy, infomax, which for b is part of the training "
-        "loss and no judge."
+        "Selected without target labels by infomax, neg_entropy, which for b is part of the "
+        "training loss and no judge."
     )
-    assert reproduce.selection([("a", run("entropy")), ("b", run("infomax", True))]) == free
+    assert reproduce.selection([("a", run("neg_entropy")), ("b", run("infomax", True))]) == free
     labels = (
-        "Selected by val_loss, on the labels of the very images that the figures are computed on: "
-        "no test figures."
+        "Selected by neg_val_loss, on the labels of the very images that the figures are computed "
+        "on: no test figures."
     )
-    assert reproduce.selection([("a", run("val_loss"))]) == labels
-    both = "Selected without target labels by entropy. " + labels
-    assert reproduce.selection([("a", run("val_loss")), ("b", run("entropy"))]) == both
+    assert reproduce.selection([("a", run("neg_val_loss"))]) == labels
+    last = "The last step is selected for b."
+    assert reproduce.selection([("b", run("last"))]) == last
+    mixed = "Selected without target labels by infomax. " + last
+    assert reproduce.selection([("a", run("infomax")), ("b", run("last"))]) == mixed
+    both = "Selected without target labels by neg_entropy. " + labels
+    assert reproduce.selection([("a", run("neg_val_loss")), ("b", run("neg_entropy"))]) == both
 
 
 AFTER = """title: A test

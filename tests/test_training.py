@@ -178,7 +178,7 @@ def test_advent_makes_the_target_as_sure_as_the_source(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("select", "part"), [("infomax", True), ("entropy", True), ("source_val", False)]
+    ("select", "part"), [("infomax", True), ("neg_entropy", True), ("source_val", False)]
 )
 @pytest.mark.parametrize("script", ["train_advent", "train_pseudo"])
 def test_what_is_trained_is_no_judge_of_it(tmp_path, script, select, part):
@@ -190,7 +190,7 @@ def test_what_is_trained_is_no_judge_of_it(tmp_path, script, select, part):
     ("keys", "select", "part"),
     [
         (["div_weight=1"], "infomax", True),
-        (["div_weight=1"], "entropy", False),
+        (["div_weight=1"], "neg_entropy", False),
         ([], "infomax", False),
     ],
 )
@@ -200,6 +200,25 @@ def test_what_is_trained_is_no_judge_of_it(tmp_path, script, select, part):
 def test_diversity_alone_trains_infomax_alone(tmp_path, script, off, keys, select, part):
     assert train(script, tiny_config(tmp_path), "steps=1", off, *keys, f"select={select}") == 0
     assert summary(tmp_path / "run")["selection"]["part_of_training_loss"] == part
+
+
+def test_the_last_weights_are_kept_without_a_criterion(tmp_path, capsys):
+    config = tiny_config(tmp_path)
+    assert train("train_pseudo", config, "select=last") == 0
+    assert "warning" not in capsys.readouterr().out
+    result = summary(tmp_path / "run")
+    assert result["selection"] == {
+        "criterion": "last",
+        "value": None,
+        "part_of_training_loss": False,
+    }
+    assert result["target"]["selected"] == result["target"]["last"]
+    last = weights(tmp_path / "run", "checkpoints/step_00000010.pt")["model"]
+    assert differing(weights(tmp_path / "run"), last) == 0
+    keys = ["select=neg_entropy", f"out_dir={tmp_path}/other"]  # control
+    assert train("train_pseudo", config, *keys) == 0
+    assert "warning: select: neg_entropy" in capsys.readouterr().out
+    assert summary(tmp_path / "other")["selection"]["value"] < 0
 
 
 def test_entropy_falls_and_diversity_holds_it(tmp_path):
@@ -393,7 +412,7 @@ def test_what_segmentation_prints_and_leaves(tmp_path, capsys, recwarn, script):
     assert (err, list(recwarn)) == ("", [])
     folder = tmp_path / "run"
     result = summary(folder)
-    assert result["selection"]["criterion"] == "entropy"  # the default for maps
+    assert result["selection"]["criterion"] == "neg_entropy"  # the default for maps
     for name, entry in result["target"].items():
         assert list(entry) == ["step", "mean_iou", "pixel_accuracy", "iou"]
         assert list(entry["iou"]) == result["classes"]

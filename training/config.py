@@ -14,7 +14,8 @@ from data.config import DataConfig, expand_home
 from models.config import ModelConfig
 from training.optim import OptimConfig
 
-SELECT = {"classification": "infomax", "segmentation": "entropy"}  # the default, by task
+Select = Literal["source_val", "neg_entropy", "infomax", "last"]  # see docs/selection.md
+SELECT = {"classification": "infomax", "segmentation": "neg_entropy"}  # the default, by task
 
 # Keys that may differ between a run and its continuation: they do not change what is learned.
 FREE_AT_RESUME = (
@@ -40,7 +41,7 @@ class RunConfig:
     eval_every: int = positive(500)  # steps; the last step always evaluates
     save_every: int = positive(500)  # steps; the last step always saves
     log_every: int = positive(50)  # steps between lines of metrics.jsonl
-    select: Literal["source_val", "entropy", "infomax"] | None = None  # for model.pt; null: by task
+    select: Select | None = None  # the criterion that picks model.pt, or last; null: by task
     pictures: Literal["end", "every"] = "end"  # segmentation: at the end, or at every evaluation
     init_from: str | None = None  # a run folder or model.pt to start from
 
@@ -64,7 +65,7 @@ class RunConfig:
         ]
 
     def trained_criteria(self) -> set[str]:
-        """Which of the criteria entropy and infomax the training loss improves directly.
+        """Which of the criteria neg_entropy and infomax the training loss improves directly.
 
         They do not measure the method independently. A loss that makes target predictions
         confident, as MCC or self-training, improves both; one on features improves neither. Every
@@ -72,7 +73,7 @@ class RunConfig:
         """
         raise UserError(
             f"Config of method {self.method!r} does not state its trained_criteria(): which of "
-            "entropy and infomax its loss improves directly; set() if none (docs/selection.md)"
+            "neg_entropy and infomax its loss improves directly; set() if none (docs/selection.md)"
         )
 
 
@@ -142,6 +143,7 @@ def parse_args(cls, description: str, argv: Sequence[str] | None = None):
     if config.select in config.trained_criteria():
         print(
             f"warning: select: {config.select} is part of the training loss and does not measure "
-            "it independently; read the figure of the last step (docs/selection.md)"
+            "it independently; read the figure of the last step, or set select: last "
+            "(docs/selection.md)"
         )
     return config, args

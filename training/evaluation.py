@@ -100,7 +100,7 @@ def evaluate(model: nn.Module, sets: EvaluationSets) -> tuple[dict, list]:
 
     Returns:
         (metrics, examples). metrics: `source_val` and `target`, in which each metric is None
-        without labels, and `criteria`: `source_val`, the label-free ones, and `val_loss`, which is
+        without labels, and `criteria`: `source_val`, the label-free ones, and `neg_val_loss`,
         minus the loss in nats, each if there is a set for it; higher is better. examples: the rows
         of `Examples`.
 
@@ -121,7 +121,7 @@ def evaluate(model: nn.Module, sets: EvaluationSets) -> tuple[dict, list]:
                 "target_test: none of the validation images has a labeled pixel; "
                 "correct its masks or its ids"
             )
-        criteria["val_loss"] = -val_loss
+        criteria["neg_val_loss"] = -val_loss
     model.train(was_training)
     metrics = {"source_val": source, "target": target, "criteria": criteria}
     return metrics, examples if sets.target_test is not None else unlabeled_examples
@@ -158,13 +158,16 @@ def choose(history: list[dict], select: str) -> dict:
 
     Args:
         history: {"step", "criteria", "target"} of each evaluation.
-        select: the criterion whose highest value selects; of equal values the first one.
+        select: the criterion whose highest value selects, of equal values the first one; or `last`.
 
     Returns:
         `last`, `selected` and `oracle`: the step and the target metrics of an evaluation. The
         oracle is chosen with the test labels of the target: it is a bound, not a result.
     """
-    selected = max(history, key=lambda e: _rank(e["criteria"][select]))
+    if select == "last":
+        selected = history[-1]
+    else:
+        selected = max(history, key=lambda e: _rank(e["criteria"][select]))
     figure = main_metric(history[-1]["target"])
     oracle = max(history, key=lambda e: _rank(e["target"][figure]))
     chosen = {"last": history[-1], "selected": selected, "oracle": oracle}

@@ -587,7 +587,7 @@ class Run:
         config, device = self.config, get_device(self.config.device)
         target = choose(self.history, config.select)
         step = target["selected"]["step"]
-        value = next(e["criteria"][config.select] for e in self.history if e["step"] == step)
+        selected = next(e for e in self.history if e["step"] == step)
         labeled, commit = domains.target_labeled, self.commits[0]
         if len(self.commits) > 1:  # resumed by other code
             commit = ", ".join(map(str, self.commits))
@@ -609,7 +609,7 @@ class Run:
             "source_val": self.history[-1]["source_val"],
             "selection": {
                 "criterion": config.select,
-                "value": value,
+                "value": selected["criteria"].get(config.select),  # none: the last step
                 "part_of_training_loss": config.select in config.trained_criteria(),
             },
         }
