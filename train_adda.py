@@ -166,11 +166,12 @@ def main(argv: list[str] | None = None) -> int:
             target_optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
             scaler.step(target_optimizer)
+            run.monitor.add(out_t.logits)
         scaler.update()
 
         run.log.add(**losses)
         if run.due(step, config.log_every):
-            run.log.write(step, **rates)
+            run.log.write(step, **rates, **run.monitor.report(step))
         if run.due(step, config.eval_every) and step > source_steps:
             with autocast:
                 run.evaluate(step, model, evaluation)

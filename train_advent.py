@@ -168,8 +168,9 @@ def main(argv: list[str] | None = None) -> int:
         scaler.update()
 
         run.log.add(**losses)
+        run.monitor.add(out_t.logits)
         if run.due(step, config.log_every):
-            run.log.write(step, lr=lr, disc_lr=disc_lr)
+            run.log.write(step, lr=lr, disc_lr=disc_lr, **run.monitor.report(step))
         if run.due(step, config.eval_every):
             with autocast:
                 run.evaluate(step, model, evaluation)

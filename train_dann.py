@@ -170,8 +170,10 @@ def main(argv: list[str] | None = None) -> int:
         scaler.update()
 
         run.log.add(**losses)
+        run.monitor.add(out_t.logits)
         if run.due(step, config.log_every):
-            run.log.write(step, reversal_coeff=reversal_coeff, lr=lr, disc_lr=lr * disc_lr_scale)
+            rates = {"reversal_coeff": reversal_coeff, "lr": lr, "disc_lr": lr * disc_lr_scale}
+            run.log.write(step, **rates, **run.monitor.report(step))
         if run.due(step, config.eval_every):
             with autocast:
                 run.evaluate(step, model, evaluation)

@@ -77,8 +77,9 @@ def main(argv: list[str] | None = None) -> int:
         scaler.update()
 
         run.log.add(**losses)
+        run.monitor.add(out_t.logits)
         if run.due(step, config.log_every):
-            run.log.write(step, lr=lr)
+            run.log.write(step, lr=lr, **run.monitor.report(step))
         if run.due(step, config.eval_every):
             with autocast:
                 run.evaluate(step, model, evaluation)

@@ -40,7 +40,7 @@ from losses.pseudo_label import (
 )
 from losses.supervised import cross_entropy, nll_loss, supervised_loss
 from models import build_model, eval_mode, forward_domains
-from training.collapse import AcceptedShares, CollapseMonitor
+from training.collapse import AcceptedShares
 from training.config import RunConfig, parse_args
 from training.device import get_device
 from training.optim import build_optimizer, set_rates
@@ -102,13 +102,11 @@ def main(argv: list[str] | None = None) -> int:
     evaluated = teacher.module if config.evaluate == "teacher" else model
     statistics = PredictionStatistics(domains.num_classes).to(device)
     shares = AcceptedShares(domains.classes).to(device)
-    monitor = CollapseMonitor(domains.classes).to(device)
     start = run.begin(
         model=model,
         teacher=teacher,
         statistics=statistics,
         shares=shares,
-        monitor=monitor,
         optimizer=optimizer,
         scaler=scaler,
     )
@@ -130,9 +128,10 @@ def main(argv: list[str] | None = None) -> int:
         # pseudo-labels of the weak view
         eval_mode(labeler, batch_statistics=own_bn)
         with torch.no_grad(), autocast:
-            p_t = labeler(x_weak).logits.float().log_softmax(1).exp()
+            logits_t = labeler(x_weak).logits
         model.train()
-        monitor.add(p_t, y_s)
+        p_t = logits_t.float().log_softmax(1).exp()
+        run.monitor.add(logits_t)
         statistics.mean_t.update(class_mean(p_t))
         if config.distribution_alignment:
             p_t = align_distribution(p_t, statistics.mean_s.value, statistics.mean_t.value)
@@ -185,13 +184,13 @@ def main(argv: list[str] | None = None) -> int:
         agreement = (log_p_t.detach().argmax(1) == labels).float().mean()
         run.log.add(**losses, confidence=confidence.mean(), agreement=agreement)
         if run.due(step, config.log_every):
-            reports = {**shares.report(), **monitor.report(step, run.log.print)}
+            reports = {**shares.report(), **run.monitor.report(step)}
             run.log.write(step, lr=lr, pseudo_weight=pseudo_weight, **reports)
         if run.due(step, config.eval_every):
             with autocast:
                 run.evaluate(step, evaluated, evaluation)
 
-    return run.finish(domains, collapse_alarms=monitor.alarms)
+    return run.finish(domains)
 
 
 if __name__ == "__main__":

@@ -40,7 +40,6 @@ from losses.shot import (
 )
 from losses.supervised import nll_loss, supervised_loss
 from models import Network, build_model
-from training.collapse import CollapseMonitor
 from training.config import RunConfig, parse_args
 from training.device import get_device
 from training.optim import build_optimizer, set_rates
@@ -123,14 +122,7 @@ def main(argv: list[str] | None = None) -> int:
     optimizer = build_optimizer(config.optim, model)
     layer = model.head_layer  # what the classifier reads
     memory = CentroidMemory(domains.num_classes, model.channels[layer]).to(device)
-    monitor = CollapseMonitor(domains.classes).to(device)
-    start = run.begin(
-        model=model,
-        memory=memory,
-        monitor=monitor,
-        optimizer=optimizer,
-        scaler=scaler,
-    )
+    start = run.begin(model=model, memory=memory, optimizer=optimizer, scaler=scaler)
 
     # --- data
     target = domains.batches("target", start, config.steps, config.strong_augment)
@@ -157,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
         p_t = out_weak.logits.float().log_softmax(1).exp()
         features = unit_features(out_weak.features[layer])  # float32, as the centroids
         y_t = at_images(nearest_centroid(features, memory.centroids), out_weak.logits)
-        monitor.add(p_t)
+        run.monitor.add(out_weak.logits)
 
         two_views = bool(config.strong_augment)
         if two_views:  # evaluation sees plain images, so their statistics are the running ones
@@ -186,12 +178,12 @@ def main(argv: list[str] | None = None) -> int:
         agreement = (log_p_t.detach().argmax(1) == y_t).float().mean()
         run.log.add(**losses, confidence=p_t.amax(1).mean(), agreement=agreement)
         if run.due(step, config.log_every):
-            run.log.write(step, lr=lr, **monitor.report(step, run.log.print))
+            run.log.write(step, lr=lr, **run.monitor.report(step))
         if run.due(step, config.eval_every):
             with autocast:
                 run.evaluate(step, model, evaluation)
 
-    return run.finish(domains, collapse_alarms=monitor.alarms)
+    return run.finish(domains)
 
 
 if __name__ == "__main__":

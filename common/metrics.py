@@ -77,7 +77,7 @@ def main_metric(metrics: dict) -> str:
 
 
 class Criteria:
-    """Label-free criteria in units of log K; higher is better.
+    """Label-free criteria in units of log K, higher is better; and counts of predicted classes.
 
     neg_entropy: minus the mean entropy of the predictions. infomax: the entropy of the mean
     prediction (diversity) minus the mean entropy. Both use a float32 log_softmax and float64 sums.
@@ -86,7 +86,7 @@ class Criteria:
     def __init__(self, num_classes: int):
         self.num_classes = num_classes
         self.count = 0
-        self.entropy = self.mean = 0.0
+        self.entropy = self.mean = self.counts = 0.0
 
     def add(self, logits: torch.Tensor) -> None:
         """Add a batch of logits (N, K, ...)."""
@@ -95,6 +95,11 @@ class Criteria:
         self.entropy = self.entropy - (p * log_p).sum(dtype=torch.float64)
         self.mean = self.mean + p.sum(1, dtype=torch.float64)
         self.count += p.shape[1]
+        self.counts = self.counts + torch.bincount(log_p.argmax(0), minlength=self.num_classes)
+
+    def predicted(self) -> list[int]:
+        """How many predictions each class has."""
+        return self.counts.long().tolist()
 
     def values(self) -> dict[str, float]:
         mean = self.mean / self.count

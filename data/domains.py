@@ -18,6 +18,8 @@ from data.loaders import eval_loader, train_loader
 from data.order import Order, generator
 from data.tasks import task_module
 
+LABEL_SAMPLE = 100  # masks from which the source's class shares are taken
+
 
 @dataclass
 class EvaluationSets:
@@ -111,6 +113,10 @@ class Domains:
             size = min(size, self.config.eval_batch)
         order = Order(self.seed, role, size)
         return tuple(order.positions(step * batch, batch) for step in range(start, steps))
+
+    def source_shares(self) -> list[float] | None:
+        """The share of each class in the source labels, of masks from a sample; None without."""
+        return None if self.source is None else self.source.label_shares(LABEL_SAMPLE)
 
     def evaluation(self) -> EvaluationSets:
         """The sets of an evaluation."""

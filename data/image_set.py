@@ -82,6 +82,19 @@ class ImageSet:
     def __len__(self) -> int:
         return len(self.indices)
 
+    def label_shares(self, limit: int) -> list[float] | None:
+        """The share of each class in the labels, or None without any.
+
+        Of masks, at most about `limit` are read, evenly spread over the set.
+        """
+        if _are_class_numbers(self.labels):
+            parts = [self.labels[self.indices]]
+        else:
+            chosen = self.indices[:: max(len(self) // limit, 1)]
+            parts = (self.labels[index[None]].long().flatten() for index in chosen)
+        counts = sum(torch.bincount(part, minlength=256) for part in parts)[: len(self.classes)]
+        return (counts / counts.sum()).tolist() if counts.sum() > 0 else None
+
     def subset(self, positions: torch.Tensor) -> "ImageSet":
         """The images at these positions of `indices`, as int64 numbers or a bool mask."""
         return replace(self, indices=self.indices[positions])

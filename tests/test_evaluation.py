@@ -59,7 +59,9 @@ def test_evaluate():
     model, batches = Answers(), labeled_batches()
     images = torch.cat([x for x, _ in batches])
     metrics, examples = evaluate(model, sets_of(batches, [images[:7]], batches[:1]))
-    assert set(metrics) == {"source_val", "target", "criteria"}
+    assert set(metrics) == {"source_val", "target", "criteria", "predicted"}
+    counts = images[:7].argmax(1).bincount(minlength=3).tolist()
+    assert metrics["predicted"] == dict(zip(CLASSES, counts, strict=True))
     assert examples == []
     assert metrics["source_val"] == figures_of(*batches)
     assert metrics["target"] == figures_of(batches[0]) != metrics["source_val"]
@@ -98,12 +100,15 @@ def test_the_validation_loss_is_a_criterion_where_labels_may_be_used():
     assert metrics["criteria"] == {}
 
 
-def _entry(step: int, infomax: float, entropy: float, accuracy: float | None) -> dict:
+def _entry(
+    step: int, infomax: float, entropy: float, accuracy: float | None, collapsed=None
+) -> dict:
     target = {"accuracy": accuracy, "mean_class_accuracy": accuracy and accuracy - 1}
     return {
         "step": step,
         "criteria": {"infomax": infomax, "neg_entropy": entropy},
         "target": target,
+        "collapsed": collapsed,
     }
 
 
@@ -131,6 +136,18 @@ def test_last_selected_and_oracle_differ():
         name: {"step": 10, "accuracy": 55.0, "mean_class_accuracy": 54.0}
         for name in ("last", "selected", "oracle")
     }
+
+
+def test_a_collapsed_evaluation_is_not_selected():
+    collapsed = {20: "one class", 40: "one class"}  # both of the highest infomax
+    history = [_entry(*entry, collapsed.get(entry[0])) for entry in HISTORY]
+    chosen = choose(history, "infomax")
+    assert chosen["selected"]["step"] == 30
+    assert choose(history, "neg_entropy")["selected"]["step"] == 10
+    history = [_entry(*entry, "one class") for entry in HISTORY]
+    assert choose(history, "infomax")["selected"]["step"] == 20  # all are: there is no other
+    assert choose(history[:4], "last")["selected"]["step"] == 40
+    assert choose(history, "infomax")["oracle"] == chosen["oracle"]
 
 
 def test_without_target_labels_there_are_no_figures():
@@ -218,6 +235,7 @@ def test_the_oracle_of_maps_goes_by_mean_iou():
         return {
             "step": step,
             "criteria": {"neg_entropy": step},
+            "collapsed": None,
             "target": {"mean_iou": mean_iou, "pixel_accuracy": pixels},
         }
 

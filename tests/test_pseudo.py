@@ -292,60 +292,133 @@ def test_accepted_shares_of_each_class():
 
 
 def predictions(step: int, classes: list[int], shape=(32,)) -> torch.Tensor:
-    """Sure predictions of the classes given, evenly."""
+    """Logits of sure predictions of the classes given, evenly."""
     index = torch.randint(len(classes), shape, generator=torch.Generator().manual_seed(step))
-    return (8 * F.one_hot(torch.tensor(classes)[index], 4).float()).softmax(-1).movedim(-1, 1)
+    return (8 * F.one_hot(torch.tensor(classes)[index], 4).float()).movedim(-1, 1)
+
+
+def monitor_of(source_shares=None, absent=()) -> tuple[CollapseMonitor, list[str]]:
+    """A monitor of four classes, and what it tells."""
+    told = []
+    return CollapseMonitor(["a", "b", "c", "d"], source_shares, absent, told.append), told
 
 
 @pytest.mark.parametrize("shape", [(32,), (2, 4, 4)])
 def test_the_alarm_names_a_class_that_vanishes(shape):
-    monitor, told = CollapseMonitor(["a", "b", "c", "d"]), []
+    monitor, told = monitor_of()
+    assert monitor.report(0) == {}  # nothing was watched yet
     for step in range(200):
         monitor.add(predictions(step, [0, 1, 2, 3], shape))
-    assert monitor.report(200, told.append)["vanished"] == 0
+    assert monitor.report(200)["vanished"] == 0
     assert told == []
     for step in range(200, 1200):
         monitor.add(predictions(step, [0, 1, 3], shape))
         if step % 100 == 99:
-            monitor.report(step + 1, told.append)
-    assert monitor.report(1200, told.append)["vanished"] == 1
+            monitor.report(step + 1)
+    assert monitor.report(1200)["vanished"] == 1
     assert len(told) == len(monitor.alarms) == 1  # told once
     assert "c vanished" in monitor.alarms[0]["reason"]
     assert monitor.recent.value[2] < VANISHED * monitor.largest[2]
 
-    again = CollapseMonitor(["a", "b", "c", "d"])  # kept with the run
+    again, told = monitor_of()  # kept with the run
     again.load_state_dict(monitor.state_dict())
     assert again.alarms == monitor.alarms
-    assert again.report(1200, told.append) == monitor.report(1200, told.append)
-    assert len(told) == 1
+    assert again.report(1200) == monitor.report(1200)
+    assert told == []
 
 
 def test_the_alarm_sees_a_sudden_collapse():
-    monitor, told = CollapseMonitor(["a", "b", "c", "d"]), []
+    monitor, told = monitor_of()
     for step in range(300):
         monitor.add(predictions(step, [0, 1, 2, 3] if step < 270 else [1]))
-    assert monitor.report(300, told.append)["drift"] > 0.3
-    assert "moved" in told[0]
+    assert monitor.report(300)["drift"] > 0.3
+    assert any("moved" in text for text in told)
+
+
+def test_the_alarm_sees_one_class_for_every_image_without_confidence():
+    """Of a constant feature the best prediction is the mean label, whose mean never changes."""
+    monitor, told = monitor_of([0.25] * 4)
+    for step in range(300):
+        monitor.add(
+            predictions(step, [0, 1, 2, 3]) if step < 200 else torch.tensor([[0.1, 0, 0, 0]])
+        )
+    assert monitor.report(300) == {"vanished": 0, "drift": pytest.approx(0, abs=0.05)}
+    assert len(told) == 1
+    assert "a has 99.56 % of the target predictions" in told[0]
+    never, told = monitor_of([0.25] * 4)  # control: an untrained network has no spread to lose
+    for _ in range(300):
+        never.add(torch.tensor([[0.1, 0, 0, 0]]))
+    never.report(300)
+    assert told == []
 
 
 def test_a_rare_class_that_an_untrained_network_predicted_is_no_alarm():
     """At first all classes are predicted alike; the source's share bounds what is expected."""
-    monitor, told = CollapseMonitor(["a", "b", "c", "d"]), []
-    y_s = torch.cat([torch.zeros(95), torch.arange(1, 4).repeat(2), torch.full((50,), 255)]).long()
-    for step in range(1400):
-        share = [0.25, 0.25, 0.25, 0.25] if step < 20 else [0.99, 0.005, 0.005, 0.0]
-        monitor.add(torch.tensor(share).expand(8, 4), y_s)
-    assert monitor.report(1400, told.append)["vanished"] == 1
-    assert "d vanished" in told[0]
-    monitor.labeled.zero_()  # control: without the source
-    assert monitor.report(1400, told.append)["vanished"] == 3
+    vanished = {}
+    for bounds in ([0.94, 0.02, 0.02, 0.02], None):
+        monitor, told = monitor_of(bounds)
+        for step in range(1400):
+            share = [0.25, 0.25, 0.25, 0.25] if step < 20 else [0.99, 0.005, 0.005, 0.0]
+            monitor.add(torch.tensor(share).clamp_min(1e-9).log().expand(8, 4))
+        vanished[bounds is None] = monitor.report(1400)["vanished"]
+        assert any("d vanished" in text for text in told)
+    assert vanished == {False: 1, True: 3}  # the second is the control: without the source
 
 
 def test_a_class_that_never_was_there_is_no_alarm():
-    monitor, told = CollapseMonitor(["a", "b", "c", "d"]), []
+    monitor, told = monitor_of()
     for step in range(1000):
         monitor.add(predictions(step, [0, 1, 3]))
-    monitor.report(1000, told.append)
+    monitor.report(1000)
+    assert told == []
+
+
+def test_a_class_that_the_target_lacks_may_vanish():
+    for absent, names in (((), 1), (("c",), 0)):
+        monitor, _ = monitor_of([0.25] * 4, absent)
+        for step in range(1200):
+            monitor.add(predictions(step, [0, 1, 2, 3] if step < 200 else [0, 1, 3]))
+        assert monitor.report(1200)["vanished"] == names
+        monitor.judge(1, {"a": 10, "b": 10, "c": 10, "d": 10})
+        verdict = monitor.judge(2, {"a": 20, "b": 10, "c": 0, "d": 10})
+        assert len(verdict["vanished_classes"]) == names
+        assert (verdict["collapsed"] is not None) == bool(names)
+
+
+# --- evaluations
+
+
+def test_an_evaluation_is_judged_by_those_before_it():
+    monitor, told = monitor_of([0.4, 0.3, 0.28, 0.02])
+    even = {"a": 500, "b": 300, "c": 160, "d": 40}
+    assert monitor.judge(1, even) == {"vanished_classes": [], "collapsed": None}
+    rare = monitor.judge(2, even | {"d": 0})  # d has 2 % of the source: said, but no collapse
+    assert rare == {"vanished_classes": ["d"], "collapsed": None}
+    assert told == []
+    reason = "c vanished from the target predictions: 0.12 %, expected 17 %"
+    assert monitor.judge(3, even | {"c": 1}) == {"vanished_classes": ["c"], "collapsed": reason}
+    monitor.judge(4, even | {"c": 1})
+    assert told == [f"step 3  collapse alarm: evaluation: {reason}"]  # told once
+    assert monitor.alarms == [{"step": 3, "reason": f"evaluation: {reason}"}]
+    again, _ = monitor_of([0.4, 0.3, 0.28, 0.02])
+    again.load_state_dict(monitor.state_dict())
+    assert again.judge(5, even | {"c": 1}) == monitor.judge(5, even | {"c": 1})
+    assert again.judge(6, even)["collapsed"] is None
+
+
+@pytest.mark.parametrize("shares", [None, [0.25] * 4, [0.97, 0.01, 0.01, 0.01]])
+def test_one_class_for_all_images_is_a_collapse_from_the_first_evaluation_on(shares):
+    """Unless the source has hardly another class, such as a background of 97 % of all pixels."""
+    monitor, told = monitor_of(shares)
+    verdict = monitor.judge(1, {"a": 990, "b": 10, "c": 0, "d": 0})
+    if shares is None or shares[0] == 0.25:
+        assert verdict["collapsed"] == "a has 99 % of the target predictions"
+        assert len(told) == 1
+    else:
+        assert verdict["collapsed"] is None
+    assert monitor.judge(2, {"a": 1000, "b": 0, "c": 0, "d": 0})["collapsed"] is not None
+    few, told = monitor_of(shares)  # control: three images say nothing
+    assert few.judge(1, {"a": 3, "b": 0, "c": 0, "d": 0})["collapsed"] is None
     assert told == []
 
 

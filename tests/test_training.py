@@ -7,10 +7,12 @@ import torch
 
 from common.errors import UserError
 from tests.helpers import (
+    ROOT,
     SCRIPTS,
     TASKS,
     config_of,
     differing,
+    load_script,
     metrics,
     street_config,
     summary,
@@ -205,7 +207,7 @@ def test_diversity_alone_trains_infomax_alone(tmp_path, script, off, keys, selec
 def test_the_last_weights_are_kept_without_a_criterion(tmp_path, capsys):
     config = tiny_config(tmp_path)
     assert train("train_pseudo", config, "select=last") == 0
-    assert "warning" not in capsys.readouterr().out
+    assert "warning: select:" not in capsys.readouterr().out
     result = summary(tmp_path / "run")
     assert result["selection"] == {
         "criterion": "last",
@@ -261,6 +263,68 @@ def test_without_reversal_the_encoder_is_source_only(tmp_path):
     assert gap["one"] > 1e-3  # control
 
 
+ADAPTATION = [script for script in SCRIPTS if script != "train_source"]
+
+
+@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("script", ADAPTATION)
+def test_every_adaptation_watches_its_target_predictions(tmp_path, script, task):
+    assert train(script, config_of(task, tmp_path, script)) == 0
+    lines = [line for line in metrics(tmp_path / "run") if "lr" in line]
+    assert all(line["drift"] >= 0 for line in lines[1:])  # ADDA: from its second part on
+    result = summary(tmp_path / "run")
+    assert isinstance(result["collapse_alarms"], list)
+    collapsed = [line for line in metrics(tmp_path / "run") if line.get("collapsed")]
+    assert ("last" in result["collapsed"]) == any(line["step"] == 10 for line in collapsed)
+    for line in metrics(tmp_path / "run"):
+        counts = [v for name, v in line.items() if name.startswith("predicted.")]
+        assert len(counts) == (0 if "lr" in line else len(result["classes"]))
+    history = weights(tmp_path / "run", "checkpoints/step_00000010.pt")["history"]
+    assert not any("predicted" in entry for entry in history)  # a thousand classes would fill it
+
+
+# Entropy alone is lowest where every image has the same class.
+COLLAPSE = ["adv_weight=0", "ent_weight=8", "optim.lr=0.05", "data.batch=16", "steps=120"]
+COLLAPSE += ["eval_every=20", "log_every=20", "save_every=60"]
+
+
+def test_a_collapsed_evaluation_is_neither_selected_nor_silent(tmp_path, capsys):
+    config = tiny_config(tmp_path)
+    assert train("train_advent", config, *COLLAPSE, "select=neg_entropy") == 0
+    result, out = summary(tmp_path / "run"), capsys.readouterr().out
+    assert list(result["collapsed"]) == ["last"]
+    reason = result["collapsed"]["last"]
+    assert "% of the target predictions" in reason
+    assert f"warning: last: the predictions on the target have collapsed: {reason}" in out
+    evaluations = {m["step"]: m for m in metrics(tmp_path / "run") if "collapsed" in m}
+    best = max(evaluations, key=lambda step: evaluations[step]["criteria.neg_entropy"])
+    assert evaluations[best]["collapsed"] is not None  # control: the criterion likes it
+    step = result["target"]["selected"]["step"]
+    assert evaluations[step]["collapsed"] is None
+    assert result["selection"]["value"] == evaluations[step]["criteria.neg_entropy"]
+    alarms = result["collapse_alarms"]
+    assert any(alarm["reason"].startswith("evaluation: ") for alarm in alarms)
+    assert any(not alarm["reason"].startswith("evaluation: ") for alarm in alarms)
+    for alarm in alarms:
+        assert f"step {alarm['step']}  collapse alarm: {alarm['reason']}" in out
+
+
+def test_a_script_that_does_not_watch_is_watched_at_its_evaluations(tmp_path):
+    """A copy without the lines of the monitor."""
+    text = (ROOT / "train_advent.py").read_text()
+    for line in ("        run.monitor.add(out_t.logits)\n", ", **run.monitor.report(step)"):
+        assert text.count(line) == 1
+        text = text.replace(line, "")
+    script = tmp_path / "train_mine.py"
+    script.write_text(text)
+    command = ["--config", str(tiny_config(tmp_path)), *COLLAPSE, "select=neg_entropy"]
+    assert load_script(script).main(command) == 0
+    result = summary(tmp_path / "run")
+    assert result["collapse_alarms"]
+    assert all(a["reason"].startswith("evaluation: ") for a in result["collapse_alarms"])
+    assert list(result["collapsed"]) == ["last"]
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_what_a_run_leaves(tmp_path, script):
     assert train(script, tiny_config(tmp_path, eval_every=1000, save_every=1000)) == 0
@@ -305,6 +369,8 @@ def test_logged_metrics_of_dann(tmp_path):
         "reversal_coeff",
         "lr",
         "disc_lr",
+        "vanished",
+        "drift",
     ]
     assert lines[0]["reversal_coeff"] == 0
     assert lines[5]["reversal_coeff"] == pytest.approx(2 / (1 + 2.718281828459045**-5) - 1)

@@ -82,16 +82,17 @@ def target_figures(
 
 def label_free_criteria(
     model: nn.Module, sets: EvaluationSets, device: torch.device
-) -> tuple[dict[str, float], list]:
-    """(criteria, examples) on the unlabeled target images; none without such a set."""
+) -> tuple[dict[str, float], dict[str, int], list]:
+    """(criteria, predictions per class, examples) on the unlabeled target images, if any."""
     if sets.target_train is None:
-        return {}, []
+        return {}, {}, []
     criteria, examples = Criteria(len(sets.classes)), Examples(sets.target_train)
     for images in sets.target_train:
         logits = model(images.to(device, non_blocking=True)).logits
         criteria.add(logits)
         examples.add(images, logits, None)
-    return criteria.values(), examples.rows
+    predicted = dict(zip(sets.classes, criteria.predicted(), strict=True))
+    return criteria.values(), predicted, examples.rows
 
 
 @torch.inference_mode()
@@ -101,8 +102,9 @@ def evaluate(model: nn.Module, sets: EvaluationSets) -> tuple[dict, list]:
     Returns:
         (metrics, examples). metrics: `source_val` and `target`, in which each metric is None
         without labels, and `criteria`: `source_val`, the label-free ones, and `neg_val_loss`,
-        minus the loss in nats, each if there is a set for it; higher is better. examples: the rows
-        of `Examples`.
+        minus the loss in nats, each if there is a set for it; higher is better; and
+        `predicted`, how many of the unlabeled target images (pixels) are predicted as each class.
+        examples: the rows of `Examples`.
 
     Raises:
         UserError: no pixel of a set has a label.
@@ -112,7 +114,7 @@ def evaluate(model: nn.Module, sets: EvaluationSets) -> tuple[dict, list]:
     model.eval()
     source = source_figures(model, sets, device)
     target, val_loss, examples = target_figures(model, sets, device)
-    label_free, unlabeled_examples = label_free_criteria(model, sets, device)
+    label_free, predicted, unlabeled_examples = label_free_criteria(model, sets, device)
     criteria = {} if sets.source_val is None else {"source_val": source[main_metric(source)]}
     criteria |= label_free
     if sets.val_loss:
@@ -123,7 +125,7 @@ def evaluate(model: nn.Module, sets: EvaluationSets) -> tuple[dict, list]:
             )
         criteria["neg_val_loss"] = -val_loss
     model.train(was_training)
-    metrics = {"source_val": source, "target": target, "criteria": criteria}
+    metrics = {"source_val": source, "target": target, "criteria": criteria, "predicted": predicted}
     return metrics, examples if sets.target_test is not None else unlabeled_examples
 
 
@@ -157,8 +159,10 @@ def choose(history: list[dict], select: str) -> dict:
     """Last, selected and oracle entries of a run.
 
     Args:
-        history: {"step", "criteria", "target"} of each evaluation.
+        history: {"step", "criteria", "target", "collapsed"} of each evaluation; the last is the
+            reason that `CollapseMonitor.judge` gives, or None.
         select: the criterion whose highest value selects, of equal values the first one; or `last`.
+            A collapsed evaluation is selected by a criterion only if all are collapsed.
 
     Returns:
         `last`, `selected` and `oracle`: the step and the target metrics of an evaluation. The
@@ -167,7 +171,8 @@ def choose(history: list[dict], select: str) -> dict:
     if select == "last":
         selected = history[-1]
     else:
-        selected = max(history, key=lambda e: _rank(e["criteria"][select]))
+        candidates = [e for e in history if not e["collapsed"]] or history
+        selected = max(candidates, key=lambda e: _rank(e["criteria"][select]))
     figure = main_metric(history[-1]["target"])
     oracle = max(history, key=lambda e: _rank(e["target"][figure]))
     chosen = {"last": history[-1], "selected": selected, "oracle": oracle}

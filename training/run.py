@@ -28,6 +28,7 @@ from common.provenance import code_version
 from data import Domains, EvaluationSets, open_domains
 from data.fingerprint import difference
 from training.changes import check_changes, config_of, config_tree, is_rate
+from training.collapse import CollapseMonitor
 from training.device import describe_machine, get_device, seed_everything
 from training.evaluation import choose, compact, evaluate
 from training.log import Log
@@ -74,13 +75,15 @@ class Run:
     """One training run and its folder.
 
     It seeds the random generators. Nothing is written before `begin`, and nothing at all in a dry
-    run. A script calls, in this order, `open_domains`, `begin`, `steps` (with `log`, `due` and
-    `evaluate` in the loop) and `finish`. If there is a checkpoint to go on from, the config's
-    `model.weights` and `init_from` are null from here on: nothing is read that the checkpoint
-    replaces.
+    run. A script calls, in this order, `open_domains`, `begin`, `steps` (with `log`, `monitor`,
+    `due` and `evaluate` in the loop) and `finish`. If there is a checkpoint to go on from, the
+    config's `model.weights` and `init_from` are null from here on: nothing is read that the
+    checkpoint replaces.
 
     Attributes:
         log: a `Log`, for the losses of a step.
+        monitor: a `CollapseMonitor`, for the predictions on target images of a step; each
+            evaluation is judged by it in any case.
         selected: the weights that model.pt holds, or None before the first evaluation.
 
     Raises:
@@ -104,6 +107,7 @@ class Run:
         # Saved too, since an evaluation after the checkpoint may have written another model.pt.
         self.selected: dict | None = None
         self.domains: Domains | None = None
+        self.monitor: CollapseMonitor | None = None
         self.commits = [code_version()]  # now: the code may change while the run goes on
         self.machines = [describe_machine(get_device(config.device))]
         self.config_text, self.config_tree = dump(config), config_tree(config)
@@ -186,6 +190,9 @@ class Run:
         trained = self.checkpoint_state and self.checkpoint_state["classes"]
         self.domains = open_domains(self.config.data, self.config.seed, self.dry_run, trained)
         print(self.domains.describe())
+        shares = None if self.dry_run else self.domains.source_shares()
+        names = self.domains.classes, shares, self.domains.absent_classes
+        self.monitor = CollapseMonitor(*names, self.log.print).to(get_device(self.config.device))
         return self.domains
 
     def begin(self, *, model: torch.nn.Module, **state) -> int:
@@ -207,7 +214,7 @@ class Run:
         """
         named = {"model": model, **state}
         check_state(named, sys._getframe(1).f_locals)
-        self.state = {**named, "log": self.log}
+        self.state = {**named, "log": self.log, "collapse": self.monitor}
         self.log.scaler = next((x for x in named.values() if hasattr(x, "get_scale")), None)
         step = 0
         if not self.dry_run:
@@ -278,7 +285,7 @@ class Run:
         Raises:
             UserError: something with a state was created after `begin`, and is not saved.
         """
-        named = {name: value for name, value in self.state.items() if name != "log"}
+        named = {name: value for name, value in self.state.items() if name not in OWN_STATE}
         check_state(named, sys._getframe(1).f_locals)  # what was created since `begin`, too
         step = start
         while step < self.last_step:
@@ -455,7 +462,7 @@ class Run:
 
     def _restore(self, file: Path, saved: dict) -> None:
         """Load the content of a checkpoint into what the run saves."""
-        state = {**self.state, **dict.fromkeys(OWN_STATE - {"log"})}
+        state = {**self.state, **dict.fromkeys(OWN_STATE - self.state.keys())}
         if "amp" in self.changed:  # a scaler that was off has nothing saved
             state |= {name: None for name in self.state if saved.get(name) == {}}
         optimizers = [x for x in self.state.values() if isinstance(x, torch.optim.Optimizer)]
@@ -497,10 +504,12 @@ class Run:
         for name, value in metrics["criteria"].items():
             if not math.isfinite(value):
                 raise self.log.not_finite(f"step {step}: criteria.{name} is {value}")
-        self.history.append({"step": step, **metrics})
-        flat = flatten(metrics)
-        self.log.record({"step": step, **flat})
-        shown = {k: v for k, v in flat.items() if v is not None and ".iou." not in k}
+        predicted = metrics["predicted"]  # of each class: in metrics.jsonl only
+        verdict = self.monitor.judge(step, predicted) if predicted else {"collapsed": None}
+        entry = {name: value for name, value in metrics.items() if name != "predicted"}
+        self.history.append({"step": step, **entry, "collapsed": verdict["collapsed"]})
+        self.log.record({"step": step, **flatten(metrics), **verdict})
+        shown = {k: v for k, v in flatten(entry).items() if v is not None and ".iou." not in k}
         figures = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
         self.log.print(f"step {step}  {figures}")
         if self.config.pictures == "every" or step == self.last_step:
@@ -569,6 +578,8 @@ class Run:
         files.write_text(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
         self._write_status("finished", summary["steps"])
         observe(None)
+        for name, reason in summary["collapsed"].items():
+            print(f"warning: {name}: the predictions on the target have collapsed: {reason}")
         if target["oracle"]["step"] is None:
             step, criterion = target["selected"]["step"], summary["selection"]["criterion"]
             print(f"no target labels to measure with; model.pt: step {step}, by {criterion}")
@@ -605,6 +616,12 @@ class Run:
             "target_test": domains.target_test_note,
             "classes": domains.classes,
             **({"absent_classes": absent} if (absent := domains.absent_classes) else {}),
+            "collapse_alarms": self.monitor.alarms,
+            "collapsed": {
+                name: entry["collapsed"]
+                for name, entry in (("last", self.history[-1]), ("selected", selected))
+                if entry["collapsed"]
+            },
             **facts,
             "source_val": self.history[-1]["source_val"],
             "selection": {

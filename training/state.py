@@ -11,6 +11,7 @@ from common.errors import UserError
 # What a run saves of its own, by name.
 OWN_STATE = {"log", "step", "history", "selected", "seconds", "rng", "cuda_rng", "commits"}
 OWN_STATE |= {"evaluation_due", "config", "changes", "classes", "fingerprints", "machines"}
+OWN_STATE |= {"collapse"}
 
 
 def _parts(value) -> Iterator:
