@@ -53,6 +53,7 @@ class Config(RunConfig):
     reversal_schedule: Literal["dann", "constant", "linear"] = "dann"  # of the paper's lambda
     reversal_max: float = not_negative(1.0)  # its final value; 0 leaves the features alone
     reversal_gamma: float = positive(10.0)  # steepness of the dann schedule
+    reversal_bound: float | None = positive(1.0)  # reversed gradient over the classifier's at most
     reversal_progress: int | Literal["total"] = positive("total")  # steps it takes; total: the run
     disc_hidden: int = positive(1024)  # width of a discriminator's two hidden layers
     disc_norm: Literal["batch", "dropout", "none"] = "batch"  # after each hidden layer
@@ -137,12 +138,21 @@ def main(argv: list[str] | None = None) -> int:
             out_s, out_t = forward_domains(model, x_s, x_t, config.model)
             loss, losses = supervised_loss(out_s, y_s, config.model)
 
+            # how far the classifier pulls at the features, which bounds the pull of confusion
+            bounds = [None] * len(layers)
+            if config.reversal_bound is not None:
+                read = [(out_s.joint or out_s.features)[name] for name in config.feature_layers]
+                gradients = torch.autograd.grad(scaler.scale(loss), read, retain_graph=True)
+                bounds = [config.reversal_bound * grad.float().norm() for grad in gradients]
+
             adv_loss, domain_accuracy, weight_s, weight_t = 0.0, 0.0, None, None
-            for name, layer_weight, discriminator in layers:
-                features_s = feature_vectors(out_s.features[name], config.disc_locations)
-                features_t = feature_vectors(out_t.features[name], config.disc_locations)
+            for (name, layer_weight, discriminator), bound in zip(layers, bounds, strict=True):
+                coeff = layer_weight * reversal_coeff
+                features_s = gradient_reversal(out_s.features[name], coeff, bound)
+                features_t = gradient_reversal(out_t.features[name], coeff, bound)
+                features_s = feature_vectors(features_s, config.disc_locations)
+                features_t = feature_vectors(features_t, config.disc_locations)
                 features = torch.cat([features_s, features_t])
-                features = gradient_reversal(features, layer_weight * reversal_coeff)
                 if conditional:
                     logits = torch.cat([out_s.logits, out_t.logits]).detach()
                     features = multilinear(features, logits.float().softmax(1))

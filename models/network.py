@@ -26,11 +26,14 @@ class ModelOutput(NamedTuple):
         features: layer name -> (N, C, H', W'), of a classifier `pooled` -> (N, D), its input, and
             `logits`, the same tensor as above.
         aux_logits: those of the auxiliary head, None without one.
+        joint: with one forward of both domains, the features of all its images, which the head
+            reads and of which `features` are parts; else None.
     """
 
     logits: torch.Tensor
     features: dict[str, torch.Tensor]
     aux_logits: torch.Tensor | None = None
+    joint: dict[str, torch.Tensor] | None = None
 
 
 @dataclass
@@ -298,11 +301,11 @@ def forward_domains(
         )
     sizes = [len(x_s), len(x_t)]
     out = model(torch.cat([x_s, x_t]))
-    features = {name: feature.split(sizes) for name, feature in out.features.items()}
-    logits = out.logits.split(sizes)
-    aux_logits = (None, None) if out.aux_logits is None else out.aux_logits.split(sizes)
-    out_s, out_t = (
-        ModelOutput(logits[i], {name: pair[i] for name, pair in features.items()}, aux_logits[i])
-        for i in (0, 1)
+    pairs = {name: feature.split(sizes) for name, feature in out.features.items()}
+    features_s, features_t = ({name: pair[i] for name, pair in pairs.items()} for i in (0, 1))
+    logits_s, logits_t = out.logits.split(sizes)
+    aux_s, aux_t = (None, None) if out.aux_logits is None else out.aux_logits.split(sizes)
+    return (
+        ModelOutput(logits_s, features_s, aux_s, out.features),
+        ModelOutput(logits_t, features_t, aux_t, out.features),
     )
-    return out_s, out_t

@@ -55,6 +55,23 @@ def test_the_gradient_through_the_reversal_is_minus_lambda_g(coeff):
     assert plain_x.abs().min() > 0
 
 
+def test_the_reversed_gradient_is_bounded():
+    x, tail = torch.randn(6, 4, requires_grad=True), nn.Linear(4, 3)
+    (plain,) = torch.autograd.grad(tail(x).square().sum(), x)
+    for share, expected in ((0.5, 0.5), (10.0, 2.0)):  # of the plain gradient's norm; lambda is 2
+        bound = share * plain.norm()
+        loss = tail(gradient_reversal(x, 2.0, bound)).square().sum()
+        (grad,), tail_grad = torch.autograd.grad(loss, [x], retain_graph=True), None
+        torch.testing.assert_close(grad, -expected * plain)
+        tail_grad = torch.autograd.grad(loss, tail.weight)[0]
+        plain_tail = torch.autograd.grad(tail(x).square().sum(), tail.weight)[0]
+        torch.testing.assert_close(
+            tail_grad, plain_tail
+        )  # the discriminator learns at full strength
+    loss = (0 * tail(gradient_reversal(x, 2.0, torch.zeros(())))).sum()
+    assert (torch.autograd.grad(loss, x)[0] == 0).all()  # 0 / 0 is no nan
+
+
 def test_lambda_zero_gives_zero_gradient_and_a_learning_discriminator():
     features, discriminator = torch.randn(8, 4, requires_grad=True), DomainDiscriminator(4, 16)
     discriminator(gradient_reversal(features, 0.0)).sum().backward()

@@ -103,6 +103,7 @@ def test_lambda_and_layer_weights_scale_the_reversed_gradient_alone(tmp_path):
         "optim.weight_decay=0",
         "reversal_schedule=constant",
         "optim.lr=1",
+        "reversal_bound=null",
     ]
     runs = {
         "off": ["reversal_max=0"],
@@ -246,6 +247,7 @@ def test_without_reversal_the_encoder_is_source_only(tmp_path):
         "source": ("train_source", []),
         "zero": ("train_dann", ["reversal_max=0"]),
         "one": ("train_dann", ["reversal_schedule=constant"]),
+        "bounded": ("train_dann", ["reversal_schedule=constant", "reversal_bound=1e-9"]),
     }
     models = {}
     for name, (script, arguments) in runs.items():
@@ -260,7 +262,21 @@ def test_without_reversal_the_encoder_is_source_only(tmp_path):
         for name in models
     }
     assert gap["zero"] < 1e-5
+    assert gap["bounded"] < 1e-5
     assert gap["one"] > 1e-3  # control
+
+
+@pytest.mark.parametrize("keys", [["model.bn=concat"], ["model.bn=separate"], ["amp=float16"]])
+def test_the_bound_of_the_reversal_is_of_the_classifier(tmp_path, keys):
+    """A large bound changes nothing, and the classifier's own gradient is a bound."""
+    config, state = tiny_config(tmp_path), {}
+    for bound in ("null", "1e9", "0.1"):
+        keys = [*keys, "reversal_schedule=constant", f"reversal_bound={bound}"]
+        assert train("train_dann", config, *keys, f"out_dir={tmp_path}/{bound}") == 0
+        state[bound] = weights(tmp_path / bound, "checkpoints/step_00000010.pt")["model"]
+    for name, value in state["null"].items():
+        torch.testing.assert_close(state["1e9"][name], value, rtol=1e-4, atol=1e-5)
+    assert differing(state["null"], state["0.1"]) > 100
 
 
 ADAPTATION = [script for script in SCRIPTS if script != "train_source"]
