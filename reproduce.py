@@ -340,6 +340,9 @@ def selection(pairs: list[tuple[str, dict]]) -> str:
     if "last" in names:
         last = [method for method, summary in pairs if summary["selection"]["criterion"] == "last"]
         sentences.append(f"The last step is selected for {distinct(last)}.")
+    if lost := [method for method, summary in pairs if "last" in summary.get("collapsed", ())]:
+        runs = f"{len(lost)} of {len(pairs)} runs"
+        sentences.append(f"At the last step the predictions of {runs} collapsed: {distinct(lost)}.")
     if "neg_val_loss" in names:
         sentences.append(
             "Selected by neg_val_loss, on the labels of the very images that the figures are "

@@ -171,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
 
         run.log.add(**losses)
         if run.due(step, config.log_every):
-            run.log.write(step, **rates, **run.monitor.report(step))
+            run.log.write(step, **rates)
         if run.due(step, config.eval_every) and step > source_steps:
             with autocast:
                 run.evaluate(step, model, evaluation)

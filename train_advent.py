@@ -170,7 +170,7 @@ def main(argv: list[str] | None = None) -> int:
         run.log.add(**losses)
         run.monitor.add(out_t.logits)
         if run.due(step, config.log_every):
-            run.log.write(step, lr=lr, disc_lr=disc_lr, **run.monitor.report(step))
+            run.log.write(step, lr=lr, disc_lr=disc_lr)
         if run.due(step, config.eval_every):
             with autocast:
                 run.evaluate(step, model, evaluation)

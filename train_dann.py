@@ -182,8 +182,7 @@ def main(argv: list[str] | None = None) -> int:
         run.log.add(**losses)
         run.monitor.add(out_t.logits)
         if run.due(step, config.log_every):
-            rates = {"reversal_coeff": reversal_coeff, "lr": lr, "disc_lr": lr * disc_lr_scale}
-            run.log.write(step, **rates, **run.monitor.report(step))
+            run.log.write(step, reversal_coeff=reversal_coeff, lr=lr, disc_lr=lr * disc_lr_scale)
         if run.due(step, config.eval_every):
             with autocast:
                 run.evaluate(step, model, evaluation)

@@ -184,8 +184,7 @@ def main(argv: list[str] | None = None) -> int:
         agreement = (log_p_t.detach().argmax(1) == labels).float().mean()
         run.log.add(**losses, confidence=confidence.mean(), agreement=agreement)
         if run.due(step, config.log_every):
-            reports = {**shares.report(), **run.monitor.report(step)}
-            run.log.write(step, lr=lr, pseudo_weight=pseudo_weight, **reports)
+            run.log.write(step, lr=lr, pseudo_weight=pseudo_weight, **shares.report())
         if run.due(step, config.eval_every):
             with autocast:
                 run.evaluate(step, evaluated, evaluation)

@@ -178,7 +178,7 @@ def main(argv: list[str] | None = None) -> int:
         agreement = (log_p_t.detach().argmax(1) == y_t).float().mean()
         run.log.add(**losses, confidence=p_t.amax(1).mean(), agreement=agreement)
         if run.due(step, config.log_every):
-            run.log.write(step, lr=lr, **run.monitor.report(step))
+            run.log.write(step, lr=lr)
         if run.due(step, config.eval_every):
             with autocast:
                 run.evaluate(step, model, evaluation)

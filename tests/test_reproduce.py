@@ -561,6 +561,8 @@ def test_what_selected_is_said():
     assert reproduce.selection([("b", run("last"))]) == last
     mixed = "Selected without target labels by infomax. " + last
     assert reproduce.selection([("a", run("infomax")), ("b", run("last"))]) == mixed
+    one = [("a", run("last")), ("b", run("last") | {"collapsed": {"last": "one class"}})]
+    assert "the predictions of 1 of 2 runs collapsed: b." in reproduce.selection(one)
     both = "Selected without target labels by neg_entropy. " + labels
     assert reproduce.selection([("a", run("neg_val_loss")), ("b", run("neg_entropy"))]) == both
 

@@ -39,6 +39,7 @@ class Log:
     Attributes:
         muted: whether nothing is added, written and printed, because a step is only repeated.
         resumable: whether there is a checkpoint to go on from, for messages.
+        monitor: the `CollapseMonitor` of a run; its report is written with each line.
         scaler: the loss scaler of a run in float16; its `scale` is written with each line.
     """
 
@@ -49,7 +50,7 @@ class Log:
         self.printed = -math.inf  # time of the last line on the screen
         self.start = 0
         self.muted = self.resumable = False
-        self.scaler = None
+        self.monitor = self.scaler = None
         self.largest_scale = 0.0
 
     def state_dict(self) -> dict:
@@ -96,6 +97,8 @@ class Log:
             return
         means = self.check_finite(step)
         self.sums, self.counts = {}, {}
+        if self.monitor is not None:
+            values |= self.monitor.report(step)
         self.record({"step": step, **means, **values, **self.check_scale(step)})
         shown = "  ".join(
             f"{name} {value:.4g}" for name, value in {**means, **values}.items() if "." not in name

@@ -82,8 +82,8 @@ class Run:
 
     Attributes:
         log: a `Log`, for the losses of a step.
-        monitor: a `CollapseMonitor`, for the predictions on target images of a step; each
-            evaluation is judged by it in any case.
+        monitor: a `CollapseMonitor`, for the target logits of a step; it judges each evaluation
+            in any case.
         selected: the weights that model.pt holds, or None before the first evaluation.
 
     Raises:
@@ -193,6 +193,7 @@ class Run:
         shares = None if self.dry_run else self.domains.source_shares()
         names = self.domains.classes, shares, self.domains.absent_classes
         self.monitor = CollapseMonitor(*names, self.log.print).to(get_device(self.config.device))
+        self.log.monitor = self.monitor
         return self.domains
 
     def begin(self, *, model: torch.nn.Module, **state) -> int:
