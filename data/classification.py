@@ -84,7 +84,8 @@ def _decoded(domain: DomainConfig, files: Files, config: DataConfig, read_only: 
     side = domain.resize or round(config.size * 8 / 7)
     folder = None if read_only else Path(config.cache)
     limit = config.cache_gb * 2**30
-    images = decoded_images(files.images, (side, side), folder, limit, shared=config.workers > 0)
+    shared = config.workers > 0
+    images = decoded_images(files.images, (side, side), folder, limit, shared, config.exif)
     name = f"{domain.name} {domain.path}"
     return image_set(name, images, files.labels, files.classes, skipped=files.skipped)
 

@@ -128,9 +128,11 @@ class DataConfig:
     select_images: int = positive(2000)  # target images that criteria see; most of a share held out
     absent_classes: list[str] = field(default_factory=list)  # classes that the target lacks
     iou_classes: list[str] | None = None  # segmentation: classes of the mean IoU; null: all
+    exif: bool = True  # turn image files by their EXIF orientation
     workers: int = not_negative(0)  # loader processes per domain; results do not depend on it
+    worker_timeout: int = positive(300)  # s without a batch from the workers that end the run
     cache: str | None = None  # folder of decoded images, not under root; null: ./cache
-    cache_gb: float = not_negative(2.0)  # larger sets, and all sets with workers, go to .npy files
+    cache_gb: float = not_negative(2.0)  # larger sets, and all sets with workers, go to files
 
     def __post_init__(self):
         self.root = self.root or os.environ.get("DA_DATA") or "datasets"

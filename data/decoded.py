@@ -1,14 +1,19 @@
 """Image and mask files that are decoded once and then stored as uint8."""
 
+import errno
 import itertools
 import math
 import os
-from collections.abc import Callable
+import sys
+import weakref
+import zlib
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
+from tqdm import tqdm
 
 from common.errors import UserError
 from data.id_maps import UNKNOWN
@@ -16,10 +21,43 @@ from data.order import generator
 
 Size = tuple[int, int]  # height, width
 
+# Of the cache files: raise it if the same files become other pixels, or are stored in another way.
+VERSION = 2
+CHECKSUM = 4  # bytes before each image of a cache file
+SHOWN = 20  # files or numbers that one message names
 
-def _open(path: Path, read: Callable[[Image.Image], Image.Image]) -> Image.Image:
+
+def raise_all(mistakes: Sequence[str]) -> None:
+    """Raise one `UserError` for all files that cannot be used; do nothing without mistakes."""
+    if len(mistakes) == 1:
+        raise UserError(mistakes[0])
+    if mistakes:
+        more = [f"and {len(mistakes) - SHOWN} more"] if len(mistakes) > SHOWN else []
+        lines = [f"{len(mistakes)} files cannot be used:", *mistakes[:SHOWN], *more]
+        raise UserError("\n       ".join(lines))
+
+
+def for_each(paths: Sequence[Path], read: Callable[[Path], object], doing: str) -> list:
+    """`read(path)` of every file. A terminal shows the progress if it takes longer than a second.
+
+    Raises:
+        UserError: `read` raised one for some files; it names all of them.
+    """
+    results, mistakes = [], []
+    for path in tqdm(paths, doing, unit="file", leave=False, disable=None, delay=1):
+        try:
+            results.append(read(path))
+        except UserError as error:
+            mistakes.append(str(error))
+    raise_all(mistakes)
+    return results
+
+
+def _open(path: Path, read: Callable[[Image.Image], object]):
     """`read(image)` of an image file. Raises `UserError` with its path."""
     try:
+        if path.exists() and not path.is_file():  # to read a pipe is to wait for ever
+            raise OSError("not a regular file")
         with Image.open(path) as image:
             return read(image)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
@@ -29,47 +67,96 @@ def _open(path: Path, read: Callable[[Image.Image], Image.Image]) -> Image.Image
         ) from None
 
 
-def read_rgb(path: Path, size: Size | None = None) -> Image.Image:
+def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation from the header, 1 (upright) to 8; 5 and above swap the sides."""
+    if image.format == "PNG" and "exif" not in image.info:
+        return 1  # to look further, PIL would decode the pixels
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
+    except SyntaxError:
+        return 1  # the EXIF data are damaged, the image is not
+    return orientation if orientation in range(1, 9) else 1
+
+
+def _check_depth(image: Image.Image, path: Path) -> None:
+    """Raise `UserError` for an image of which PIL would keep the lowest 8 bits."""
+    if image.mode == "F" or image.mode.startswith("I"):
+        raise UserError(
+            f"{path}: an image has 8 bits per channel, but this one has 16 or 32 "
+            f"(mode {image.mode}); save it as 8 bit"
+        )
+
+
+def read_rgb(path: Path, size: Size | None = None, exif: bool = True) -> Image.Image:
     """An image file in RGB, resized with antialiasing if `size` is given.
 
+    Args:
+        path: the file.
+        size: (height, width), or None for the image's own.
+        exif: whether the image is turned by its EXIF orientation.
+
     Raises:
-        UserError: with the path, if the file cannot be read.
+        UserError: with the path, if the file cannot be read or has more than 8 bits per channel.
     """
 
     def read(image: Image.Image) -> Image.Image:
+        _check_depth(image, path)
+        orientation = _orientation(image) if exif else 1
+        if size is not None:
+            # The JPEG decoder may skip details that the smaller image does not show.
+            image.draft("RGB", size if orientation >= 5 else size[::-1])
+        if orientation > 1:
+            image = ImageOps.exif_transpose(image)
         if size is None:
             return image.convert("RGB")
-        # The JPEG decoder may skip details that the smaller image does not show.
-        image.draft("RGB", size[::-1])
         return image.convert("RGB").resize(size[::-1], Image.Resampling.BILINEAR)
 
     return _open(path, read)
 
 
-def image_size(path: Path) -> Size:
-    """(height, width) from the header of an image file. Raises `UserError` with its path."""
-    return _open(path, lambda image: image.size)[::-1]
+def image_size(path: Path, exif: bool = True) -> Size:
+    """(height, width) of `read_rgb`, from the header of the file. Raises `UserError` as it does."""
+
+    def read(image: Image.Image) -> Size:
+        _check_depth(image, path)
+        width, height = image.size
+        # PIL turns a TIFF file by itself; its size is the turned one.
+        swapped = exif and image.format != "TIFF" and _orientation(image) >= 5
+        return (width, height) if swapped else (height, width)
+
+    return _open(path, read)
 
 
-def decode(path: Path, size: Size | None = None) -> torch.Tensor:
-    """An image file as uint8 (3, H, W). Raises `UserError` with its path."""
-    return torch.from_numpy(np.array(read_rgb(path, size))).permute(2, 0, 1)
+def decode(path: Path, size: Size | None = None, exif: bool = True) -> torch.Tensor:
+    """An image file as uint8 (3, H, W); see `read_rgb`."""
+    return torch.from_numpy(np.array(read_rgb(path, size, exif))).permute(2, 0, 1)
 
 
 class ImageDecoder:
-    """`decode` with a fixed `size`, as an object that can be sent to the workers of a loader."""
+    """`decode` with a fixed `size` and `exif`, as an object that can be sent to the workers."""
 
-    def __init__(self, size: Size | None):
-        self.size = size
+    channels = (3,)
+
+    def __init__(self, size: Size | None, exif: bool):
+        self.size, self.exif = size, exif
+
+    @property
+    def name(self) -> str:
+        """Names all that the pixels depend on besides the files."""
+        return f"decoded_{_size_name(self.size)}{'' if self.exif else '_unturned'}"
+
+    def header(self, path: Path) -> Size:
+        """The size of the file's image. Raises `UserError` for what the header shows."""
+        return image_size(path, self.exif)
 
     def __call__(self, path: Path) -> torch.Tensor:
-        return decode(path, self.size)
+        return decode(path, self.size, self.exif)
 
 
 class MaskDecoder:
     """Path of a mask file -> class numbers, uint8 (H, W).
 
-    A mask has one channel of numbers, or a palette.
+    A mask has one channel of numbers, or a palette. It is not turned by an EXIF orientation.
 
     Args:
         table: class number of each number in a mask, see `id_map`.
@@ -80,24 +167,39 @@ class MaskDecoder:
         UserError: with the path, for a color mask or a number without a class.
     """
 
+    channels = ()
+
     def __init__(self, table: torch.Tensor, names: list[str], size: Size | None = None):
         self.table, self.names, self.size = table.numpy(), names, size
 
+    @property
+    def name(self) -> str:
+        """Names all that the class numbers depend on besides the files."""
+        meaning = f"{generator(*self.table.tolist()).initial_seed():016x}"[:8]
+        return f"masks_{_size_name(self.size)}_{meaning}"
+
+    def header(self, path: Path) -> Size:
+        """The size of the file's mask. Raises `UserError` for what the header shows."""
+
+        def read(image: Image.Image) -> Size:
+            _check_mode(image, path)
+            return image.size[::-1]
+
+        return _open(path, read)
+
     def __call__(self, path: Path) -> torch.Tensor:
         mask = _open(path, lambda image: image.copy())
-        if mask.mode not in ("L", "P", "1", "I", "I;16", "I;16B", "I;16L"):
-            raise UserError(
-                f"{path}: a mask has one number per pixel, or a palette, but this one has colors "
-                f"({mask.mode}); convert its colors to numbers"
-            )
+        _check_mode(mask, path)
         numbers = np.asarray(mask).astype(np.int64)
         outside = (numbers < 0) | (numbers >= len(self.table))
         classes = self.table[np.where(outside, 0, numbers)]
         unknown = outside | (classes == UNKNOWN)
         if unknown.any():
+            found = np.unique(numbers[unknown]).tolist()
+            shown = ", ".join(map(str, found[:SHOWN])) + (" ..." if len(found) > SHOWN else "")
             names = ", ".join(self.names[:12]) + (" ..." if len(self.names) > 12 else "")
             raise UserError(
-                f"{path}: the mask contains {numbers[unknown].min()}, which ids does not define "
+                f"{path}: the mask contains {shown}, which ids does not define "
                 f"({len(self.names)} classes: {names}); add it to a class or to void"
             )
         if self.size and self.size != classes.shape:
@@ -106,127 +208,200 @@ class MaskDecoder:
         return torch.from_numpy(classes)
 
 
-def _create(path: Path, count: int) -> None:
-    """Create a .npy file of `count` zeros, uint8, unless the file exists.
-
-    If two runs create it at the same time, both use the file of the first.
-    """
-    if path.is_file():
-        return
-    temporary = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        np.lib.format.open_memmap(temporary, "w+", np.uint8, (count,)).flush()
-        # A full disk is reported here, and not as a bus error when an image is stored.
-        if hasattr(os, "posix_fallocate"):
-            with open(temporary, "r+b") as file:
-                os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
-        os.link(temporary, path)
-    except FileExistsError:
-        pass
-    except OSError as error:
+def _check_mode(mask: Image.Image, path: Path) -> None:
+    """Raise `UserError` for a mask with colors."""
+    if mask.mode not in ("L", "P", "1", "I", "I;16", "I;16B", "I;16L"):
         raise UserError(
-            f"data.cache: {path} cannot be written ({error.strerror}); choose another folder", 5
-        ) from None
-    finally:
-        if temporary.exists():
-            temporary.unlink()
+            f"{path}: a mask has one number per pixel, or a palette, but this one has colors "
+            f"({mask.mode}); convert its colors to numbers"
+        )
 
 
-def check_sizes(images: list[Path], masks: list[Path]) -> None:
-    """Raise `UserError` for the first mask that differs in size from its image.
+def _size_name(size: Size | None) -> str:
+    return "x".join(map(str, size)) if size else "whole"
 
-    Only the headers of the files are read.
+
+def check_sizes(images: list[Path], masks: list[Path], exif: bool) -> None:
+    """Raise one `UserError` for all masks that differ in size from their images.
+
+    Only the headers of the files are read. An image has its size after it is turned by its EXIF
+    orientation, if `exif`.
     """
-    for image, mask in zip(images, masks, strict=True):
-        mask_height, mask_width = image_size(mask)
-        height, width = image_size(image)
+    image_of = dict(zip(masks, images, strict=True))
+
+    def check(mask: Path) -> None:
+        mask_height, mask_width = _open(mask, lambda image: image.size)[::-1]
+        height, width = image_size(image_of[mask], exif)
         if (mask_height, mask_width) != (height, width):
             raise UserError(
-                f"{mask}: the mask is {mask_height}x{mask_width} px, its image {image} "
+                f"{mask}: the mask is {mask_height}x{mask_width} px, its image {image_of[mask]} "
                 f"{height}x{width}; a mask has the size of its image: correct or remove the two"
             )
+
+    for_each(masks, check, "sizes of masks")
+
+
+def _stat(path: Path) -> str:
+    """What tells a changed file, without reading it."""
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be read as an image ({error.strerror}); repair or remove it"
+        ) from None
+    return f"{path}:{stat.st_size}:{stat.st_mtime_ns}"
 
 
 class Decoded:
     """Files as one indexable set: `decoded[index]` -> uint8 (n, *shape) for an int64 index (n,).
 
     A file is decoded when it is first requested. A small set is then stored in the memory of this
-    process; a set of more than `limit` bytes, or one that several workers read, is stored in a .npy
-    file in `folder`, which later runs use too.
+    process; a set of more than `limit` bytes, or one that several workers read, is stored in a file
+    in `folder`, which later runs use too. There each image follows its checksum. It is compared
+    whenever the image is read, so that a damaged or truncated file is decoded again.
+
+    The headers of all files are read at once, unless a cache file shows that they were before.
 
     Args:
-        paths: the files.
-        shapes: the shape of each decoded file; the files of one index must have the same shape.
-        decode: path -> uint8 tensor of that shape.
-        name: start of the name of the .npy file; it must name everything that `decode` depends on
-            besides the files.
-        folder: the folder of the .npy file, or None to store nothing (dry run).
+        paths: the files; those of one index must be decoded to the same shape.
+        decode: an `ImageDecoder` or a `MaskDecoder`.
+        folder: the folder of the cache file, or None to store nothing (dry run).
         limit: largest size in memory, in bytes.
         shared: whether several workers read the set.
+
+    Raises:
+        UserError: the headers of some files cannot be read, or the cache cannot be written (5).
     """
 
     def __init__(
         self,
         paths: list[Path],
-        shapes: list[tuple[int, ...]],
-        decode: Callable[[Path], torch.Tensor],
-        name: str,
+        decode: ImageDecoder | MaskDecoder,
         folder: Path | None,
         limit: float,
         shared: bool,
     ):
-        self.paths, self.shapes, self.decode = paths, shapes, decode
-        self.starts = [0, *itertools.accumulate(math.prod(shape) for shape in shapes)]
+        self.paths, self.decode = paths, decode
+        sizes = [decode.size] * len(paths) if decode.size else self._headers()
+        self.shapes = [(*decode.channels, *size) for size in sizes]
+        self.starts = [0, *itertools.accumulate(math.prod(shape) for shape in self.shapes)]
         self.bytes = self.starts[-1]
         self.store = self.filled = self.file = None
-        if folder is None:
-            return
-        if self.bytes <= limit and not shared:
+        self.told = False
+        if folder is not None and (self.bytes > limit or shared):
+            self._choose_file(folder)
+        if decode.size and not (self.file and self.file.exists()):
+            self._headers()
+        if self.file is not None:
+            self._open_file()
+        elif folder is not None:
             self.store = torch.empty(self.bytes, dtype=torch.uint8)
             self.filled = torch.zeros(len(paths), dtype=torch.bool)
-            return
-        stats = (f"{p}:{s.st_size}:{s.st_mtime_ns}" for p in paths for s in [p.stat()])
-        self.file = folder / f"{name}_{generator(*stats).initial_seed():016x}.npy"
-        if self._flags().is_file() and not self.file.is_file():
-            self._flags().unlink()  # the images were removed, and their flags were not
-        _create(self.file, self.bytes)
-        _create(self._flags(), len(paths))
 
-    def _flags(self) -> Path:
-        """The file that marks which images are stored."""
-        return self.file.with_suffix(".done.npy")
+    def _headers(self) -> list[Size]:
+        return for_each(self.paths, self.decode.header, "headers of images")
+
+    def _choose_file(self, folder: Path) -> None:
+        """Name the cache file, and tell of others that may no longer be used."""
+        place = os.path.commonpath([os.path.abspath(path) for path in self.paths])
+        name = f"{self.decode.name}_v{VERSION}_{generator(place).initial_seed():016x}"[:-8]
+        stats = generator(*for_each(self.paths, _stat, "dates of images")).initial_seed()
+        self.file = folder / f"{name}_{stats:016x}.bin"
+        if self.file.exists():
+            return
+        # Of these images before they changed, of other images there, or of an earlier version.
+        others = [*folder.glob(f"{name}_*.bin"), *folder.glob("decoded_*.npy")]
+        others += folder.glob("masks_*.npy")
+        if others:
+            size = sum(other.stat().st_size for other in others) / 2**30
+            print(
+                f"data.cache: a new file is made for {place}; {folder} has {len(others)} others of "
+                f"it or of an earlier version ({size:.1f} GiB, first: {others[0].name}); "
+                "remove those that no run needs"
+            )
+
+    def _open_file(self) -> None:
+        """Open the cache file, and create it if necessary, at its full size.
+
+        A full disk is reported here, and not when an image is stored. Two runs may do this at once.
+        """
+        size = self._offset(len(self.paths))
+        empty = False
+        try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            self.descriptor = os.open(self.file, os.O_RDWR | os.O_CREAT, 0o666)
+            weakref.finalize(self, os.close, self.descriptor)
+            length = os.fstat(self.descriptor).st_size
+            empty = length == 0
+            if length < size and hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(self.descriptor, 0, size)
+        except OSError as error:
+            if empty:
+                self.file.unlink(missing_ok=True)
+            raise self._not_written(error) from None
+
+    def _not_written(self, error: OSError) -> UserError:
+        return UserError(
+            f"data.cache: {self.file} cannot be written ({error.strerror}); choose another folder",
+            5,
+        )
 
     def __getstate__(self) -> dict:
-        state = self.__dict__.copy()
-        if self.file is not None:
-            state["store"] = state["filled"] = None  # a worker maps the file itself
-        return state
+        return {name: value for name, value in vars(self).items() if name != "descriptor"}
 
-    def _open(self) -> None:
-        if self.store is None and self.file is not None:
-            try:
-                self.store = torch.from_numpy(np.load(self.file, mmap_mode="r+"))
-                self.filled = torch.from_numpy(np.load(self._flags(), mmap_mode="r+"))
-            except (OSError, ValueError, EOFError):
-                raise UserError(
-                    f"data.cache: {self.file} cannot be read; remove it and {self._flags().name}"
-                ) from None
+    def __setstate__(self, state: dict) -> None:
+        vars(self).update(state)
+        if self.file is not None:
+            self._open_file()
 
     def __len__(self) -> int:
         return len(self.paths)
 
+    def _offset(self, i: int) -> int:
+        """The place of image i in the cache file, where its checksum begins."""
+        return self.starts[i] + CHECKSUM * i
+
+    def _read(self, i: int) -> torch.Tensor | None:
+        """An image of the cache file; None if it is not there yet, or is damaged."""
+        checksum, pixels = bytearray(CHECKSUM), np.empty(self.shapes[i], np.uint8)
+        try:
+            # Not mapped into memory: there a file that is cut short would kill the process.
+            os.preadv(self.descriptor, [checksum, pixels], self._offset(i))
+        except OSError as error:
+            raise UserError(
+                f"data.cache: {self.file} cannot be read ({error.strerror}); remove it"
+            ) from None
+        if checksum == _checksum(pixels):
+            return torch.from_numpy(pixels)
+        if any(checksum) and not self.told:
+            self.told = True
+            print(f"warning: {self.file}: has damaged images; they are decoded again", flush=True)
+        return None
+
+    def _write(self, i: int, pixels: np.ndarray) -> None:
+        try:
+            if os.pwrite(self.descriptor, pixels, self._offset(i) + CHECKSUM) < pixels.nbytes:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            # Last, so that a process that reads meanwhile sees no checksum without its image.
+            os.pwrite(self.descriptor, _checksum(pixels), self._offset(i))
+        except OSError as error:
+            raise self._not_written(error) from None
+
     def _item(self, i: int) -> torch.Tensor:
-        if self.store is None:
-            return self.decode(self.paths[i])
-        stored = self.store[self.starts[i] : self.starts[i + 1]].view(self.shapes[i])
-        if not self.filled[i]:
-            stored.copy_(self.decode(self.paths[i]))
-            self.filled[i] = 1  # set after the image, so that a flag always has its image
+        if self.store is not None:
+            stored = self.store[self.starts[i] : self.starts[i + 1]].view(self.shapes[i])
+            if not self.filled[i]:
+                stored.copy_(self.decode(self.paths[i]))
+                self.filled[i] = True
+            return stored
+        stored = None if self.file is None else self._read(i)
+        if stored is None:
+            stored = self.decode(self.paths[i])
+            if self.file is not None:
+                self._write(i, stored.contiguous().numpy())
         return stored
 
     def __getitem__(self, index: torch.Tensor) -> torch.Tensor:
-        self._open()
         return torch.stack([self._item(i) for i in index.tolist()])
 
     def describe(self) -> str:
@@ -238,8 +413,18 @@ class Decoded:
         return f"{self.bytes / 2**20:.0f} MiB decoded, {where}"
 
 
+def _checksum(pixels: np.ndarray) -> bytes:
+    """Never zero, which marks an image that is not stored."""
+    return (zlib.crc32(pixels) or 1).to_bytes(CHECKSUM, sys.byteorder)
+
+
 def decoded_images(
-    paths: list[Path], size: Size | None, folder: Path | None, limit: float, shared: bool
+    paths: list[Path],
+    size: Size | None,
+    folder: Path | None,
+    limit: float,
+    shared: bool,
+    exif: bool = True,
 ) -> Decoded:
     """Image files as uint8 (3, H, W).
 
@@ -247,24 +432,6 @@ def decoded_images(
         paths: the files.
         size: (height, width) of all images, or None for their own sizes.
         folder, limit, shared: see `Decoded`.
+        exif: whether images are turned by their EXIF orientation.
     """
-    shapes = [(3, *(size or image_size(path))) for path in paths]
-    name = "decoded_" + ("x".join(map(str, size)) if size else "whole")
-    return Decoded(paths, shapes, ImageDecoder(size), name, folder, limit, shared)
-
-
-def decoded_masks(
-    paths: list[Path], decoder: MaskDecoder, folder: Path | None, limit: float, shared: bool
-) -> Decoded:
-    """Mask files as class numbers, uint8 (H, W).
-
-    Args:
-        paths: the files.
-        decoder: the meaning of the numbers in a mask, and the size of all masks if it has one.
-        folder, limit, shared: see `Decoded`.
-    """
-    size = decoder.size
-    shapes = [size or image_size(path) for path in paths]
-    meaning = f"{generator(*decoder.table.tolist()).initial_seed():016x}"[:8]
-    name = f"masks_{'x'.join(map(str, size)) if size else 'whole'}_{meaning}"
-    return Decoded(paths, shapes, decoder, name, folder, limit, shared)
+    return Decoded(paths, ImageDecoder(size, exif), folder, limit, shared)

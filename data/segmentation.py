@@ -12,7 +12,7 @@ from common.errors import UserError
 from common.metrics import ious
 from data.augment import JointAugment
 from data.config import FILES, DataConfig, DomainConfig
-from data.decoded import MaskDecoder, check_sizes, decoded_images, decoded_masks
+from data.decoded import Decoded, MaskDecoder, check_sizes, decoded_images
 from data.drawn_street import open_street
 from data.folder import Pairs, read_mask_list, scan_masks
 from data.id_maps import id_map
@@ -79,7 +79,7 @@ def _decoded(
     size = domain.resize and tuple(domain.resize)
     folder = None if read_only else Path(config.cache)
     storage = folder, config.cache_gb * 2**30, config.workers > 0
-    images = decoded_images(files, size, *storage)
+    images = decoded_images(files, size, *storage, config.exif)
     masks = classes = None
     for file, shape in zip(files, images.shapes, strict=True):
         if domain.crop and (domain.crop[0] > shape[1] or domain.crop[1] > shape[2]):
@@ -90,9 +90,9 @@ def _decoded(
         if domain.ids is None:
             raise UserError(f"data.{role}.ids is missing: what the numbers of its masks mean")
         table, classes = id_map(domain.ids, f"data.{role}.ids")
-        check_sizes(files, mask_files)
+        check_sizes(files, mask_files, config.exif)
         decoder = MaskDecoder(table, classes, size if trains else None)
-        masks = decoded_masks(mask_files, decoder, *storage)
+        masks = Decoded(mask_files, decoder, *storage)
     return image_set(f"{domain.name} {domain.path}", images, masks, classes, domain.crop, skipped)
 
 

@@ -6,12 +6,13 @@ import json
 import math
 import os
 import pickle
+import re
 
 import numpy as np
 import pytest
 import torch
 import torchvision
-from PIL import Image
+from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional as F
 
 import data.decoded
@@ -23,7 +24,7 @@ from data.augment import IN_PLACE, Augment
 from data.augment import OPERATIONS as ALL_OPERATIONS
 from data.classification import TrainBatches
 from data.config import DataConfig, DomainConfig, LabeledDataConfig, TargetDataConfig
-from data.decoded import decode, decoded_images
+from data.decoded import decode, decoded_images, image_size
 from data.digits import CLASSES, blend, mnistm
 from data.folder import read_list, scan_folder
 from data.image_set import image_set
@@ -533,7 +534,7 @@ def decoded(monkeypatch):
     """The paths decoded so far."""
     calls, plain = [], data.decoded.decode
     monkeypatch.setattr(
-        data.decoded, "decode", lambda path, side: (calls.append(path), plain(path, side))[1]
+        data.decoded, "decode", lambda path, *rest: (calls.append(path), plain(path, *rest))[1]
     )
     return calls
 
@@ -547,8 +548,8 @@ def test_memory_file_and_not_kept_give_the_same_pixels(pictures, tmp_path, decod
         ((None, 1e9, False), False, 0),
         ((cache, 1e9, False), True, 0),
         ((cache, 6 * 3 * 16 * 16, False), True, 0),  # exactly at the limit
-        ((cache, 6 * 3 * 16 * 16 - 1, False), True, 2),
-        ((cache, 1e9, True), True, 2),  # read by several workers; finds the file of the line above
+        ((cache, 6 * 3 * 16 * 16 - 1, False), True, 1),
+        ((cache, 1e9, True), True, 1),  # read by several workers; finds the file of the line above
     ):
         del decoded[:]
         images = decoded_images(paths, (16, 16), *keys)
@@ -577,8 +578,8 @@ def test_a_file_of_decoded_images_is_found_by_later_runs(pictures, tmp_path, dec
     read(8)
     assert len(decoded) == 10  # another size is another file
 
-    (file,) = (f for f in (tmp_path / "cache").glob("decoded_16x16_*.npy") if ".done" not in f.name)
-    file.unlink()  # its flags stay behind
+    (file,) = (tmp_path / "cache").glob("decoded_16x16_*.bin")
+    file.unlink()
     assert torch.equal(read(), first)
     assert len(decoded) == 15
 
@@ -599,11 +600,9 @@ def test_workers_share_the_file(pictures, tmp_path, decoded):
     assert len(pickle.dumps(here)) < 4096  # the pixels do not travel
 
 
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1", "I;16"])
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "CMYK", "1"])
 def test_every_kind_of_image_becomes_rgb(tmp_path, mode):
-    image = Image.new("RGB", (30, 20), (200, 200, 200))
-    image = Image.new("I;16", (30, 20), 200) if mode == "I;16" else image.convert(mode)
-    image.save("image.tif")
+    Image.new("RGB", (30, 20), (200, 200, 200)).convert(mode).save("image.tif")
     pixels = decode(tmp_path / "image.tif", (8, 8))
     assert pixels.shape == (3, 8, 8)
     assert pixels.dtype == torch.uint8
@@ -629,6 +628,168 @@ def test_an_unreadable_image_is_named(pictures, content):
     ) as caught:
         decode(path, (8, 8))
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("mode", "suffix"), [("I;16", "png"), ("I;16", "tif"), ("I", "tif"), ("F", "tif")]
+)
+def test_images_with_more_than_8_bits_are_refused(pictures, tmp_path, mode, suffix):
+    """PIL would keep the lowest bits of each, which makes nearly all of them white."""
+    pictures("photo", {"cat": 3, "dog": 3})
+    pictures("sketch", {"cat": 3, "dog": 3})
+    assert open_domains(folder_config(), 0)  # control
+    values = (np.arange(4096).reshape(64, 64) * 16).astype({"F": "f4", "I": "i4"}.get(mode, "u2"))
+    for name in ("deep", "deeper"):
+        Image.fromarray(values).save(tmp_path / f"images/photo/dog/{name}.{suffix}")
+    message = r"photo/dog/deep\.\w+: an image has 8 bits .*\(mode [IF]\S*\); save it as 8 bit"
+    for keys in ({}, {"workers": 1}, {"cache_gb": 0.0}):
+        with pytest.raises(UserError, match="2 files cannot be used:") as error:
+            open_domains(folder_config(**keys), 0)
+        assert re.search(message, str(error.value))
+        assert len(str(error.value).splitlines()) == 3
+    with pytest.raises(UserError, match=message):
+        decode(tmp_path / f"images/photo/dog/deep.{suffix}")
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+def test_images_are_turned_by_their_orientation(tmp_path, suffix):
+    pixels = np.zeros((40, 64, 3), np.uint8)
+    pixels[:20, :32] = [250, 0, 0]
+    pixels[:20, 32:] = [0, 250, 0]
+    kinds = set()
+    for orientation in range(1, 9):
+        file = tmp_path / f"{orientation}.{suffix}"
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        Image.fromarray(pixels).save(file, exif=exif)
+        expected = np.asarray(ImageOps.exif_transpose(Image.open(file)).convert("RGB"))
+        for size in (None, (16, 24)):
+            turned = decode(file, size).permute(1, 2, 0).numpy()
+            assert turned.shape[:2] == (size or expected.shape[:2])
+            corners = np.ix_([2, -3], [2, -3])
+            assert np.abs(turned[corners].astype(int) - expected[corners]).max() < 40
+        kinds.add((decode(file)[:, [2, -3]][:, :, [2, -3]] > 120).numpy().tobytes())
+        assert image_size(file) == expected.shape[:2]
+        assert image_size(file, exif=False) == tuple(decode(file, exif=False).shape[1:])
+        if suffix != "tif":  # PIL turns these by itself
+            assert image_size(file, exif=False) == (40, 64)
+    assert len(kinds) == 8  # control: all of them differ
+
+
+def test_the_key_exif_turns_the_orientation_off(pictures, tmp_path):
+    folder = pictures("photo", {"cat": 3, "dog": 3})
+    pictures("sketch", {"cat": 3, "dog": 3})
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    Image.open(folder / "cat/000.png").save(folder / "cat/000.png", exif=exif)
+    read = {}
+    for key in (True, False):
+        images = open_domains(folder_config(exif=key, cache_gb=0.0), 0).source.images
+        read[key] = images[torch.arange(6)]
+    assert torch.equal(read[True][1:], read[False][1:])
+    assert not torch.equal(read[True][0], read[False][0])
+    assert (read[True][0].int() - read[False][0].flip(1, 2).int()).abs().max() <= 1
+    assert len(list((tmp_path / "cache").glob("decoded_*_unturned_*.bin"))) == 2
+
+
+def test_a_pipe_among_the_images_is_named(pictures, tmp_path):
+    pictures("photo", {"cat": 3, "dog": 3})
+    pictures("sketch", {"cat": 3, "dog": 3})
+    os.mkfifo(tmp_path / "images/photo/cat/x.png")
+    for keys in ({}, {"workers": 1}):
+        with pytest.raises(UserError, match=r"photo/cat/x\.png: .*\(not a regular file\)"):
+            open_domains(folder_config(**keys), 0)
+
+
+def test_every_unreadable_header_is_named_at_once(pictures, tmp_path):
+    folder = pictures("photo", {"cat": 30, "dog": 3})
+    pictures("sketch", {"cat": 3, "dog": 3})
+    for i in range(24):
+        (folder / f"cat/{i:03d}.png").write_bytes(b"no image")
+    for dry_run in (False, True):
+        with pytest.raises(UserError, match="24 files cannot be used:") as error:
+            open_domains(folder_config(), 0, dry_run)
+        lines = str(error.value).splitlines()
+        assert len(lines) == 1 + 20 + 1
+        assert "cat/019.png: cannot be read as an image" in lines[20]
+        assert lines[-1].strip() == "and 4 more"
+
+
+def test_headers_are_read_until_a_cache_file_is_there(pictures, monkeypatch):
+    pictures("photo", {"cat": 3, "dog": 3})
+    pictures("sketch", {"cat": 3, "dog": 3})
+    opened, plain = [], data.decoded.image_size
+    monkeypatch.setattr(
+        data.decoded, "image_size", lambda *args: opened.append(args) or plain(*args)
+    )
+    for keys, count in (({}, 12), ({"cache_gb": 0.0}, 12), ({"cache_gb": 0.0}, 0)):
+        open_domains(folder_config(**keys), 0)
+        assert len(opened) == count
+        del opened[:]
+
+
+# --- the cache file
+
+
+@pytest.fixture
+def cached(pictures, tmp_path):
+    """`cached()` -> (a set of eight images in a cache file, which is filled, and the file)."""
+    paths = sorted(pictures("flat", 8).iterdir())
+
+    def make():
+        images = decoded_images(paths, (16, 16), tmp_path / "cache", 0, False)
+        return images, images.file
+
+    images, _ = make()
+    images[torch.arange(8)]
+    return make
+
+
+@pytest.mark.parametrize("damage", ["bit", "zeros", "cut", "empty"])
+def test_a_damaged_cache_file_is_decoded_again(cached, decoded, capsys, damage):
+    images, file = cached()
+    expected = images[torch.arange(8)]
+    content = file.read_bytes()
+    assert not decoded
+    record = len(content) // 8
+    if damage == "bit":
+        middle = 3 * record + record // 2
+        file.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    elif damage == "zeros":  # as a power cut may leave it: the checksum without its image
+        file.write_bytes(content[: 3 * record + 4] + bytes(record - 4) + content[4 * record :])
+    else:
+        file.write_bytes(content[: 3 * record + 100 if damage == "cut" else 0])
+    for reader in (cached()[0], images):  # a later run, and the one that has it open
+        assert torch.equal(reader[torch.arange(8)], expected)
+    assert len(decoded) == {"bit": 1, "zeros": 1, "cut": 5, "empty": 8}[damage]
+    # Not told of an empty file: it is as a new one.
+    assert capsys.readouterr().out.count("has damaged images") == (damage != "empty")
+    assert file.read_bytes() == content
+
+
+def test_a_cache_file_that_is_removed_or_cut_in_mid_run(cached):
+    """A mapped file would kill the process without a message."""
+    images, file = cached()
+    expected = images[torch.arange(8)]
+    os.truncate(file, 100)
+    assert torch.equal(images[torch.arange(8)], expected)
+    file.unlink()
+    assert torch.equal(images[torch.arange(8)], expected)
+
+
+def test_other_cache_files_of_the_images_are_told(cached, pictures, tmp_path, capsys):
+    first = cached()[1]
+    assert "data.cache" not in capsys.readouterr().out
+    pictures("flat", 9)
+    paths = sorted((tmp_path / "images/flat").iterdir())
+    second = decoded_images(paths, (16, 16), tmp_path / "cache", 0, False).file
+    out = capsys.readouterr().out
+    assert re.search(rf"has 1 others .*first: {first.name}\); remove those that no run needs", out)
+    assert first.exists()
+    assert decoded_images(paths, (16, 16), tmp_path / "cache", 0, False).file == second
+    other = sorted(pictures("other", 3).iterdir())
+    decoded_images(other, (16, 16), tmp_path / "cache", 0, False)
+    assert "data.cache" not in capsys.readouterr().out  # not for a file that was there, or others
 
 
 # --- built-in and digit sets
