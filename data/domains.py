@@ -1,11 +1,11 @@
 """The two domains of a run, opened from its config."""
 
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from torch.utils.data import DataLoader
 
 from common.errors import UserError
 from common.files import trained_classes
@@ -14,7 +14,7 @@ from data.decoded import Decoded
 from data.fingerprint import fingerprint
 from data.image_set import ImageSet, join
 from data.labeled import draw_labeled, list_labeled, without
-from data.loaders import eval_loader, train_loader
+from data.loaders import Loader, eval_loader, train_loader
 from data.order import Order, generator
 from data.tasks import task_module
 
@@ -63,6 +63,8 @@ class Domains:
         criteria: unlabeled training images for model selection.
         lists: the text of each list of images drawn by the seed, by file name.
         dry_run: whether a pass is one batch only.
+        on_wait: called about once per second while a batch from the workers is awaited; it may
+            raise.
     """
 
     config: DataConfig
@@ -78,6 +80,10 @@ class Domains:
     criteria: ImageSet | None = None
     lists: dict[str, str]
     dry_run: bool = False
+    on_wait: Callable[[], None] = lambda: None
+    _opened: weakref.WeakValueDictionary = field(
+        default_factory=weakref.WeakValueDictionary, init=False, repr=False
+    )
 
     @property
     def num_classes(self) -> int:
@@ -101,7 +107,18 @@ class Domains:
         images = getattr(self, role)
         if images is None:
             return None
-        return iter(train_loader(images, self.config, self.seed, role, start, steps, strong))
+        place = self.config, self.seed, role, start, steps
+        batches = iter(train_loader(images, *place, strong, self._wait))
+        self._opened[role] = batches
+        return batches
+
+    def _wait(self) -> None:
+        self.on_wait()
+
+    def fetch(self) -> None:
+        """Wait for the next batch of every iterator of `batches` that is in use."""
+        for batches in list(self._opened.values()):
+            batches.fetch()
 
     def positions(self, role: str, start: int, steps: int) -> tuple[torch.Tensor, ...]:
         """Numbers of the images (batch,) in each of the batches that `batches` yields.
@@ -121,8 +138,8 @@ class Domains:
     def evaluation(self) -> EvaluationSets:
         """The sets of an evaluation."""
 
-        def loader(images: ImageSet | None) -> DataLoader | None:
-            return None if images is None else eval_loader(images, self.config)
+        def loader(images: ImageSet | None) -> Loader | None:
+            return None if images is None else eval_loader(images, self.config, self._wait)
 
         return EvaluationSets(
             source_val=loader(self.source_val),
@@ -141,16 +158,16 @@ class Domains:
         augmented = self.config.augment_of("target") or self.config.target.crop is not None
         return not augmented and one_size
 
-    def labeled_pass(self) -> DataLoader:
+    def labeled_pass(self) -> Loader:
         """Every labeled target image once, not augmented; in a dry run one batch of them."""
         images = self.target_labeled
-        return eval_loader(
-            _first_batch(images, self.config) if self.dry_run else images, self.config
-        )
+        images = _first_batch(images, self.config) if self.dry_run else images
+        return eval_loader(images, self.config, self._wait)
 
-    def target_pass(self) -> DataLoader:
+    def target_pass(self) -> Loader:
         """Every unlabeled target image once, not augmented; in a dry run one batch of them."""
-        return eval_loader(self.criteria if self.dry_run else self.target, self.config)
+        images = self.criteria if self.dry_run else self.target
+        return eval_loader(images, self.config, self._wait)
 
     def fingerprints(self) -> dict[str, torch.Tensor]:
         """The fingerprint of each set by its role."""

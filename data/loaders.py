@@ -1,44 +1,170 @@
 """Loaders of batches: batch k is a pure function of (seed, role, k), for any number of workers."""
 
 import atexit
+import contextlib
 import multiprocessing
 import signal
+import time
+from collections.abc import Callable, Iterator
 
 import torch
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from common.errors import UserError
 from data.augment import Augment
 from data.config import DataConfig
 from data.image_set import ImageSet
 from data.order import generator
 from data.tasks import task_module
 
-
-def _worker_init(worker: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the main process saves, then ends its workers
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+# The main process saves on these, and then ends its workers.
+STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+POLL = 1  # s between looks at the workers while a batch is awaited
 
 
 # Registered after, and so run before, multiprocessing's own exit handler, which sends the SIGTERM
-# that workers ignore, and waits for them.
+# that is blocked in workers, and waits for them.
 @atexit.register
 def _end_workers() -> None:
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report them as killed
     for process in multiprocessing.active_children():
         if process.daemon:
             process.kill()
 
 
-def _batch_loader(batches: Dataset, numbers: range, workers: int) -> DataLoader:
-    return DataLoader(
-        batches,
-        batch_size=None,
-        sampler=numbers,
-        num_workers=workers,
-        worker_init_fn=_worker_init,
-        pin_memory=torch.cuda.is_available(),
-        generator=torch.Generator(),  # so that iter() leaves the global stream alone
-    )
+def _to_shared_memory(batch):
+    """In a worker, the batch in shared memory.
+
+    Where there is no room for it, this is an error here. In torch's queue it would be printed, and
+    the main process would wait for a batch that never comes.
+    """
+    if get_worker_info() is not None:
+        for part in batch if isinstance(batch, (tuple, list)) else (batch,):
+            if isinstance(part, torch.Tensor):
+                part.share_memory_()
+    return batch
+
+
+class Loader(DataLoader):
+    """A torch DataLoader whose items are batches, and whose iterators are `Batches`.
+
+    Args:
+        batches: item k is batch k.
+        numbers: of the batches, in order.
+        config: the section `data`.
+        name: of the set, for messages.
+        on_wait: called about once per second while a batch from the workers is awaited; it may
+            raise.
+    """
+
+    def __init__(
+        self,
+        batches: Dataset,
+        numbers: range,
+        config: DataConfig,
+        name: str,
+        on_wait: Callable[[], None] | None = None,
+    ):
+        super().__init__(
+            batches,
+            batch_size=None,
+            sampler=numbers,
+            num_workers=config.workers,
+            collate_fn=_to_shared_memory,
+            timeout=POLL if config.workers else 0,
+            pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # so that iter() leaves the global stream alone
+        )
+        self.name, self.seconds, self.on_wait = name, config.worker_timeout, on_wait
+
+    def __iter__(self) -> "Batches":
+        children = multiprocessing.active_children()
+        on_child = signal.getsignal(signal.SIGCHLD)
+        # Workers inherit the blocked signals, from their first instruction to their last.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOPPING)
+        try:
+            batches = super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        if signal.getsignal(signal.SIGCHLD) != on_child:
+            # torch's handler raises in the middle of a step. `Batches` raises for the next batch.
+            signal.signal(signal.SIGCHLD, on_child)
+        workers = [p for p in multiprocessing.active_children() if p not in children]
+        return Batches(batches, workers, self)
+
+
+class Batches:
+    """The iterator of a `Loader`.
+
+    Raises:
+        UserError: a worker ended or had no memory, or no batch came in time. No worker is left.
+    """
+
+    def __init__(self, batches: Iterator, workers: list, loader: Loader):
+        self.batches, self.workers, self.loader = batches, workers, loader
+        self.ready: list = []
+
+    def __iter__(self) -> "Batches":
+        return self
+
+    def __next__(self):
+        return self.ready.pop() if self.ready else self._load()
+
+    def fetch(self) -> None:
+        """Wait for the next batch, so that `next` does not. After the last one do nothing."""
+        with contextlib.suppress(StopIteration):
+            if not self.ready:
+                self.ready.append(self._load())
+
+    def _load(self):
+        start = time.monotonic()
+        try:
+            while True:
+                try:
+                    return next(self.batches)
+                except (RuntimeError, MemoryError, OSError, EOFError) as error:
+                    problem = self._problem(error, time.monotonic() - start)
+                    if problem is None:
+                        raise
+                self._wait(problem)
+        except StopIteration:
+            raise
+        except BaseException:
+            for worker in self.workers:  # torch would wait for each, up to ten seconds
+                worker.kill()
+                worker.join(POLL)
+            raise
+
+    def _wait(self, problem: str) -> None:
+        if problem:
+            raise UserError(
+                f"{self.loader.name}: {problem}; use fewer data.workers or a smaller data.batch, "
+                "or enlarge /dev/shm (docker run --shm-size)"
+            )
+        if self.loader.on_wait is not None:
+            self.loader.on_wait()
+
+    def _problem(self, error: Exception, seconds: float) -> str | None:
+        """What to tell of an error; an empty text: wait on; None: the error is not of this kind."""
+        text = str(error)
+        if not self.workers:
+            return None
+        for worker in self.workers:
+            if not worker.is_alive():
+                code = worker.exitcode
+                cause = signal.Signals(-code).name if code < 0 else f"exit code {code}"
+                return f"a loader process ended unexpectedly ({cause})"
+        if isinstance(error, MemoryError) or "DefaultCPUAllocator" in text:
+            return "a loader process is out of memory"
+        if "shared memory" in text:
+            return "a loader process has no room in shared memory (/dev/shm)"
+        if not text.startswith("DataLoader timed out"):
+            return None
+        if seconds < self.loader.seconds:
+            return ""
+        return (
+            f"no batch came from the loader processes in {self.loader.seconds} seconds "
+            "(data.worker_timeout)"
+        )
 
 
 class TwoViews(Dataset):
@@ -64,7 +190,8 @@ def train_loader(
     start: int,
     steps: int,
     strong: dict | None = None,
-) -> DataLoader:
+    on_wait: Callable[[], None] | None = None,
+) -> Loader:
     """Batches start .. steps - 1 of a domain.
 
     Args:
@@ -75,16 +202,19 @@ def train_loader(
         start: steps done.
         steps: steps of the run.
         strong: a mapping as `data.augment`; then a batch is a pair of a weak and a strong view.
+        on_wait: see `Loader`.
 
     Shapes: images uint8 (batch, 3, H, W); labels (batch,) or (batch, H, W).
     """
     batches = task_module(config).TrainBatches(images, config, seed, role)
     if strong is not None:
         batches = TwoViews(batches, strong)
-    return _batch_loader(batches, range(start, steps), config.workers)
+    return Loader(batches, range(start, steps), config, f"data.{role} ({images.name})", on_wait)
 
 
-def eval_loader(images: ImageSet, config: DataConfig) -> DataLoader:
+def eval_loader(
+    images: ImageSet, config: DataConfig, on_wait: Callable[[], None] | None = None
+) -> Loader:
     """Every image of the set once, in order."""
     batches = task_module(config).EvalBatches(images, config)
-    return _batch_loader(batches, range(len(batches)), config.workers)
+    return Loader(batches, range(len(batches)), config, f"evaluation of {images.name}", on_wait)
