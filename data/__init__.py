@@ -1,5 +1,6 @@
 """Data sets, and loaders whose order and augmentation depend only on seed, role and position."""
 
+from data.check import check_files
 from data.config import DataConfig, LabeledDataConfig, TargetDataConfig
 from data.domains import Domains, EvaluationSets, open_domains
 from data.loaders import eval_loader, train_loader
@@ -10,6 +11,7 @@ __all__ = [
     "EvaluationSets",
     "LabeledDataConfig",
     "TargetDataConfig",
+    "check_files",
     "eval_loader",
     "open_domains",
     "train_loader",

@@ -244,13 +244,16 @@ def test_a_damaged_or_uncreatable_cache(config, outcome, tmp_path):
     assert (code, len(lines)) == (5, 1)
     assert "data.cache: file/cache" in lines[0]
     assert outcome("train_source", config, "data.cache_gb=0", "out_dir=first")[0] == 0
-    for length in (100, 0):
-        for file in (tmp_path / "cache").glob("decoded_*.npy"):
-            file.write_bytes(file.read_bytes()[:length])
-        arguments = ["data.cache_gb=0", f"out_dir=damaged{length}"]
-        code, _, lines = outcome("train_source", config, *arguments)
-        assert (code, len(lines)) == (2, 1)
-        assert re.search(r"cache/decoded_\S+ cannot be read; remove it and decoded_\S+$", lines[0])
+    (file, _) = sorted((tmp_path / "cache").glob("decoded_*.bin"), key=lambda f: -f.stat().st_size)
+    content = file.read_bytes()
+    for damaged, told in ((content[:100], True), (b"", False), (content[::-1], True)):
+        file.write_bytes(damaged)
+        name = f"out_dir=damaged{len(damaged)}{damaged[:1].hex()}"
+        code, out, lines = outcome("train_source", config, "data.cache_gb=0", name)
+        assert (code, lines) == (0, [])
+        assert out.count(f"warning: cache/{file.name}: has damaged images") == told
+        folder = Path(name.removeprefix("out_dir="))
+        assert metrics(folder) == metrics(Path("first"))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -333,6 +336,10 @@ def streets(tmp_path) -> Path:
         (
             lambda mask: mask.convert("RGB"),
             r"day/masks/3\.png: a mask has one number \w+ pixel, .*colou?rs \(RGB\)",
+        ),
+        (
+            lambda mask: mask.point(lambda v: 7 * v),
+            r"day/masks/3\.png: the mask contains 7, 14, which ids .*3 classes: sky, road, car",
         ),
         (None, r"day/images/3\.png has no mask .*day/masks/3\.png"),
     ],
@@ -671,6 +678,37 @@ def test_too_little_memory_names_what_takes_it(config, outcome, monkeypatch, tmp
     assert f"out of memory with data.batch=2, data.eval_batch=3, {crops}" in line
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_dry_run_of_all_files_names_every_mistake(config, streets, outcome, tmp_path, workers):
+    arguments = ["--dry-run", f"data.workers={workers}"]
+    code, out, _ = outcome("train_source", streets, *arguments, "--all")
+    assert code == 0
+    assert "--all: each of 18 files can be used" in out
+    day = tmp_path / "images" / "day"
+    for name in ("images/1.png", "masks/5.png"):
+        (day / name).write_bytes((day / name).read_bytes()[:-40])
+    Image.open(day / "masks/2.png").point(lambda v: 7 * v).save(day / "masks/2.png")
+    damaged = tmp_path / "images" / "dusk" / "3.png"
+    damaged.write_bytes(damaged.read_bytes()[:-40])
+    before = listing(tmp_path)
+    code, _, lines = outcome("train_source", streets, *arguments, "--all")
+    assert (code, len(lines)) == (2, 5)
+    assert lines[0] == "error: 4 files cannot be used:"
+    text = "\n".join(lines)
+    for match in (
+        r"day/images/1\.png: cannot",
+        r"dusk/3\.png: cannot",
+        r"day/masks/5\.png: cannot",
+    ):
+        assert re.search(match, text)
+    assert "masks/2.png: the mask contains 7, 14, which ids does not define" in text
+    assert listing(tmp_path) == before
+
+
+def test_all_goes_with_a_dry_run(config, refused):
+    assert refused("train_source", config, "--all") == "error: --all goes with --dry-run"
+
+
 # --- the real commands
 
 
@@ -684,7 +722,7 @@ def test_the_real_command_refuses_in_one_line(config, command):
 def test_the_real_command_ends_when_a_worker_meets_an_unreadable_image(config, command, tmp_path):
     """It does not wait for its workers, and they print nothing."""
     for image in (tmp_path / "images" / "photo" / "cat").iterdir():
-        image.write_bytes(b"no image")
+        image.write_bytes(image.read_bytes()[:150])  # its header can be read
     code, _, err = command("train_dann", "--config", config, "data.workers=2")
     assert code == 2
     match = r"error: images/photo/cat/\d+\.png: cannot be read as an image \(.*\); .*remove it\n"

@@ -23,6 +23,7 @@ FREE_AT_RESUME = (
     "save_every",
     "data.root",
     "data.workers",
+    "data.worker_timeout",
     "data.cache",
     "data.cache_gb",
 )
@@ -108,7 +109,8 @@ def load_run_config(cls, files: str | Sequence[str], overrides: Sequence[str] = 
 def parse_args(cls, description: str, argv: Sequence[str] | None = None):
     """The command line of a training script.
 
-    `--config FILE [FILE ...] [key=value ...] [--resume [--allow-change]] [--dry-run] [--debug]`
+    `--config FILE [FILE ...] [key=value ...] [--resume [--allow-change]] [--dry-run [--all]]
+    [--debug]`
 
     Returns:
         (config, arguments): an instance of `cls`, and the flags.
@@ -130,6 +132,8 @@ def parse_args(cls, description: str, argv: Sequence[str] | None = None):
     parser.add_argument("--allow-change", action="store_true", help=allow_help)
     dry_run_help = "take one step of training and of evaluation, write nothing"
     parser.add_argument("--dry-run", action="store_true", help=dry_run_help)
+    all_help = "with --dry-run: read every file of the data, and name all that cannot be used"
+    parser.add_argument("--all", action="store_true", help=all_help)
     debug_help = "show the traceback of an error"
     parser.add_argument("--debug", action="store_true", help=debug_help)
     # argparse gives all words that follow --config to it, so the overrides go first.
@@ -139,6 +143,8 @@ def parse_args(cls, description: str, argv: Sequence[str] | None = None):
     args = parser.parse_intermixed_args([*overrides, *others])
     if args.allow_change and not args.resume:
         raise UserError("--allow-change goes with --resume")
+    if args.all and not args.dry_run:
+        raise UserError("--all goes with --dry-run")
     config = load_run_config(cls, args.config, args.overrides)
     if config.select in config.trained_criteria():
         print(

@@ -25,7 +25,7 @@ from common import files
 from common.config import dump, flatten, load_config
 from common.errors import UserError, observe
 from common.provenance import code_version
-from data import Domains, EvaluationSets, open_domains
+from data import Domains, EvaluationSets, check_files, open_domains
 from data.fingerprint import difference
 from training.changes import check_changes, config_of, config_tree, is_rate
 from training.collapse import CollapseMonitor
@@ -94,7 +94,7 @@ class Run:
     def __init__(self, config, args):
         seed_everything(config.seed)
         self.config, self.folder, self.dry_run = config, Path(config.out_dir), args.dry_run
-        self.resume = args.resume
+        self.resume, self.read_all = args.resume, args.all
         self.history: list[dict] = []
         self.examples: list[tuple] = []
         self.seconds, self.signal, self.saved = 0.0, None, None
@@ -190,10 +190,15 @@ class Run:
         trained = self.checkpoint_state and self.checkpoint_state["classes"]
         self.domains = open_domains(self.config.data, self.config.seed, self.dry_run, trained)
         print(self.domains.describe())
+<<<<<<< HEAD
         shares = None if self.dry_run else self.domains.source_shares()
         names = self.domains.classes, shares, self.domains.absent_classes
         self.monitor = CollapseMonitor(*names, self.log.print).to(get_device(self.config.device))
         self.log.monitor = self.monitor
+=======
+        if self.read_all:
+            print(f"--all: each of {check_files(self.domains)} files can be used")
+>>>>>>> a65ab62 (The last step is saved where no batch comes; --dry-run --all reads every file)
         return self.domains
 
     def begin(self, *, model: torch.nn.Module, **state) -> int:
@@ -290,6 +295,7 @@ class Run:
         check_state(named, sys._getframe(1).f_locals)  # what was created since `begin`, too
         step = start
         while step < self.last_step:
+            self._fetch(step)
             step += 1
             self.step = step
             yield step
@@ -299,16 +305,29 @@ class Run:
             if self.signal:
                 self._leave(step)
 
+    def _fetch(self, step: int) -> None:
+        """Wait for the batches of the next step here, where `step` can still be saved."""
+        self.domains.on_wait = lambda: self._leave(step) if self.signal else None
+        try:
+            self.domains.fetch()
+        except UserError:
+            if step > 0 and self.saved != step and self.repeat is None:
+                self.save(step)
+            raise
+        self.domains.on_wait = lambda: None
+
     def watch(self, batches: Iterable, step: int) -> Watched:
         """The batches of a long pass between two steps.
 
-        Before each of them the run exits if a signal asks it to, saved as after `step`.
+        Before each of them, and while it waits for one, the run exits if a signal asks it to, saved
+        as after `step`.
         """
 
         def leave() -> None:
             if self.signal:
                 self._leave(step)
 
+        self.domains.on_wait = leave
         return Watched(batches, leave)
 
     def _end_repeat(self) -> None:
