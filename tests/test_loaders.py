@@ -11,7 +11,7 @@ import torch
 from torch.utils.data import Dataset, _utils, get_worker_info
 
 from common.errors import UserError
-from data.classification import TrainBatches
+from data.classification import EvalBatches, TrainBatches
 from data.config import DataConfig, DomainConfig
 from data.domains import Domains
 from data.loaders import Loader
@@ -163,6 +163,23 @@ def fail_in_worker(monkeypatch, failure) -> None:
     monkeypatch.setattr(TrainBatches, "__getitem__", getitem)
 
 
+def hang_in_evaluation(monkeypatch) -> None:
+    """Let workers hang at the second batch of the labeled target images."""
+    plain = EvalBatches.__getitem__
+
+    def getitem(self, k):
+        if k == 1 and self.set.name == "drawn_digits_shifted" and get_worker_info() is not None:
+            time.sleep(100)
+        return plain(self, k)
+
+    monkeypatch.setattr(EvalBatches, "__getitem__", getitem)
+
+
+def wait_with_signal(domains, wait=Domains._wait):
+    os.kill(os.getpid(), signal.SIGTERM)  # while the main process waits for a batch
+    wait(domains)
+
+
 def same_run(a, b) -> bool:
     last_a, last_b = weights(a, LAST), weights(b, LAST)
     del last_a["seconds"], last_b["seconds"]
@@ -170,30 +187,37 @@ def same_run(a, b) -> bool:
     return changed == 0 and metrics(a) == metrics(b)
 
 
-@pytest.mark.parametrize("failure", ["killed", "hung", "signal"])
-def test_the_last_step_is_saved_where_no_batch_comes(tmp_path, monkeypatch, failure):
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The run folder without workers."""
+    folder = tmp_path_factory.mktemp("whole")
+    assert train("train_dann", tiny_config(folder)) == 0
+    return folder / "run"
+
+
+@pytest.mark.parametrize("failure", ["killed", "hung"])
+def test_the_last_step_is_saved_where_no_batch_comes(tmp_path, monkeypatch, whole, failure):
     config = tiny_config(tmp_path)
-    assert train("train_dann", config, f"out_dir={tmp_path}/whole") == 0
-    wait = Domains._wait
-
-    def wait_with_signal(domains):
-        os.kill(os.getpid(), signal.SIGTERM)  # while the main process waits for a batch
-        wait(domains)
-
-    keys = ["data.workers=2", f"data.worker_timeout={60 if failure == 'signal' else 2}"]
     with monkeypatch.context() as patch:
-        fail_in_worker(patch, FAILURES["hung" if failure == "signal" else failure][0])
-        if failure == "signal":
-            patch.setattr(Domains, "_wait", wait_with_signal)
-            start = time.monotonic()
-            assert train("train_dann", config, *keys) == 143
-            assert time.monotonic() - start < 30
-        else:
-            with pytest.raises(UserError, match=r"data\.target \(drawn_digits_shifted\): "):
-                train("train_dann", config, *keys)
+        fail_in_worker(patch, FAILURES[failure][0])
+        with pytest.raises(UserError, match=r"data\.target \(drawn_digits_shifted\): "):
+            train("train_dann", config, "data.workers=2", "data.worker_timeout=2")
     assert weights(tmp_path / "run", "checkpoints/step_00000006.pt")["step"] == 6
     assert train("train_dann", config, "--resume") == 0
-    assert same_run(tmp_path / "whole", tmp_path / "run")
+    assert same_run(whole, tmp_path / "run")
+
+
+@pytest.mark.parametrize(("hang", "step"), [(None, 6), (hang_in_evaluation, 4)])
+def test_a_signal_while_no_batch_comes(tmp_path, monkeypatch, whole, hang, step):
+    config, start = tiny_config(tmp_path), time.monotonic()
+    with monkeypatch.context() as patch:
+        hang(patch) if hang else fail_in_worker(patch, FAILURES["hung"][0])
+        patch.setattr(Domains, "_wait", wait_with_signal)
+        assert train("train_dann", config, "data.workers=2", "data.worker_timeout=60") == 143
+    assert time.monotonic() - start < 40
+    assert weights(tmp_path / "run", f"checkpoints/step_{step:08d}.pt")["step"] == step
+    assert train("train_dann", config, "--resume") == 0
+    assert same_run(whole, tmp_path / "run")
 
 
 def run_in_group(config, folder) -> None:

@@ -66,9 +66,7 @@ class Counting:
 
     def __init__(self, file: Path, *overrides: str, resume=False, dry_run=False, allow=False):
         config = load_run_config(Config, str(file), overrides)
-        arguments = SimpleNamespace(
-            resume=resume, dry_run=dry_run, allow_change=allow, all=False
-        )
+        arguments = SimpleNamespace(resume=resume, dry_run=dry_run, allow_change=allow, all=False)
         self.config, self.run = config, Run(config, arguments)
         self.domains = self.run.open_domains()
         self.model, self.counter = build_model(config, self.domains.classes), Counter()
@@ -593,7 +591,7 @@ def test_two_runs_that_start_at_once(tmp_path, begin_and_wait):
     """Both find the folder empty; the second to begin is refused, even when the first has ended."""
     file = tiny_config(tmp_path)
     config = load_run_config(Config, str(file))
-    arguments = SimpleNamespace(resume=False, dry_run=False)
+    arguments = SimpleNamespace(resume=False, dry_run=False, all=False)
     second = Run(config, arguments)
     model = build_model(config, second.open_domains().classes)
     first = begin_and_wait(file)
