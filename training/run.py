@@ -190,15 +190,12 @@ class Run:
         trained = self.checkpoint_state and self.checkpoint_state["classes"]
         self.domains = open_domains(self.config.data, self.config.seed, self.dry_run, trained)
         print(self.domains.describe())
-<<<<<<< HEAD
         shares = None if self.dry_run else self.domains.source_shares()
         names = self.domains.classes, shares, self.domains.absent_classes
         self.monitor = CollapseMonitor(*names, self.log.print).to(get_device(self.config.device))
         self.log.monitor = self.monitor
-=======
         if self.read_all:
             print(f"--all: each of {check_files(self.domains)} files can be used")
->>>>>>> a65ab62 (The last step is saved where no batch comes; --dry-run --all reads every file)
         return self.domains
 
     def begin(self, *, model: torch.nn.Module, **state) -> int:
