@@ -574,13 +574,11 @@ def test_two_runs_in_one_folder(tmp_path, begin_and_wait):
     first = begin_and_wait(file)
     before = {p: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.name != ".lock"}
     match = rf"run is in use by another run \(process {first} on {socket.gethostname()}\); wait"
-    for keys in ([], ["seed=1"]):
+    for keys, resume in (([], True), (["seed=1"], True), ([], False)):
         with pytest.raises(UserError, match=match) as error:
-            Counting(file, *keys, resume=True)
+            Counting(file, *keys, resume=resume)
         assert error.value.code == 2
-    with pytest.raises(UserError, match="is used; add --resume"):
-        Counting(file)
-    assert Counting(file, dry_run=True).loop() == [1]  # no lock
+    assert Counting(file, resume=True, dry_run=True).loop() == [1]  # it needs no lock
     now = {p: p.read_bytes() for p in (tmp_path / "run").iterdir() if p.name != ".lock"}
     assert now == before
     kill(first)
