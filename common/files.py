@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import socket
+import warnings
 from pathlib import Path
 from typing import IO
 
@@ -156,7 +157,9 @@ def load_tensors(path: Path) -> dict:
                 "use another checkpoint",
                 4,
             )
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a damaged file's pickle protocol
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except (
         OSError,
         EOFError,

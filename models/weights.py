@@ -60,7 +60,10 @@ def _read_weights(name: str, weights: str, root: str) -> dict:
     """The state dict of a file below `root`, or of a name in torchvision's enum (downloaded)."""
     path = Path(root, os.path.expanduser(weights))
     if path.is_file():
-        return load_tensors(path)
+        try:
+            return load_tensors(path)
+        except UserError as error:
+            raise UserError(f"model.weights: {error}") from None
     if name == "lenet" or path.suffix:
         raise UserError(f"model.weights: there is no file {path}")
     enum = torchvision.models.get_model_weights(name)

@@ -1,6 +1,7 @@
 """Weights from files: ImageNet weights of a backbone, and the model of an earlier run."""
 
 import re
+import warnings
 
 import pytest
 import torch
@@ -110,6 +111,13 @@ def test_weights_that_are_not_there(tmp_path):
     with pytest.raises(UserError, match=r"no weights 'IMAGENET1K_V7'; there are .*IMAGENET1K_V1"):
         build(backbone="resnet18", weights="IMAGENET1K_V7", root=str(tmp_path))
     (tmp_path / "text.pth").write_text("no weights")
+    (tmp_path / "cut.pth").write_bytes(b"\x80\x09" + bytes(99))  # another pickle protocol
+    for file in ("text.pth", "cut.pth"):
+        with warnings.catch_warnings(record=True) as caught, pytest.raises(UserError) as error:
+            build(backbone="resnet18", weights=file, root=str(tmp_path))
+        assert caught == []
+        assert str(error.value).startswith(f"model.weights: {tmp_path / file}: is not a readable ")
+        assert error.value.code == 2
     with pytest.raises(UserError, match=r"text\.pth: .*readable checkpoint"):
         build(backbone="resnet18", weights="text.pth", root=str(tmp_path))
 
