@@ -13,8 +13,9 @@ from common.errors import UserError
 from common.metrics import IGNORE_INDEX, Criteria, accuracies, confusion_matrix, ious
 from data import EvaluationSets
 from models import ModelOutput
+from training import pictures
 from training.evaluation import choose, evaluate
-from training.pictures import class_colours, save_pictures
+from training.pictures import class_colors, save_pictures
 
 CLASSES = ["a", "b", "c"]
 
@@ -245,14 +246,26 @@ def test_the_oracle_of_maps_goes_by_mean_iou():
 
 
 def test_class_colors():
-    """Cityscapes' by name, PASCAL VOC's for others, and black for ignored pixels."""
-    colors = class_colours(["road", "sky", "fence post"])  # the last is no class of Cityscapes
+    """Cityscapes' where it has all of the classes, and black for ignored pixels."""
+    colors = class_colors(["road", "sky"])
     assert colors[:2].tolist() == [[128, 64, 128], [70, 130, 180]]
     assert colors[IGNORE_INDEX].tolist() == [0, 0, 0]
-    many = class_colours([f"class {i}" for i in range(40)])[:40]
-    assert len({tuple(color) for color in many.tolist()}) == 40
-    voc = [[128, 0, 0], [0, 128, 0], [128, 128, 0]]
-    assert class_colours(["a", "b"])[:3].tolist() == voc
+    mixed = class_colors(["road", "sky", "fence post"])  # the last is no class of Cityscapes
+    assert mixed[:2].tolist() != colors[:2].tolist()
+    assert torch.equal(mixed[:2], class_colors(["a", "b"])[:2])  # by number alone
+
+
+@pytest.mark.parametrize(("count", "least"), [(2, 70), (6, 70), (11, 50), (19, 40), (40, 25)])
+def test_the_colors_of_any_two_classes_differ_clearly(count, least):
+    """In CIELAB, where 2 is just visible; pavement and car were 9 apart in two mixed palettes."""
+    lab = pictures._lab(class_colors([f"class {i}" for i in range(count)])[: count + 1])
+    distances = torch.cdist(lab, lab).fill_diagonal_(1000)
+    assert distances.min() > least  # the last is black
+    streets = ["sky", "building", "road", "pavement", "tree", "car"]
+    lab = pictures._lab(class_colors(streets)[:6])
+    assert torch.cdist(lab, lab).fill_diagonal_(1000).min() > 70
+    lab = pictures._lab(torch.tensor([[0, 0, 128], [0, 0, 142]]))  # control: the two before
+    assert torch.dist(*lab) < 10
 
 
 def test_pictures_show_image_prediction_and_label_in_the_colors_of_the_classes(tmp_path):
@@ -261,9 +274,30 @@ def test_pictures_show_image_prediction_and_label_in_the_colors_of_the_classes(t
     label = torch.full((20, 40), 1)
     label[:10] = IGNORE_INDEX
     file = tmp_path / "pictures/a.png"
-    save_pictures(file, [(image, prediction, label)] * 2, ["road", "sky", "fence post"])
+    save_pictures(file, [(image, prediction, label)] * 2, ["road", "sky"])
     pixels = np.asarray(Image.open(file))
-    assert pixels.shape == (2 * 14 + 4, 3 * 24 + 4, 3)
+    assert 3 * 24 + 4 <= pixels.shape[1] < 100
     road, sky, black = [128, 64, 128], [70, 130, 180], [0, 0, 0]
     shown = {(9, 10): [99] * 3, (9, 34): road, (5, 58): black, (12, 58): sky}
     assert {place: pixels[place].tolist() for place in shown} == shown
+    lines, height = 3, 2 * 14 + 4  # of the legend: each entry has its own, the picture is narrow
+    assert pixels.shape[0] == height + lines * (pictures.MARK + pictures.GAP)
+    marks = [pixels[height + 22 * i + 7, pictures.GAP + 7].tolist() for i in range(lines)]
+    assert marks == [road, sky, black]
+    names = pixels[height:, pictures.GAP + pictures.MARK + 2 :]
+    assert (names == 0).all(2).any()  # and they are written
+
+
+def test_the_legend_has_the_classes_that_occur(tmp_path):
+    image = torch.zeros(3, 20, 400, dtype=torch.uint8)
+    few, many = torch.zeros(20, 400, dtype=torch.int64), torch.arange(400).expand(20, 400) % 60
+    classes = [f"a class of number {i}" for i in range(60)]
+    sizes = []
+    for name, prediction in (("few", few), ("many", many)):
+        save_pictures(tmp_path / name, [(image, prediction, None)], classes)
+        sizes.append(Image.open(tmp_path / name).size)
+    assert [width for width, _ in sizes] == [2 * 404 + 4] * 2
+    assert sizes[0][1] == 28 + 22
+    assert sizes[1][1] > 28 + 10 * 22
+    save_pictures(tmp_path / "wide", [(image[:, :9, :9], few[:9, :9], None)], [99 * "x", "y"])
+    assert Image.open(tmp_path / "wide").size[0] > 500  # a long name is not cut
