@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from common.errors import UserError
-from training.log import Log
+from training import evaluation
+from training.log import Log, evaluation_line, headline
 
 
 def test_means_since_the_last_line(tmp_path):
@@ -124,3 +125,82 @@ def test_a_progress_bar_on_a_terminal_only(monkeypatch, capsys, terminal):
     out, err = capsys.readouterr()
     assert ("10/10" in err and "step/s" in err) == terminal
     assert ("step 10/10  loss 0.25  lr 0.5" in out) != terminal
+
+
+LOSSES = {"cls_loss": 0.25, "aux_cls_loss": 1.0, "adv_loss": 0.6931472, "div_loss": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [
+        (
+            {**LOSSES, "domain_accuracy": 0.5, "accepted.road": 1.0, "lr": 0.01, "disc_lr": 0.02},
+            "cls_loss 0.25  adv_loss 0.6931  lr 0.01",
+        ),
+        (
+            {"adv_loss": 1.0, "disc_loss": 2.0, "target_lr": 1e-5},
+            "adv_loss 1  disc_loss 2  target_lr 1e-05",
+        ),
+        ({"cls_loss": 1.0, "stage": 1, "lr": 0.1}, "cls_loss 1  lr 0.1"),
+        ({"mine": 1.0, "other": 2.0, "third": 3.0, "lr": 0.1}, "mine 1  other 2  lr 0.1"),
+        ({"cls_loss": 1.0, "adv_loss": None}, "cls_loss 1"),
+        ({}, ""),
+    ],
+)
+def test_the_screen_shows_two_losses_and_the_rate(values, shown):
+    assert headline(values) == shown
+
+
+def test_all_other_figures_are_in_the_file(tmp_path, capsys):
+    log = Log(tmp_path / "metrics.jsonl", 3)
+    log.open(0)
+    log.add(**LOSSES, confidence=0.5)
+    log.write(3, lr=0.1, **{"accepted.road": None})
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(line) == {
+        "step": 3,
+        **LOSSES,
+        "confidence": 0.5,
+        "lr": 0.1,
+        "accepted.road": None,
+    }
+    assert "cls_loss 0.25  adv_loss 0.6931  lr 0.1  (" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("target", "source", "select", "line"),
+    [
+        (84.74, 90.5, "infomax", "step 400  eval  target 84.7  source 90.5  infomax 0.781"),
+        (84.74, 90.5, "source_val", "step 400  eval  target 84.7  source 90.5"),
+        (None, 90.5, "infomax", "step 400  eval  source 90.5  infomax 0.781"),
+        (84.74, None, "last", "step 400  eval  target 84.7"),
+    ],
+)
+def test_a_line_of_an_evaluation_is_short(target, source, select, line):
+    metrics = {
+        "target": {"accuracy": target, "mean_class_accuracy": target},
+        "source_val": {"accuracy": source, "mean_class_accuracy": source},
+        "criteria": {"source_val": source, "entropy": -0.4, "infomax": 0.78123},
+    }
+    assert evaluation_line(400, metrics, select) == line
+
+
+def test_a_line_of_maps_has_the_mean_iou_alone():
+    figures = {"mean_iou": 38.25, "pixel_accuracy": 80.0, "iou": {"road": 90.0}}
+    metrics = {"target": figures, "source_val": figures, "criteria": {"entropy": -0.41234}}
+    line = evaluation_line(250_000, metrics, "entropy")
+    assert line == "step 250000  eval  target 38.2  source 38.2  entropy -0.412"
+    assert len(line) <= 80
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_long_evaluation_shows_progress_on_a_terminal_only(monkeypatch, capsys, terminal):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal, raising=False)
+    batches = [1, 2, 3]
+    assert list(evaluation.with_progress(batches)) == batches
+    assert capsys.readouterr().err == ""  # a short one shows nothing
+    monkeypatch.setattr(evaluation, "BAR_AFTER", 0)
+    assert list(evaluation.with_progress(batches)) == batches
+    shown = capsys.readouterr().err
+    assert ("evaluation" in shown) == terminal
+    assert shown == "" or shown.endswith("\r")  # nothing is left of it

@@ -6,12 +6,19 @@ from collections.abc import Iterable, Iterator
 import torch
 import torch.nn.functional as F
 from torch import nn
+from tqdm import tqdm
 
 from common.errors import UserError
 from common.metrics import Criteria, ValidationLoss, confusion_matrix, main_metric
 from data import EvaluationSets
 
 EXAMPLES = 4  # target images whose predictions `evaluate` returns
+BAR_AFTER = 3  # seconds of a pass over a set from which a progress bar is shown
+
+
+def with_progress(loader: Iterable) -> Iterable:
+    """The batches of a pass, with a progress bar on a terminal if it takes long; it vanishes."""
+    return tqdm(loader, "evaluation", leave=False, delay=BAR_AFTER, disable=None, unit="batch")
 
 
 class Examples:
@@ -40,7 +47,7 @@ def predict_labeled(model: nn.Module, loader: Iterable, device: torch.device) ->
 
     Logits are enlarged to labels of another size, never the other way round.
     """
-    for images, labels in loader:
+    for images, labels in with_progress(loader):
         logits = model(images.to(device, non_blocking=True)).logits
         if logits.shape[2:] != labels.shape[1:]:
             size = labels.shape[1:]
@@ -87,7 +94,7 @@ def label_free_criteria(
     if sets.target_train is None:
         return {}, {}, []
     criteria, examples = Criteria(len(sets.classes)), Examples(sets.target_train)
-    for images in sets.target_train:
+    for images in with_progress(sets.target_train):
         logits = model(images.to(device, non_blocking=True)).logits
         criteria.add(logits)
         examples.add(images, logits, None)

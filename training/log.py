@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from common.errors import UserError
 from common.files import write_atomically
+from common.metrics import main_metric
 
 
 def _is_kept(line: bytes, step: int, evaluated: bool) -> bool:
@@ -24,6 +25,37 @@ def _is_kept(line: bytes, step: int, evaluated: bool) -> bool:
         return False
     is_evaluation = any(key.startswith("criteria.") for key in record)
     return written < step or (written == step and (evaluated or not is_evaluation))
+
+
+def headline(values: dict[str, float | None]) -> str:
+    """The figures of a step that the screen shows: the first two losses, and the learning rate.
+
+    A script adds its losses in the order of its objective, cls_loss first. Those of an auxiliary
+    head, and all other figures, are in metrics.jsonl.
+    """
+    names = [name for name in values if "." not in name and not name.startswith("aux_")]
+    losses = [name for name in names if name.endswith("loss")] or names
+    rates = [name for name in names if name == "lr" or name.endswith("_lr")]
+    shown = dict.fromkeys([*losses[:2], *rates[:1]])
+    return "  ".join(f"{name} {values[name]:.4g}" for name in shown if values[name] is not None)
+
+
+def evaluation_line(step: int, metrics: dict, select: str) -> str:
+    """The figures of an evaluation that the screen shows: target, source, and what selects.
+
+    Args:
+        step: the step after which it was made.
+        metrics: of `training.evaluation.evaluate`.
+        select: the criterion that selects; source_val is the source's figure already.
+    """
+    parts = [f"step {step}", "eval"]
+    for name, figures in (("target", metrics["target"]), ("source", metrics["source_val"])):
+        value = figures[main_metric(figures)]
+        parts += [f"{name} {value:.1f}"] if value is not None else []
+    criterion = metrics["criteria"].get(select)
+    if select != "source_val" and criterion is not None:
+        parts.append(f"{select} {criterion:.3g}")
+    return "  ".join(parts)
 
 
 class Log:
@@ -91,7 +123,7 @@ class Log:
     def write(self, step: int, **values: float | None) -> None:
         """Write the means since the last call, and `values` unchanged.
 
-        Names with a dot, such as `accepted.road`, are written to the file only.
+        All of them go to the file, those of `headline` to the screen.
         """
         if self.muted:
             return
@@ -100,9 +132,7 @@ class Log:
         if self.monitor is not None:
             values |= self.monitor.report(step)
         self.record({"step": step, **means, **values, **self.check_scale(step)})
-        shown = "  ".join(
-            f"{name} {value:.4g}" for name, value in {**means, **values}.items() if "." not in name
-        )
+        shown = headline({**means, **values})
         if self.bar is not None:
             self.bar.set_postfix_str(shown, refresh=False)
         elif time.monotonic() - self.printed > 20 or step == self.steps:
@@ -130,7 +160,7 @@ class Log:
         totals = dict(self.sums)
         if tensors:
             # The only synchronization with the device.
-            numbers = torch.stack([total.double() for total in tensors.values()]).tolist()
+            numbers = torch.stack(list(tensors.values())).tolist()
             totals.update(zip(tensors, numbers, strict=True))
         means = {name: total / self.counts[name] for name, total in totals.items()}
         for name, mean in means.items():
