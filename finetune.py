@@ -42,7 +42,7 @@ class Config(RunConfig):
     patience: int = positive(5)  # evaluations without a lower validation loss that end a stage
     min_delta: float = not_negative(0.001)  # nats; what counts as lower
     unfreeze: list[str] | float = field(default_factory=lambda: ["layer4"])  # stages, or last share
-    finetune_lr: float | None = positive(None)  # rate of stage 2; null: a hundredth of optim.lr
+    finetune_lr: float | None = positive(None, most=1000)  # of stage 2; null: optim.lr / 100
     max_jump: float = not_negative(0.1)  # nats; a larger rise of the loss in stage 2 is reported
     feature_gb: float = not_negative(2.0)  # stage 1 keeps features of unchanging images up to this
 

@@ -39,9 +39,9 @@ class Config(RunConfig):
     source_steps: int | None = None  # of the first part; null: half, or 0 with init_from
     feature_layer: str = "pooled"  # layer1..4 pooled logits: what the discriminator reads
     feature_locations: bool = False  # judge every location of a map, not its mean over positions
-    target_lr: float = positive(2e-4)  # of the target encoder: Adam (0.5, 0.999), constant
-    disc_lr: float = positive(2e-4)  # of the discriminator, likewise
-    disc_hidden: int = positive(500)  # width of the discriminator's two hidden layers
+    target_lr: float = positive(2e-4, most=1000)  # of the encoder: Adam (0.5, 0.999), constant
+    disc_lr: float = positive(2e-4, most=1000)  # of the discriminator, likewise
+    disc_hidden: int = positive(500, most=100_000)  # width of the discriminator's two hidden layers
     disc_norm: Literal["batch", "dropout", "none"] = "none"  # after each hidden layer
 
     def __post_init__(self):

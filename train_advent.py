@@ -45,8 +45,8 @@ class Config(RunConfig):
     aux_ent_weight: float | None = not_negative(None)  # of the auxiliary head; null: ent_weight / 5
     aux_adv_weight: float | None = not_negative(None)  # null: adv_weight / 5, the paper's ratio
     aux_div_weight: float | None = not_negative(None)  # null: div_weight / 5
-    disc_hidden: int | None = positive(None)  # null: 64 (first convolution) or 1024 (perceptron)
-    disc_lr: float = positive(1e-4)  # at the start: Adam (0.9, 0.99), poly
+    disc_hidden: int | None = positive(None, most=100_000)  # null: 64 (masks) or 1024
+    disc_lr: float = positive(1e-4, most=1000)  # at the start: Adam (0.9, 0.99), poly
 
     def trained_criteria(self):
         entropy = {"neg_entropy", "infomax"} if self.ent_weight > 0 else set()

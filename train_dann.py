@@ -55,9 +55,9 @@ class Config(RunConfig):
     reversal_gamma: float = positive(10.0)  # steepness of the dann schedule
     reversal_bound: float | None = positive(1.0)  # reversed gradient over the classifier's at most
     reversal_progress: int | Literal["total"] = positive("total")  # steps it takes; total: the run
-    disc_hidden: int = positive(1024)  # width of a discriminator's two hidden layers
+    disc_hidden: int = positive(1024, most=100_000)  # width of a discriminator's two hidden layers
     disc_norm: Literal["batch", "dropout", "none"] = "batch"  # after each hidden layer
-    disc_lr: float | None = positive(None)  # of the discriminators; null: optim.lr
+    disc_lr: float | None = positive(None, most=1000)  # of the discriminators; null: optim.lr
 
     def trained_criteria(self):
         return set()  # of neg_entropy and infomax, the loss improves neither directly

@@ -30,6 +30,7 @@ import torch
 from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
+from common.config import cut, shorten
 from common.errors import UserError
 from common.metrics import IGNORE_INDEX
 
@@ -234,8 +235,27 @@ def zoom(images, size, generator, scale: Range = (1.0, 1.0)):
     return _uniform(len(images), math.log(scale[0]), math.log(scale[1]), generator).exp()
 
 
-_LARGEST = {"hue": 0.5, "probability": 1, "invert": 1, "side": 1}  # bounds of parameters
-_SIGNED = ("gain", "channel_gain")  # ranges that may reach 0 and below
+# Least and largest value of a parameter, and of the ends of a range.
+_BOUNDS = {
+    "degrees": (0, 360),
+    "translate": (0, 1),
+    "shear": (0, 89),
+    "scale": (0.01, 100),
+    "crop.scale": (0.0001, 1),
+    "ratio": (0.01, 100),
+    "invert": (0, 1),
+    "gain": (-100, 100),
+    "channel_gain": (-100, 100),
+    "offset": (0, 1),
+    "channel_offset": (0, 1),
+    "noise": (0, 1),
+    "probability": (0, 1),
+    "hue": (0, 0.5),
+    "gamma": (0.01, 100),
+    "sigma": (0.01, 1000),
+    "side": (0, 1),
+}
+_OTHER_BOUNDS = (0, 100)  # such as of brightness
 IN_PLACE = {f.__name__: f for f in (photometric, jitter, blur, cutout)}  # they do not move pixels
 OPERATIONS = {
     "classification": {f.__name__: f for f in (affine, crop, flip)} | IN_PLACE,
@@ -252,7 +272,8 @@ def _matches(value, default) -> bool:
             and all(_matches(v, 0.0) for v in value)
             and value[0] <= value[1]
         )
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return number and abs(value) <= 1e300  # finite, and a whole number that has a float
 
 
 def check_augment(spec: dict, operations: dict, where: str = "augment") -> list[str]:
@@ -268,11 +289,11 @@ def check_augment(spec: dict, operations: dict, where: str = "augment") -> list[
         if name not in operations:
             near = difflib.get_close_matches(name, operations, 1)
             hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(operations)}"
-            mistakes.append(f"{where}: no operation {name!r}; {hint}")
+            mistakes.append(f"{where}: no operation {shorten(name)}; {hint}")
         elif not isinstance(parameters, dict):
             mistakes.append(
                 f"{where}.{name} must be a mapping of parameters, {{}} for the defaults, "
-                f"not {parameters!r}"
+                f"not {shorten(parameters)}"
             )
         else:
             mistakes += _check_parameters(parameters, operations[name], f"{where}.{name}")
@@ -291,17 +312,17 @@ def _check_parameters(parameters: dict, operation, where: str) -> list[str]:
         if key not in defaults:
             near = difflib.get_close_matches(key, defaults, 1, 0)
             hint = f"did you mean {near[0]}?" if near else "it has none"
-            mistakes.append(f"{where}: unknown parameter {key}; {hint}")
+            mistakes.append(f"{where}: unknown parameter {cut(key, 80)}; {hint}")
             continue
         is_range = isinstance(defaults[key], tuple)
         if not _matches(value, defaults[key]):
             kind = "[low, high]" if is_range else "a number"
-            mistakes.append(f"{where}.{key} must be {kind}, not {value!r}")
-        elif is_range and key not in _SIGNED and value[0] <= 0:
-            mistakes.append(f"{where}.{key} must be above 0, not {value!r}")
-        elif not is_range and not 0 <= value <= _LARGEST.get(key, math.inf):
-            allowed = f"lie in [0, {_LARGEST[key]}]" if key in _LARGEST else "not be negative"
-            mistakes.append(f"{where}.{key} must {allowed}, not {value!r}")
+            mistakes.append(f"{where}.{key} must be {kind}, not {shorten(value)}")
+            continue
+        ends = value if is_range else [value]
+        low, high = _BOUNDS.get(f"{operation.__name__}.{key}", _BOUNDS.get(key, _OTHER_BOUNDS))
+        if not low <= min(ends) <= max(ends) <= high:
+            mistakes.append(f"{where}.{key} must lie in [{low}, {high}], not {shorten(value)}")
     return mistakes
 
 

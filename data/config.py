@@ -17,6 +17,7 @@ DRAWN = {
 DIGITS = ("mnist", "usps", "svhn", "mnistm")
 FILES = ("folder", "list")
 EVAL_BATCH = {"classification": 250, "segmentation": 1}
+MOST_PX = 100_000  # of a side
 
 
 def expand_home(config: object, *names: str) -> None:
@@ -48,6 +49,8 @@ class DomainConfig:
             *self._name_rules(),
             (all(side is None or side > 0 for side in sides), "resize must be positive"),
             (all(side > 0 for side in self.crop or ()), "crop must be positive"),
+            (all(s is None or s <= MOST_PX for s in sides), f"resize must be at most {MOST_PX}"),
+            (all(side <= MOST_PX for side in self.crop or ()), f"crop must be at most {MOST_PX}"),
             (
                 not isinstance(self.resize, list) or len(self.resize) == 2,
                 "resize must be a number or [height, width]",
@@ -60,7 +63,8 @@ class DomainConfig:
         )
 
     def _name_rules(self) -> list[tuple[bool, str]]:
-        names = (*DIGITS, *FILES, *DRAWN["classification"], *DRAWN["segmentation"])
+        drawn = (*DRAWN["classification"], *DRAWN["segmentation"])
+        names = (*DIGITS, *FILES, *drawn)
         near = difflib.get_close_matches(self.name, names, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(names)}"
         folder = self.name == "folder"
@@ -69,6 +73,10 @@ class DomainConfig:
             (
                 self.name not in (*FILES, "mnistm") or self.path is not None,
                 f"path is missing for name: {self.name}",
+            ),
+            (
+                self.path is None or self.name not in (*drawn, "mnist", "usps", "svhn"),
+                f"path is not read for name: {self.name}; leave it out",
             ),
             (
                 self.classes is None or self.name == "list",
@@ -119,18 +127,18 @@ class DataConfig:
     target_labeled: int | str | None = None  # labels to train on: images per class, or a list file
     task: Literal["classification", "segmentation"] = "classification"  # of images | of pixels
     root: str | None = None  # null: the variable DA_DATA, else ./datasets
-    size: int = positive(28)  # classification: px of the square the network sees
-    batch: int = positive(64)  # images per step and domain
-    target_batch: int | None = positive(None)  # unlabeled target images per step; null: batch
-    eval_batch: int | None = positive(None)  # images per evaluation step; null: 250, masks: 1
+    size: int = positive(28, most=MOST_PX)  # classification: px of the square the network sees
+    batch: int = positive(64, most=10**6)  # images per step and domain
+    target_batch: int | None = positive(None, most=10**6)  # unlabeled per step; null: batch
+    eval_batch: int | None = positive(None, most=10**6)  # null: 250 images, masks: 1
     augment: dict = field(default_factory=dict)  # operation: {parameter: value}; data/augment.py
     source_val: int | float = not_negative(0.1)  # of the source, held out: share or number
     select_images: int = positive(2000)  # target images that criteria see; most of a share held out
     absent_classes: list[str] = field(default_factory=list)  # classes that the target lacks
     iou_classes: list[str] | None = None  # segmentation: classes of the mean IoU; null: all
     exif: bool = True  # turn image files by their EXIF orientation
-    workers: int = not_negative(0)  # loader processes per domain; results do not depend on it
-    worker_timeout: int = positive(300)  # s without a batch from the workers that end the run
+    workers: int = not_negative(0, most=1000)  # processes per domain; they change no result
+    worker_timeout: int = positive(300, most=10**6)  # s without a batch that end the run
     cache: str | None = None  # folder of decoded images, not under root; null: ./cache
     cache_gb: float = not_negative(2.0)  # larger sets, and all sets with workers, go to files
 
@@ -292,7 +300,7 @@ class LabeledDataConfig(DataConfig):
     target_test: DomainConfig | None = None  # the validation set; null: val_share of the target
     target_labeled: None = None  # null: all of the target is labeled
     test_share: None = None  # null: val_share holds out images here
-    batch: int = positive(64)  # images per step
+    batch: int = positive(64, most=10**6)  # images per step
     val_share: float | None = None  # of each class, held out by seed; null: 0.2 without target_test
 
     def __post_init__(self):

@@ -20,7 +20,7 @@ class ModelConfig:
     bn_running: Literal["both", "target"] = "both"  # bn: separate: whose statistics evaluate
     bn_affine: Literal["train", "frozen"] = "train"  # scale and shift of batch norm
     channels_last: bool = False  # memory layout; speed only
-    bottleneck: int | None = positive(None)  # width of Linear + BN + ReLU before the classifier
+    bottleneck: int | None = positive(None, most=100_000)  # Linear + BN + ReLU of this width
     bottleneck_relu: bool = True  # false: without the ReLU, as in SHOT
     weight_norm: bool = False  # classification: of the classifier (arXiv:1602.07868), as in SHOT
     dropout: float = 0.0  # classification: share of the classifier's inputs

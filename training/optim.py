@@ -15,19 +15,24 @@ from training.schedules import progress
 @dataclass
 class OptimConfig:
     name: Literal["sgd", "adam"] = "sgd"  # optimizer
-    lr: float = positive(0.01)  # rate of the new layers
-    backbone_lr_scale: float = not_negative(1.0)  # the backbone's rate over lr; pretrained: 0.1
+    lr: float = positive(0.01, most=1000)  # rate of the new layers
+    backbone_lr_scale: float = not_negative(1.0, most=1000)  # the backbone's; pretrained: 0.1
     momentum: float = 0.9  # sgd only
     nesterov: bool = True  # sgd only: whether the momentum is Nesterov's
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # adam only
-    weight_decay: float = not_negative(1e-3)  # L2, on every trained parameter
+    weight_decay: float = not_negative(1e-3, most=1000)  # L2, on every trained parameter
     schedule: Literal["constant", "inverse_decay", "poly", "cosine"] = "inverse_decay"  # of lr
     schedule_progress: int | Literal["total"] = positive("total")  # steps it takes; total: the run
     fused: bool = True  # torch's fused kernels: same update, fewer passes over memory
 
     def __post_init__(self):
+        defaults = OptimConfig.__dataclass_fields__
+        own_betas = self.betas != defaults["betas"].default_factory()
+        own_momentum = self.momentum != defaults["momentum"].default
         require(
             *range_rules(self),
+            (self.name == "adam" or not own_betas, "betas are for name: adam; leave them out"),
+            (self.name == "sgd" or not own_momentum, "momentum is for name: sgd; leave it out"),
             (0 <= self.momentum < 1, "momentum must lie in [0, 1)"),
             (
                 len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
