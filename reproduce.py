@@ -29,11 +29,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from common.config import all_keys, build, changed_keys, dump_value, load_config
+from common.config import (
+    Hints,
+    all_keys,
+    build,
+    changed_keys,
+    dump_value,
+    load_config,
+    read_config,
+)
 from common.errors import UserError, exit_with, require
 from common.files import write_text
 from common.metrics import main_metric
-from training.config import FREE_AT_RESUME, load_run_config
+from training.config import FREE_AT_RESUME, RunConfig, head_command, load_run_config, scripts_with
 
 ORACLE = "oracle (chosen on target test labels: no result)"
 COLUMNS = ("task", "method", "seeds", "last", "selected", ORACLE)
@@ -136,7 +144,7 @@ class Suite:
     def __post_init__(self):
         mistakes: list[str] = []
         entries = [
-            build(Entry, tree, all_keys(Entry, f"runs[{i}]."), mistakes, f"runs[{i}].")
+            build(Entry, tree, Hints(all_keys(Entry, f"runs[{i}].")), mistakes, f"runs[{i}].")
             for i, tree in enumerate(self.runs)
         ]
         require((len(entries) > 0, "runs is empty"), *((False, mistake) for mistake in mistakes))
@@ -163,6 +171,18 @@ class Suite:
             rules.append((not foreign, rule))
         require(*rules)
         self.runs = entries
+
+
+def check_is_suite(file: str) -> None:
+    """Raise `UserError` for the config of a run, with the command that trains with it."""
+    tree = read_config(file)
+    known = tree.keys() & set(all_keys(RunConfig)) or any(map(scripts_with, tree))
+    if {"title", "runs"} & tree.keys() or not known:
+        return
+    command = shlex.join(["python", *(head_command(Path(file)) or ["SCRIPT", "--config", file])])
+    raise UserError(
+        f"{file}: is the config of a run, not a suite (see configs/suites/); run it by: {command}"
+    )
 
 
 # --- the runs
@@ -531,6 +551,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = parse_args(argv)
+    check_is_suite(args.suite)
     suite, name = load_config(Suite, args.suite), Path(args.suite).stem
     if args.out:
         place(args.out, name, "")  # a file that cannot take the table is an error before any run

@@ -1,18 +1,21 @@
 """Strict, typed configs: dataclass default < yaml files from left to right < `key=value`.
 
 A config is a dataclass whose sections are dataclasses. All mistakes of a config are reported at
-once. The comment behind a field is its line in `--help`.
+once, each with the file or the `key=value` that set the value. The comment behind a field is its
+line in `--help`.
 """
 
+import copy
 import dataclasses
 import difflib
 import inspect
 import math
 import re
+import reprlib
 import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, field
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -21,15 +24,19 @@ import yaml
 
 from common.errors import UserError
 
+# What a config may hold: far more than any needs, and little enough to be checked at once.
+LONGEST, MOST_VALUES, DEEPEST = 2**18, 10_000, 50  # characters; values; mappings in one another
+MOST_MISTAKES, MOST_HINTS = 50, 10  # that are printed; unknown keys for which a near one is sought
 
-def positive(default):
-    """A field whose number must be above 0; `range_rules` checks it."""
-    return field(default=default, metadata={"range": "positive"})
+
+def positive(default, most: float = math.inf):
+    """A field whose number must be above 0, and at most `most`; `range_rules` checks it."""
+    return field(default=default, metadata={"range": "positive", "most": most})
 
 
-def not_negative(default):
-    """A field whose number must be 0 or above; `range_rules` checks it."""
-    return field(default=default, metadata={"range": "not negative"})
+def not_negative(default, most: float = math.inf):
+    """A field whose number must be 0 or above, and at most `most`; `range_rules` checks it."""
+    return field(default=default, metadata={"range": "not negative", "most": most})
 
 
 def range_rules(config) -> list[tuple[bool, str]]:
@@ -46,7 +53,23 @@ def range_rules(config) -> list[tuple[bool, str]]:
             rules.append((value > 0, f"{spec.name} must be positive"))
         else:
             rules.append((value >= 0, f"{spec.name} must not be negative"))
+        most = spec.metadata["most"]
+        rules.append((value <= most, f"{spec.name} must be at most {most}, not {shorten(value)}"))
     return rules
+
+
+_Repr = reprlib.Repr()
+_Repr.maxlevel, _Repr.maxstring, _Repr.maxother = 3, 80, 80
+
+
+def shorten(value) -> str:
+    """`repr` of a value in a message, cut where it is long."""
+    return cut(_Repr.repr(value), 200)
+
+
+def cut(text: str, length: int) -> str:
+    """A text of at most `length` characters."""
+    return text if len(text) <= length else f"{text[: length - 3]}..."
 
 
 class _Loader(yaml.SafeLoader):
@@ -62,11 +85,11 @@ class _Loader(yaml.SafeLoader):
             key = self.construct_object(key_node, deep=deep)
             if not isinstance(key, str):
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"key {key!r} is not a string", key_node.start_mark
+                    None, None, f"key {shorten(key)} is not a string", key_node.start_mark
                 )
             if key in seen:
                 raise yaml.constructor.ConstructorError(
-                    None, None, f"duplicate key {key!r}", key_node.start_mark
+                    None, None, f"duplicate key {shorten(key)}", key_node.start_mark
                 )
             seen.add(key)
         return super().construct_mapping(node, deep)
@@ -96,17 +119,49 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)
 
 
 def parse_yaml(text: str, where: str):
-    """The value of a yaml text. Raises `UserError` naming file and line."""
+    """The value of a yaml text, in which no two places share a list or a mapping.
+
+    Raises:
+        UserError: it is no yaml, or larger than any config; the message names file and line.
+    """
+    if len(text) > LONGEST:
+        raise UserError(f"{where}: is longer than {LONGEST} characters, which no config is")
     try:
-        return yaml.load(text, Loader=_Loader)
+        return _unshared(yaml.load(text, Loader=_Loader), [MOST_VALUES])
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise UserError(f"{where}{line}: {problem}") from None
-    except (RecursionError, ValueError, LookupError, AttributeError) as error:
-        # A value that does not fit its !!tag.
-        raise UserError(f"{where}: malformed value ({error})") from None
+        raise UserError(f"{where}{line}: {cut(problem, 200)}") from None
+    except (RecursionError, ValueError, LookupError, AttributeError, TypeError) as error:
+        # A value that does not fit its !!tag, or that no config has.
+        raise UserError(f"{where}: malformed value ({cut(str(error), 200)})") from None
+
+
+def _unshared(value, budget: list[int], depth: int = 0):
+    """A copy in which aliases are values of their own, so that a change reaches one place only.
+
+    Args:
+        value: what yaml made of a text.
+        budget: [number of values that may follow]; it is counted down.
+        depth: of the value, in lists and mappings.
+
+    Raises:
+        ValueError: there are more values, they are nested more deeply than any config's (aliases
+            may repeat and contain one another), or one is of a type that no key takes.
+    """
+    budget[0] -= 1
+    if budget[0] < 0:
+        raise ValueError(f"more than {MOST_VALUES} values")
+    if depth > DEEPEST:
+        raise ValueError(f"nested more than {DEEPEST} deep")
+    if isinstance(value, dict):
+        return {key: _unshared(item, budget, depth + 1) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_unshared(item, budget, depth + 1) for item in value]
+    if value is None or isinstance(value, (str, bool, int, float)):
+        return value
+    raise ValueError(f"a {type(value).__name__}; write texts, numbers, lists and mappings")
 
 
 def _type_name(hint) -> str:
@@ -144,6 +199,8 @@ def _convert(hint, value):
         return float(value) if number else _WRONG
     if hint is types.NoneType:
         return None if value is None else _WRONG
+    if hint is int and isinstance(value, int) and not -(2**63) <= value < 2**63:
+        return _WRONG
     return value if type(value) is hint else _WRONG
 
 
@@ -162,26 +219,50 @@ def all_keys(cls, prefix: str = "") -> list[str]:
     return keys
 
 
-def _nearest(key: str, keys: list[str]) -> str:
-    """The key that looks most like `key`, compared in full and by its last word."""
+class Hints:
+    """What to write in place of an unknown key.
 
-    def likeness(a: str, b: str) -> float:
-        return difflib.SequenceMatcher(None, a, b).ratio()
+    Args:
+        keys: dotted names of all keys.
+        elsewhere: the scripts that have a key of this name.
+    """
 
-    last_word = key.rsplit(".", 1)[-1]
-    return max(
-        keys,
-        key=lambda k: max(likeness(key, k), likeness(last_word, k.rsplit(".", 1)[-1]) - 0.05),
-    )
+    LIKE = 0.5  # ratio of difflib from which a key is near
+
+    def __init__(self, keys: list[str], elsewhere: Callable[[str], list[str]] | None = None):
+        self.keys, self.elsewhere = keys, elsewhere
+        self.remaining = MOST_HINTS
+
+    def __call__(self, key: str) -> str:
+        """The end of a sentence about an unknown key; "" where nothing is known."""
+        if self.remaining == 0:
+            return ""
+        self.remaining -= 1
+        if scripts := self.elsewhere(key) if self.elsewhere else []:
+            return f"; it is a key of {', '.join(scripts)}"
+        near = self.near(key)
+        return f"; did you mean {near}?" if near else "; see --help"
+
+    def near(self, key: str) -> str | None:
+        """The key that looks most like `key`, if one does."""
+        last_word = key.rsplit(".", 1)[-1]
+
+        def likeness(other: str) -> float:
+            """In full, or by the last word."""
+            pairs = ((key, other, 0.0), (last_word, other.rsplit(".", 1)[-1], 0.05))
+            return max(difflib.SequenceMatcher(None, a, b).ratio() - less for a, b, less in pairs)
+
+        nearest = max(self.keys, key=likeness)
+        return nearest if likeness(nearest) > self.LIKE else None
 
 
-def build(cls, tree, keys: list[str], mistakes: list[str], prefix: str = ""):
+def build(cls, tree, hints: Hints, mistakes: list[str], prefix: str = ""):
     """An instance of `cls` from a tree of plain values.
 
     Args:
         cls: a dataclass, whose sections are dataclasses too.
         tree: the mapping read from yaml.
-        keys: dotted names of all keys, to suggest the nearest one.
+        hints: for unknown keys.
         mistakes: everything that is wrong is appended here, one sentence each.
         prefix: dotted name of this section, with its dot at the end.
 
@@ -189,17 +270,23 @@ def build(cls, tree, keys: list[str], mistakes: list[str], prefix: str = ""):
         The instance, or None where a rule is broken or a required key is missing.
     """
     if not isinstance(tree, dict):
-        mistakes.append(f"{prefix.rstrip('.') or 'the config'} must be a mapping, not {tree!r}")
+        name = prefix.rstrip(".") or "the config"
+        mistakes.append(f"{name} must be a mapping, not {shorten(tree)}")
         return None
     names = {spec.name for spec in dataclasses.fields(cls)}
     for key in tree:
         if key not in names:
-            near = _nearest(prefix + key, keys)
-            mistakes.append(f"unknown key {prefix}{key}; did you mean {near}?")
+            shown = prefix + (cut(key, 80) if re.fullmatch(r"[\w.-]+", key) else shorten(key))
+            if "." in key and prefix + key in hints.keys:
+                section, _, rest = key.partition(".")
+                hint = f"; in a file write {section}: {{{rest}: ...}}"
+            else:
+                hint = hints(shown)
+            mistakes.append(f"unknown key {shown}{hint}")
     complete, values, wrong = True, {}, []
-    hints = typing.get_type_hints(cls)
+    types_of = typing.get_type_hints(cls)
     for spec in dataclasses.fields(cls):
-        hint, name = hints[spec.name], prefix + spec.name
+        hint, name = types_of[spec.name], prefix + spec.name
         section = _section(hint)
         required = spec.default is MISSING and spec.default_factory is MISSING
         if spec.name not in tree and not (section and required):
@@ -210,13 +297,13 @@ def build(cls, tree, keys: list[str], mistakes: list[str], prefix: str = ""):
         value = tree.get(spec.name, {})
         if section and isinstance(value, list) and list[section] in typing.get_args(hint):
             values[spec.name] = [
-                build(section, item, keys, mistakes, f"{name}[{i}].")
+                build(section, item, hints, mistakes, f"{name}[{i}].")
                 for i, item in enumerate(value)
             ]
         elif section and not (value is None and types.NoneType in typing.get_args(hint)):
-            values[spec.name] = build(section, value, keys, mistakes, name + ".")
+            values[spec.name] = build(section, value, hints, mistakes, name + ".")
         elif (converted := _convert(hint, value)) is _WRONG:
-            mistakes.append(f"{name} must be {_type_name(hint)}, not {value!r}")
+            mistakes.append(f"{name} must be {_type_name(hint)}, not {shorten(value)}")
             # The default replaces the value, and rules that name the key are not reported.
             wrong.append(spec.name)
             complete &= not required
@@ -233,7 +320,8 @@ def build(cls, tree, keys: list[str], mistakes: list[str], prefix: str = ""):
         return None
 
 
-def _read(file: str) -> dict:
+def read_config(file: str) -> dict:
+    """The mapping in a yaml file."""
     try:
         tree = parse_yaml(Path(file).read_text(encoding="utf-8"), file)
     except (OSError, UnicodeDecodeError) as error:
@@ -263,8 +351,9 @@ def merge(cls, first: dict, second: dict) -> dict:
 def _apply(override: str, tree: dict) -> None:
     """Set the key of one `key=value` in the tree."""
     key, equals, text = override.partition("=")
-    if not equals:
-        raise UserError(f"{override!r}: overrides are written key=value, files follow --config")
+    if not equals or not all(key.split(".")):
+        shown = shorten(override)
+        raise UserError(f"{shown}: overrides are written key=value, files follow --config")
     node = tree
     *parents, leaf = key.split(".")
     for parent in parents:
@@ -273,26 +362,87 @@ def _apply(override: str, tree: dict) -> None:
         if not isinstance(node.get(parent), dict):
             node[parent] = {}
         node = node[parent]
-    node[leaf] = parse_yaml(text, key)
+    node[leaf] = parse_yaml(text, cut(key, 80))
 
 
-def load_config(cls, files: str | Sequence[str], overrides: Sequence[str] = ()):
+def _has(tree, key: str) -> bool:
+    """Whether a layer of a config sets a dotted key or something in it."""
+    if key in tree:
+        return True
+    for name in re.sub(r"\[\d+\]", "", key).split("."):
+        if isinstance(tree, list):  # its items have no names
+            return True
+        if not isinstance(tree, dict) or name not in tree:
+            return False
+        tree = tree[name]
+    return True
+
+
+def _origin(mistake: str, layers: list[tuple[str, dict]]) -> str | None:
+    """Who set the value that a sentence is about: the last of the layers that names its key.
+
+    Returns None for a key that none of them names, nor the section that it is missing in.
+
+    Args:
+        mistake: begins with its key, or with "unknown key" and the key. A rule names other keys
+            too, of the same section without its name.
+        layers: (file or `key=value`, tree), later ones win.
+    """
+    subject = re.split(r"; |, not ", mistake.removeprefix("unknown key "))[0]
+    first, *others = re.findall(r"[\w.\[\]-]+", subject) or [""]
+    section = first.rpartition(".")[0]
+    keys = {first, *others, *(f"{section}.{word}" for word in others if section)}
+    if mistake.startswith("unknown key "):
+        keys = {first}
+    while first:
+        for name, tree in reversed(layers):
+            if any(_has(tree, key) for key in keys):
+                return name
+        first = first.rpartition(".")[0]  # a key that is missing: who wrote its section
+        keys = {first}
+    return None
+
+
+def load_config(
+    cls,
+    files: str | Sequence[str],
+    overrides: Sequence[str] = (),
+    elsewhere: Callable[[str], list[str]] | None = None,
+):
     """Read yaml files, of which later ones win, apply `key=value` overrides, and build `cls`.
 
+    Args:
+        cls: the class of the config.
+        files: names of yaml files.
+        overrides: texts `key=value`.
+        elsewhere: the scripts that have a key, for messages about unknown ones.
+
     Raises:
-        UserError: naming every mistake.
+        UserError: naming every mistake, and the file or override that it came from.
     """
     files = [files] if isinstance(files, str) else files
     tree: dict = {}
+    layers = []
     for file in files:
-        tree = merge(cls, tree, _read(file))
+        part = read_config(file)
+        tree = merge(cls, tree, copy.deepcopy(part))  # overrides change it in place
+        layers.append((str(file), part))
     for override in overrides:
         _apply(override, tree)
+        part = {}
+        _apply(override, part)
+        layers.append((cut(override, 80), part))
     mistakes: list[str] = []
-    config = build(cls, tree, all_keys(cls), mistakes)
+    config = build(cls, tree, Hints(all_keys(cls), elsewhere), mistakes)
     if mistakes:
         where = " ".join(map(str, files))
-        raise UserError(("\n" + " " * 7).join(f"{where}: {mistake}" for mistake in mistakes))
+        lines = [
+            f"{_origin(mistake, layers) or where}: {cut(mistake, 400)}"
+            for mistake in mistakes[:MOST_MISTAKES]
+        ]
+        if len(mistakes) > MOST_MISTAKES:
+            lines.append(f"and {len(mistakes) - MOST_MISTAKES} more mistakes")
+        raise UserError(("\n" + " " * 7).join(lines))
     return config
 
 

@@ -72,19 +72,22 @@ def listing(folder: Path) -> dict[str, bytes | None]:
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_an_unknown_key(config, refused, script):
     assert refused(script, config, "data.bach=3") == (
-        f"error: {config}: unknown key data.bach; did you mean data.batch?"
+        "error: data.bach=3: unknown key data.bach; did you mean data.batch?"
     )
 
 
 def test_a_key_of_another_script(config, refused):
-    assert "unknown key adv_weight" in refused("train_source", config, "adv_weight=1")
+    message = refused("train_source", config, "adv_weight=1")
+    assert message == (
+        "error: adv_weight=1: unknown key adv_weight; it is a key of train_advent.py, train_dann.py"
+    )
 
 
 def test_several_mistakes_have_a_line_each(config, outcome):
     code, _, lines = outcome("train_dann", config, "stepps=3", "amp=half", "optim.lr=x")
     assert code == 2
     assert len(lines) == 3
-    assert all(re.match(r"(error: |       )\S*config\.yaml: ", line) for line in lines)
+    assert all(re.match(r"(error: |       )(stepps=3|amp=half|optim\.lr=x): ", x) for x in lines)
     assert not Path("run").exists()
 
 
@@ -101,9 +104,7 @@ def test_a_second_file_that_is_wrong(config, refused):
     assert message.startswith("error: method.yaml: cannot be read")
     Path("method.yaml").write_text("disc_hiden: 3\n")
     message = refused("train_dann", config, "method.yaml")
-    assert message == (
-        f"error: {config} method.yaml: unknown key disc_hiden; did you mean disc_hidden?"
-    )
+    assert message == ("error: method.yaml: unknown key disc_hiden; did you mean disc_hidden?")
 
 
 @pytest.mark.parametrize("key", ["bn: frozen", "bn_affine: frozen", "bn_running: target"])
@@ -139,7 +140,9 @@ def test_a_gpu_that_is_not_there(config, refused, monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_is_no_result(config, outcome):
-    code, _, lines = outcome("train_source", config, "optim.lr=1e30", "log_every=1")
+    code, _, lines = outcome(
+        "train_source", config, "optim.lr=1000", "optim.weight_decay=1000", "log_every=1"
+    )
     assert code == 3
     assert len(lines) == 1
     assert re.match(r"error: step \d+: cls_loss is (nan|inf); lower optim\.lr", lines[0])
@@ -365,7 +368,8 @@ def test_an_unlabeled_target_has_pictures_without_labels_and_no_figures(streets,
     assert "None" not in out
     assert "IoU" not in out
     pixels = np.asarray(Image.open("run/pictures/step_00000010.png"))
-    assert pixels.shape == (4 * 44 + 4, 2 * 64 + 4, 3)
+    assert pixels.shape[0] > 4 * 44 + 4  # a legend is below them
+    assert pixels.shape[1] == 2 * 64 + 4
 
 
 def test_a_map_too_small_for_the_discriminator(streets, outcome):
@@ -715,7 +719,7 @@ def test_all_goes_with_a_dry_run(config, refused):
 def test_the_real_command_refuses_in_one_line(config, command):
     code, out, err = command("train_dann", "--config", config, "stepps=3")
     assert (code, out) == (2, "")
-    assert err == f"error: {config}: unknown key stepps; did you mean steps?\n"
+    assert err == "error: stepps=3: unknown key stepps; did you mean steps?\n"
     assert not Path("run").exists()
 
 

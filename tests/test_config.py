@@ -2,15 +2,18 @@
 
 import dataclasses
 import re
+import time
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
+import torch
 import yaml
 
 from common.config import (
     all_keys,
     changed_keys,
+    cut,
     dump,
     flat_values,
     load_config,
@@ -29,6 +32,7 @@ from training.config import (
     load_run_config,
     parse_args,
 )
+from training.device import get_device
 
 MINIMAL = (
     "out_dir: run\ndata: {source: {name: drawn_digits}, target: {name: drawn_digits_shifted}}\n"
@@ -46,13 +50,14 @@ def load(text: str = MINIMAL, *overrides: str, cls=Config):
 
 
 def mistakes(text: str = MINIMAL, *overrides: str) -> list[str]:
-    """The lines of the error, without the file's name that begins each."""
+    """The lines of the error, without the file or the override that begins each."""
     with pytest.raises(UserError) as caught:
         load(text, *overrides)
     assert caught.value.code == 2
     lines = [line.strip() for line in str(caught.value).splitlines()]
-    assert all(line.startswith("config.yaml: ") for line in lines), lines
-    return [line.removeprefix("config.yaml: ") for line in lines]
+    origins = ["config.yaml", *(cut(override, 80) for override in overrides)]
+    begins = [next(f"{o}: " for o in origins if line.startswith(f"{o}: ")) for line in lines]
+    return [line.removeprefix(start) for line, start in zip(lines, begins, strict=True)]
 
 
 def test_default_then_yaml_then_override():
@@ -314,6 +319,24 @@ RULES = [
     ("layer_weights=[-1]", LAYER_WEIGHTS),
     ("reversal_progress=0", "reversal_progress must be positive"),
     ("disc_hidden=0", "disc_hidden must be positive"),
+    ("disc_hidden=100001", "disc_hidden must be at most 100000, not 100001"),
+    ("data.batch=1000001", "data.batch must be at most 1000000, not 1000001"),
+    ("data.eval_batch=1000001", "data.eval_batch must be at most 1000000, not 1000001"),
+    ("data.workers=1001", "data.workers must be at most 1000, not 1001"),
+    ("data.size=100001", "data.size must be at most 100000, not 100001"),
+    ("data.source.resize=100001", "data.source.resize must be at most 100000"),
+    ("model.bottleneck=100001", "model.bottleneck must be at most 100000, not 100001"),
+    ("optim.lr=1e4", "optim.lr must be at most 1000, not 10000.0"),
+    ("optim.weight_decay=1e4", "optim.weight_decay must be at most 1000, not 10000.0"),
+    ("disc_lr=1e4", "disc_lr must be at most 1000, not 10000.0"),
+    ("optim.betas=[0.5, 0.9]", "optim.betas are for name: adam; leave them out"),
+    ("optim={name: adam, momentum: 0.5}", "optim.momentum is for name: sgd; leave it out"),
+    (
+        "data.source.path=MNIST",
+        "data.source.path is not read for name: drawn_digits; leave it out",
+    ),
+    ("device=gpu", "device must be auto, cpu, cuda, cuda:N or mps, not 'gpu'"),
+    ("device=cuda-1", "device must be auto, cpu, cuda, cuda:N or mps, not 'cuda-1'"),
     ("disc_lr=0", "disc_lr must be positive"),
     ("data.source.crop=[8, 8]", "data.source: crop for task: segmentation only"),
     ("data.source.ids=[a, b]", "data.source: ids for task: segmentation only"),
@@ -377,8 +400,15 @@ RULES_OF_SEGMENTATION = [
         "data.augment: no operation 'affine'; there are zoom, flip, photometric, jitter, blur, "
         "cutout",
     ),
-    ("data.augment.zoom.scale=[0, 1]", "data.augment.zoom.scale must be above 0, not [0, 1]"),
-    ("data.augment.jitter.gamma=[0, 1]", "data.augment.jitter.gamma must be above 0, not [0, 1]"),
+    (
+        "data.augment.zoom.scale=[0, 1]",
+        "data.augment.zoom.scale must lie in [0.01, 100], not [0, 1]",
+    ),
+    (
+        "data.augment.jitter.gamma=[0, 1]",
+        "data.augment.jitter.gamma must lie in [0.01, 100], not [0, 1]",
+    ),
+    ("data.target.crop=[9, 100001]", "data.target.crop must be at most 100000"),
 ]
 
 
@@ -423,6 +453,21 @@ def test_the_order_of_ids_is_part_of_the_config(tmp_path):
         "data.augment.flip.probability=1.5",
         "data.augment.photometric.noise=-0.1",
         "data.augment.affine.translate=-1",
+        "data.augment.affine.translate=3",
+        "data.augment.affine.degrees=1e12",
+        "data.augment.affine.degrees=1" + 400 * "0",
+        "data.augment.affine.shear=90",
+        "data.augment.affine.scale=[1, 9223372036854775808]",
+        "data.augment.crop.scale=[5, 10]",
+        "data.augment.crop.scale=[0.5, 1.5]",
+        "data.augment.photometric.offset=5",
+        "data.augment.photometric.noise=1e9",
+        "data.augment.photometric.gain=[1, 1e308]",
+        "data.augment.photometric.channel_gain=[-1e308, 1]",
+        "data.augment.jitter.brightness=1e6",
+        "data.augment.blur.sigma=[1, 1e9]",
+        "steps=9223372036854775808",
+        "data.select_images=1" + 60 * "0",
     ],
 )
 def test_values_that_training_would_break_on(override):
@@ -639,7 +684,25 @@ def test_overrides_are_recognized_wherever_they_stand():
         assert (args.config, args.resume) == (["a.yaml", "b.yaml"], "--resume" in words)
 
 
-def test_words_that_are_no_override_are_files(capsys):
+@pytest.mark.parametrize(
+    ("words", "hint"),
+    [
+        (["--lr", "0.1"], "'--lr': .*keys are set without dashes: optim.lr=VALUE"),
+        (["--seed=3"], "'--seed': .*keys are set without dashes: seed=VALUE"),
+        (["--disc-hidden", "3"], "keys are set without dashes: disc_hidden=VALUE"),
+        (["--resme"], r"'--resme': there is no such option; did you mean --resume\?"),
+        (["--qqq"], "'--qqq': there is no such option; --help lists all"),
+    ],
+)
+def test_an_option_that_does_not_exist(words, hint):
+    write("a.yaml", MINIMAL)
+    for order in ([*words, "--config", "a.yaml"], ["--config", "a.yaml", *words]):
+        with pytest.raises(UserError, match=hint):
+            parse_args(Config, "", order)
+    parse_args(Config, "", ["--config", "a.yaml", "--resume"])  # control
+
+
+def test_words_that_are_no_override_are_files():
     write("a.yaml", MINIMAL)
     with pytest.raises(UserError, match=r"seed: cannot be read"):
         parse_args(Config, "", ["--config", "a.yaml", "seed"])
@@ -649,11 +712,9 @@ def test_words_that_are_no_override_are_files(capsys):
     folder.mkdir()
     write(folder / "c.yaml", MINIMAL)
     assert parse_args(Config, "", ["--config", "./lr=0.1/c.yaml"])[0].out_dir == "run"
-    for words in ([], ["--config"], ["--config", "seed=3"]):
-        with pytest.raises(SystemExit) as stop:
+    for words in ([], ["--config"], ["seed=3"], ["--config", "seed=3"]):
+        with pytest.raises(UserError, match=r"^[^\n]*--config[^\n]*--help lists[^\n]*$"):
             parse_args(Config, "", words)
-        assert stop.value.code == 2
-        assert "--config" in capsys.readouterr().err
 
 
 # --- several files
@@ -676,13 +737,13 @@ def test_sections_merge_key_by_key_and_all_else_is_replaced():
         "  target: {name: drawn_digits_shifted}\n"
         "  target_test: {name: usps}\n"
         "  augment: {affine: {degrees: 5}, flip: {}}\n"
-        "optim: {lr: 0.5, betas: [0.1, 0.2]}\n"
+        "optim: {name: adam, lr: 0.5, betas: [0.1, 0.2]}\n"
         "feature_layers: [layer3, layer4]\n"
         "layer_weights: [1, 2]\n"
     )
     second = (
         "data: {source: {name: usps}, augment: {affine: {shear: 3}}, target_test: null}\n"
-        "optim: {name: adam, betas: [0.3, 0.4]}\n"
+        "optim: {betas: [0.3, 0.4]}\n"
         "feature_layers: [pooled]\n"
         "layer_weights: [3]\n"
     )
@@ -709,16 +770,16 @@ def test_a_null_section_is_replaced_and_replaces():
     assert (config.data.source, config.data.target.name) == (None, "usps")
     with pytest.raises(UserError, match=r"a\.yaml: data\.source must be null"):
         load_config(shot, ["a.yaml"], ["init_from=run"])  # control
-    with pytest.raises(UserError, match=r"a\.yaml b\.yaml: data\.source must be a mapping"):
+    with pytest.raises(UserError, match=r"^b\.yaml: data\.source must be a mapping"):
         load_config(Config, ["a.yaml", "b.yaml"])
     source = load_config(Config, ["a.yaml", "b.yaml", "c.yaml"]).data.source
     assert (source.name, source.resize) == ("drawn_digits", None)  # of the last file alone
 
 
-def test_mistakes_of_several_files_name_them_all():
+def test_a_mistake_names_the_file_or_the_override_it_came_from():
     write("a.yaml", MINIMAL)
     write("b.yaml", "stps: 3\n")
-    with pytest.raises(UserError, match=r"^a\.yaml b\.yaml: unknown key stps; did you mean steps"):
+    with pytest.raises(UserError, match=r"^b\.yaml: unknown key stps; did you mean steps"):
         load_config(Config, ["a.yaml", "b.yaml"])
     write("b.yaml", "steps: 3\nsteps: 4\n")
     with pytest.raises(UserError, match=r"^b\.yaml:2: duplicate key 'steps'"):
@@ -881,3 +942,176 @@ def test_home_is_expanded(monkeypatch):
     shot = load_script(ROOT / "train_shot.py").Config
     text = "data: {target: {name: drawn_digits}, classes_from: ~/runs/a}\ninit_from: x\n"
     assert load(text, cls=shot).data.classes_from == "/home/me/runs/a"
+
+
+# --- what is larger than any config, and aliases
+
+
+ALIAS = "data: {source: &d {name: drawn_digits}, target: *d, batch: 4}\nout_dir: run\n"
+
+
+def test_an_override_does_not_reach_a_second_domain_through_an_alias():
+    """Else the labels of the target would train."""
+    write("a.yaml", ALIAS)
+    write("b.yaml", "data: {batch: 3}\n")
+    shifted = "data.target.name=drawn_digits_shifted"
+    for files in (["a.yaml"], ["a.yaml", "b.yaml"], ["b.yaml", "a.yaml"]):
+        data = load_config(Config, files, [shifted]).data
+        assert (data.source.name, data.target.name) == ("drawn_digits", "drawn_digits_shifted")
+        data = load_config(Config, files, ["data.source.resize=20"]).data
+        assert (data.source.resize, data.target.resize) == (20, None)
+    tree = yaml.safe_load(ALIAS)
+    assert tree["data"]["source"] is tree["data"]["target"]  # control: what plain yaml shares
+
+
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{i}: &a{i} [{', '.join(10 * [f'*a{i - 1}'])}]\n" for i in range(1, 9)
+)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        BOMB,
+        MINIMAL + "init_from: &x [*x]\n",
+        MINIMAL + "init_from: " + 60 * "[" + 60 * "]" + "\n",
+        MINIMAL + "feature_layers: [" + 10_001 * "a, " + "]\n",
+        MINIMAL + "# " + 2**18 * "x" + "\n",
+        MINIMAL + "init_from: !!binary aGVsbG8=\n",
+        MINIMAL + "data: !!set {a, b}\n",
+    ],
+)
+def test_what_no_config_holds_is_refused_at_once(text):
+    begin = time.monotonic()
+    with pytest.raises(UserError, match=r"^config\.yaml") as caught:
+        load(text)
+    assert len(str(caught.value)) < 300
+    assert time.monotonic() - begin < 20
+
+
+def test_long_values_and_many_mistakes_are_shortened():
+    for override in (
+        "steps=" + 10_000 * "x",
+        "steps=[" + 1000 * "x, " + "]",
+        "data.augment=" + 10_000 * "x",
+        "data.source.name=" + 10_000 * "x",
+        10_000 * "x" + "=1",
+        "data.augment.affine.degrees=" + 10_000 * "x",
+        "data.augment.flip." + 10_000 * "x" + "=1",
+    ):
+        with pytest.raises(UserError) as caught:
+            load(MINIMAL, override)
+        assert len(str(caught.value)) < 700, override[:20]
+    begin = time.monotonic()
+    with pytest.raises(UserError) as caught:
+        load(MINIMAL + "".join(f"key{i}xxxxxxx: 1\n" for i in range(2000)))
+    assert time.monotonic() - begin < 20
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 51
+    assert lines[-1].strip() == "and 1950 more mistakes"
+
+
+# --- where a value came from
+
+
+def test_each_mistake_names_where_its_value_came_from():
+    write("a.yaml", MINIMAL + "steps: x\noptim: {lr: 0}\ndata.batch: 3\n")
+    write("b.yaml", "optim: {momentum: 2}\nmodel: {bn: none}\nsteps: y\n")
+    overrides = ["data.size=0", "data.augment={flip: 3}", "data.target.nme=x", "optim.betas=[3]"]
+    with pytest.raises(UserError) as caught:
+        load_config(Config, ["a.yaml", "b.yaml"], overrides)
+    lines = [line.strip() for line in str(caught.value).splitlines()]
+    assert sorted(lines) == [
+        "a.yaml: optim.lr must be positive",
+        "a.yaml: unknown key data.batch; in a file write data: {batch: ...}",
+        "b.yaml: model.bn must be concat | separate | frozen, not 'none'",
+        "b.yaml: optim.momentum must lie in [0, 1)",
+        "b.yaml: steps must be int, not 'y'",
+        "data.augment={flip: 3}: data.augment.flip must be a mapping of parameters, {} for the "
+        "defaults, not 3",
+        "data.size=0: data.size must be positive",
+        "data.target.nme=x: unknown key data.target.nme; did you mean data.target.name?",
+        "optim.betas=[3]: optim.betas are for name: adam; leave them out",
+        "optim.betas=[3]: optim.betas must be two numbers in [0, 1)",
+    ]
+
+
+def test_what_is_missing_or_broken_together_names_who_wrote_it_last():
+    write("a.yaml", "out_dir: run\ndata: {source: {name: mnist}}\n")
+    write("b.yaml", "data: {target: {path: x}}\n")
+    with pytest.raises(UserError, match=r"^b\.yaml: data\.target\.name is missing"):
+        load_config(Config, ["a.yaml", "b.yaml"])
+    with pytest.raises(UserError, match=r"^a\.yaml: data\.target must be a mapping|is missing"):
+        load_config(Config, ["a.yaml"])
+    write("empty.yaml", "")
+    with pytest.raises(UserError, match=r"^empty\.yaml: data\.source"):
+        load_config(Config, ["empty.yaml"])
+    write("a.yaml", MINIMAL)
+    with pytest.raises(UserError, match=r"^data\.source\.name=folder: data\.source\.path is miss"):
+        load_config(Config, ["a.yaml"], ["data.source.name=folder", "seed=3"])
+    with pytest.raises(UserError, match=r"^conditional=cdan: conditional needs feature_layers"):
+        load_config(
+            Config,
+            ["a.yaml"],
+            ["feature_layers=[layer4, pooled]", "layer_weights=[1, 1]", "conditional=cdan"],
+        )
+
+
+def test_a_key_of_another_script_is_said_to_be_one():
+    write("a.yaml", MINIMAL + "ema_decay: 0.9\nthreshold: 0.9\nqqqqqq: 1\n")
+    with pytest.raises(UserError) as caught:
+        load_run_config(Config, "a.yaml", ["disc_hiden=3"])
+    assert [line.strip() for line in str(caught.value).splitlines()] == [
+        "a.yaml: unknown key ema_decay; it is a key of train_pseudo.py",
+        "a.yaml: unknown key threshold; it is a key of train_pseudo.py",
+        "a.yaml: unknown key qqqqqq; see --help",
+        "disc_hiden=3: unknown key disc_hiden; did you mean disc_hidden?",
+    ]
+
+
+# --- the run to start from
+
+
+def test_a_missing_start_names_the_command_that_makes_it(tmp_path):
+    folder = tmp_path / "configs/mine"
+    write(folder / "plain.yaml", "# Not a command.\nseed: 1\n")
+    text = MINIMAL.removeprefix("out_dir: run\n")
+    command = "python train_source.py --config configs/mine/pair.yaml"
+    write(folder / "pair.yaml", f"# {command}\n{text}")
+    files = ["--config", "configs/mine/pair.yaml", "configs/mine/plain.yaml"]
+    for start, hint in (
+        ("runs/mine/pair", f"make it by: {command}$"),
+        ("runs/mine/pair_seed3", f"make it by: {command} seed=3 out_dir=runs/mine/pair_seed3$"),
+        ("runs/mine/other", "train it first, or name another run$"),
+    ):
+        with pytest.raises(UserError, match=f"^init_from: there is no {start}; {hint}"):
+            parse_args(Config, "", [*files, f"init_from={start}"])
+    Path("runs/mine/pair").mkdir(parents=True)
+    parse_args(Config, "", [*files, "init_from=runs/mine/pair"])  # control
+
+
+# --- the device
+
+
+def test_a_device_that_is_absent_is_refused(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    assert get_device("auto") == get_device("cpu") == torch.device("cpu")
+    for name in ("cuda", "cuda:0", "mps"):
+        with pytest.raises(UserError, match=f"device: {name} is asked for but torch sees no"):
+            get_device(name)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    assert get_device("auto") == get_device("cuda") == torch.device("cuda")
+    assert get_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(UserError, match="torch sees 2 GPUs, cuda:0 to cuda:1; name one of them"):
+        get_device("cuda:2")
+    assert chosen == [torch.device("cuda:1")]
+
+
+@pytest.mark.parametrize("amp", ["float16", "bfloat16"])
+def test_half_precision_on_a_cpu_is_warned_of(tmp_path, capsys, amp):
+    assert train("train_source", tiny_config(tmp_path, steps=1, amp=amp), "--dry-run") == 0
+    assert ("amp: float16 is many times slower" in capsys.readouterr().out) == (amp == "float16")

@@ -455,12 +455,12 @@ def test_jobs_is_a_limit(folder, monkeypatch):
         (
             "config: two.yaml",
             "config: two.yaml, set: {stps: 3}",
-            "runs[1].config: two.yaml: unknown key stps; did you mean steps?",
+            "runs[1].config: stps=3: unknown key stps; did you mean steps?",
         ),
         (
             "config: two.yaml",
             "config: two.yaml, set: {steps: many}",
-            "runs[1].config: two.yaml: steps must be int, not 'many'",
+            "runs[1].config: steps=many: steps must be int, not 'many'",
         ),
         ("config: two.yaml", "config: two.yaml, set: [steps]", "runs[1].set must be mapping"),
         (
@@ -746,6 +746,24 @@ def test_values_survive_the_command_line(value):
     assert "\n" not in text or "\n" in str(value)
 
 
+def test_the_config_of_a_run_is_no_suite(folder):
+    Path("pair.yaml").write_text("# python train_dann.py --config pair.yaml seed=1\nsteps: 3\n")
+    Path("method.yaml").write_text("disc_hidden: 3\n")  # a key of a method, without a command
+    for file, command in (
+        ("pair.yaml", "python train_dann.py --config pair.yaml seed=1"),
+        ("method.yaml", "python SCRIPT --config method.yaml"),
+    ):
+        with pytest.raises(UserError) as raised:
+            reproduce.main([file])
+        assert str(raised.value) == (
+            f"{file}: is the config of a run, not a suite (see configs/suites/); "
+            f"run it by: {command}"
+        )
+    Path("other.yaml").write_text("titel: 3\n")  # control: a suite with a mistake
+    with pytest.raises(UserError, match=r"unknown key titel; did you mean title\?"):
+        reproduce.main(["other.yaml"])
+
+
 def test_every_mistake_is_told_at_once(folder):
     write_suite(
         "method: one, script: train.py, config: [one.yaml, three.yaml], published: 3",
@@ -758,8 +776,8 @@ def test_every_mistake_is_told_at_once(folder):
         "suite.yaml: runs[0].config: there is no file three.yaml",
         "suite.yaml: runs[0].published and reference go together",
         "suite.yaml: unknown key runs[1].sed; did you mean runs[1].set?",
-        "suite.yaml: runs[1].config: two.yaml: unknown key stps; did you mean steps?",
-        "suite.yaml: runs[1].config: two.yaml: unknown key data.sise; did you mean data.size?",
+        "suite.yaml: runs[1].config: stps=3: unknown key stps; did you mean steps?",
+        "suite.yaml: runs[1].config: data.sise=4: unknown key data.sise; did you mean data.size?",
     ]
     write_suite(  # rules across entries
         "method: one, script: train.py, config: one.yaml, init_from: runs/two",

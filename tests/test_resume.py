@@ -541,8 +541,9 @@ def test_an_infinite_loss_of_the_method_is_named(tmp_path, monkeypatch):
 
 
 def test_not_finite_stops_with_exit_3_and_keeps_the_last_good_checkpoint(tmp_path):
+    keys = ["optim.lr=1000", "optim.weight_decay=1000", "save_every=1", "log_every=1"]
     with pytest.raises(UserError, match="cls_loss is nan") as error:
-        train("train_source", tiny_config(tmp_path), "optim.lr=1e20", "save_every=1", "log_every=1")
+        train("train_source", tiny_config(tmp_path), *keys)
     assert error.value.code == 3
     for file in (tmp_path / "run/checkpoints").glob("*.pt"):
         assert all(

@@ -1,14 +1,25 @@
 """The config of a run, which a script extends by its method's own keys, and the command line."""
 
 import argparse
+import difflib
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from common.config import describe, load_config, not_negative, positive, range_rules
+from common.config import (
+    Hints,
+    all_keys,
+    describe,
+    load_config,
+    not_negative,
+    positive,
+    range_rules,
+    shorten,
+)
 from common.errors import UserError, require
 from data.config import DataConfig, expand_home
 from models.config import ModelConfig
@@ -36,7 +47,7 @@ class RunConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     seed: int = not_negative(0)  # weights, order, augmentation and splits follow from it
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # cuda asked for and absent is an error
+    device: str = "auto"  # auto | cpu | cuda | cuda:N | mps; one that is absent is an error
     amp: Literal["float32", "float16", "bfloat16"] = "float32"  # autocast precision
     steps: int = positive(4000)  # optimizer steps
     eval_every: int = positive(500)  # steps; the last step always evaluates
@@ -57,10 +68,13 @@ class RunConfig:
     def rules(self) -> list[tuple[bool, str]]:
         """Rules (holds, sentence) across keys; a method adds its own."""
         return [
-            (self.seed < 2**63, "seed must be below 2**63"),
             (
                 self.select != "source_val" or not self.data or self.data.source_val > 0,
                 "select: source_val needs held-out source images, but data.source_val is 0",
+            ),
+            (
+                re.fullmatch(r"auto|cpu|cuda(:\d{1,4})?|mps", self.device) is not None,
+                f"device must be auto, cpu, cuda, cuda:N or mps, not {shorten(self.device)}",
             ),
             *(self.model.rules(self.data.task) if self.model and self.data else ()),
         ]
@@ -96,14 +110,89 @@ def default_out_dir(files: Sequence[str], method: str) -> str:
     return str(Path("runs", *below[:-1], "_".join(stems)))
 
 
+def head_command(file: Path) -> list[str] | None:
+    """The words of the command in the first line of a yaml file, if that has one.
+
+    Returns:
+        Those behind `# python`: the script, then its arguments.
+    """
+    try:
+        first = file.read_text(encoding="utf-8").partition("\n")[0]
+        words = shlex.split(first, comments=False)
+    except (OSError, ValueError):
+        return None
+    return words[2:] if words[:2] == ["#", "python"] and len(words) > 2 else None
+
+
+def command_for(folder: str, files: Sequence[str]) -> str | None:
+    """The command that makes the run `folder`, if a config beside `files` tells it.
+
+    That is a config whose first line is a command that trains in this folder, or in one of this
+    name without its ending `_seed<K>`.
+    """
+    wanted = re.fullmatch(r"(.*?)(?:_seed(\d+))?", str(Path(folder)), re.S)
+    for file in sorted({path for name in files for path in Path(name).parent.glob("*.yaml")}):
+        words = head_command(file)
+        if not words or words[1:2] != ["--config"] or not words[0].startswith("train_"):
+            continue
+        configs = [word for word in words[2:] if "=" not in word]
+        method = Path(words[0]).stem.removeprefix("train_")
+        if configs and wanted[1] == default_out_dir(configs, method):
+            seed = [f"seed={wanted[2]}", f"out_dir={folder}"] if wanted[2] else []
+            return shlex.join(["python", *words, *seed])
+    return None
+
+
+def scripts_with(key: str) -> list[str]:
+    """The scripts of the project whose method declares this key."""
+    found = []
+    for script in sorted(Path(__file__).resolve().parents[1].glob("*.py")):
+        text = script.read_text(encoding="utf-8", errors="replace")
+        config = re.search(r"^class Config\(.*?(?=^[^\s]|\Z)", text, re.M | re.S)
+        if config and re.search(rf"^    {re.escape(key)}: (?!ClassVar)", config[0], re.M):
+            found.append(script.name)
+    return found
+
+
 def load_run_config(cls, files: str | Sequence[str], overrides: Sequence[str] = ()):
     """`load_config` of a `RunConfig`, with its `out_dir` filled in."""
     files = [files] if isinstance(files, str) else files
     if cls.method is None:
         raise UserError('the Config of this script must name its method: ClassVar[str] = "..."')
-    config = load_config(cls, files, overrides)
+    config = load_config(cls, files, overrides, scripts_with)
     config.out_dir = config.out_dir or default_out_dir(files, cls.method)
     return config
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str):
+        raise UserError(f"{message}; --help lists options and keys")
+
+
+def _check_words(unknown: list[str], options: Sequence[str], cls, files: list[str] | None) -> None:
+    """Raise `UserError` for an option that does not exist, and where no config file is named."""
+    if unknown:
+        option = unknown[0].partition("=")[0]
+        hint = "--help lists all"
+        if near := difflib.get_close_matches(option, options, 1, 0.75):
+            hint = f"did you mean {near[0]}?"
+        elif near := Hints(all_keys(cls)).near(option.strip("-").replace("-", "_")):
+            hint = f"keys are set without dashes: {near}=VALUE"
+        raise UserError(f"{shorten(option)}: there is no such option; {hint}")
+    if not files:
+        raise UserError(
+            "--config is missing; name yaml files, as --config configs/demo/digits.yaml "
+            "(--help lists all options and keys)"
+        )
+
+
+def _check_start(config, files: Sequence[str]) -> None:
+    """Raise `UserError` if the run to start from does not exist, with the command that makes it."""
+    if config.init_from is None or Path(config.init_from).exists():
+        return
+    command = command_for(config.init_from, files)
+    hint = f"make it by: {command}" if command else "train it first, or name another run"
+    raise UserError(f"init_from: there is no {config.init_from}; {hint}")
 
 
 def parse_args(cls, description: str, argv: Sequence[str] | None = None):
@@ -115,15 +204,13 @@ def parse_args(cls, description: str, argv: Sequence[str] | None = None):
     Returns:
         (config, arguments): an instance of `cls`, and the flags.
     """
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         description=description,
         epilog="keys of the config, the method's own first:\n" + describe(cls),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     files_help = "yaml files, of which later ones win; see configs/"
-    parser.add_argument(
-        "--config", required=True, nargs="+", action="extend", metavar="FILE", help=files_help
-    )
+    parser.add_argument("--config", nargs="+", action="extend", metavar="FILE", help=files_help)
     override_help = "override a key of the config"
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=override_help)
     resume_help = "go on from the newest checkpoint in out_dir"
@@ -140,12 +227,15 @@ def parse_args(cls, description: str, argv: Sequence[str] | None = None):
     words = sys.argv[1:] if argv is None else argv
     overrides = [word for word in words if re.match(r"\w[\w.-]*=", word)]
     others = [word for word in words if word not in overrides]
-    args = parser.parse_intermixed_args([*overrides, *others])
+    args, unknown = parser.parse_known_intermixed_args([*overrides, *others])
+    _check_words(unknown, re.findall(r"--[\w-]+", parser.format_usage()), cls, args.config)
     if args.allow_change and not args.resume:
         raise UserError("--allow-change goes with --resume")
     if args.all and not args.dry_run:
         raise UserError("--all goes with --dry-run")
     config = load_run_config(cls, args.config, args.overrides)
+    if not (args.resume and Path(config.out_dir, "checkpoints").is_dir()):
+        _check_start(config, args.config)
     if config.select in config.trained_criteria():
         print(
             f"warning: select: {config.select} is part of the training loss and does not measure "

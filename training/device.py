@@ -11,30 +11,54 @@ from common.errors import UserError
 
 
 def get_device(name: str) -> torch.device:
-    """The device for `auto`, `cpu` or `cuda`.
+    """The device for `auto` (a GPU of CUDA if there is one), `cpu`, `cuda`, `cuda:1` or `mps`.
 
     Raises:
-        UserError: cuda is asked for and absent (there is never a silent fall-back), or several
-            processes were started.
+        UserError: the device is absent (there is never a silent fall-back), or several processes
+            were started.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError(
             "WORLD_SIZE is above 1, and several processes are not supported yet: "
             "start the script with python"
         )
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            "device: cuda is asked for but torch sees no GPU; use device=auto or device=cpu"
-        )
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.device(name)
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            f"device: {name} is asked for but torch sees no GPU; use device=auto or device=cpu"
+        )
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise UserError(
+            "device: mps is asked for but torch sees no Apple GPU; use device=auto or device=cpu"
+        )
+    if device.index is not None:
+        count = torch.cuda.device_count()
+        if device.index >= count:
+            raise UserError(
+                f"device: {name} is asked for but torch sees {count} GPU{'s' * (count > 1)}, "
+                f"cuda:0 to cuda:{count - 1}; name one of them"
+            )
+        torch.cuda.set_device(device)  # also for the pinned memory of the loaders
+    return device
+
+
+def warn_of_slow_precision(device: torch.device, amp: str) -> None:
+    """Print a warning if autocast to `amp` makes the device slower."""
+    if amp == "float16" and device.type == "cpu":
+        print(
+            "warning: amp: float16 is many times slower than float32 on a CPU; "
+            "use amp=float32 or amp=bfloat16"
+        )
 
 
 def describe_machine(device: torch.device) -> str:
     """What a run's seconds were measured on and its bits depend on: GPU or CPU threads, torch."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
+    elif device.type == "mps":
+        name = f"Apple GPU ({platform.machine()})"
     else:
         cpu_info = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").is_file() else ""
         cpu = re.search(r"^model name\s*: (.+)$", cpu_info, re.M)

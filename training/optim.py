@@ -33,6 +33,7 @@ class OptimConfig:
             *range_rules(self),
             (self.name == "adam" or not own_betas, "betas are for name: adam; leave them out"),
             (self.name == "sgd" or not own_momentum, "momentum is for name: sgd; leave it out"),
+            (self.name == "sgd" or self.nesterov, "nesterov is for name: sgd; leave it out"),
             (0 <= self.momentum < 1, "momentum must lie in [0, 1)"),
             (
                 len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),

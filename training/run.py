@@ -29,9 +29,14 @@ from data import Domains, EvaluationSets, check_files, open_domains
 from data.fingerprint import difference
 from training.changes import check_changes, config_of, config_tree, is_rate
 from training.collapse import CollapseMonitor
-from training.device import describe_machine, get_device, seed_everything
+from training.device import (
+    describe_machine,
+    get_device,
+    seed_everything,
+    warn_of_slow_precision,
+)
 from training.evaluation import choose, compact, evaluate
-from training.log import Log
+from training.log import Log, evaluation_line
 from training.pictures import save_pictures
 from training.state import OWN_STATE, check_state, first_not_finite
 
@@ -93,6 +98,7 @@ class Run:
 
     def __init__(self, config, args):
         seed_everything(config.seed)
+        warn_of_slow_precision(get_device(config.device), config.amp)
         self.config, self.folder, self.dry_run = config, Path(config.out_dir), args.dry_run
         self.resume, self.read_all = args.resume, args.all
         self.history: list[dict] = []
@@ -526,9 +532,7 @@ class Run:
         entry = {name: value for name, value in metrics.items() if name != "predicted"}
         self.history.append({"step": step, **entry, "collapsed": verdict["collapsed"]})
         self.log.record({"step": step, **flatten(metrics), **verdict})
-        shown = {k: v for k, v in flatten(entry).items() if v is not None and ".iou." not in k}
-        figures = "  ".join(f"{name} {value:.4g}" for name, value in shown.items())
-        self.log.print(f"step {step}  {figures}")
+        self.log.print(evaluation_line(step, metrics, self.config.select))
         if self.config.pictures == "every" or step == self.last_step:
             self._save_pictures(step)
         if choose(self.history, self.config.select)["selected"]["step"] == step:
