@@ -49,7 +49,7 @@ class Config(RunConfig):
     layer_weights: list[float] = field(default_factory=lambda: [1.0])  # of the reversed gradients
     disc_locations: bool = False  # judge every location of a map, not its mean over positions
     conditional: Literal["none", "cdan", "cdan_e"] = "none"  # condition D on class probabilities
-    conditional_map: int | Literal["full"] = positive("full")  # outer product | random features
+    conditional_map: int | Literal["full"] = positive("full", most=100_000)  # outer | random map
     reversal_schedule: Literal["dann", "constant", "linear"] = "dann"  # of the paper's lambda
     reversal_max: float = not_negative(1.0)  # its final value; 0 leaves the features alone
     reversal_gamma: float = positive(10.0)  # steepness of the dann schedule

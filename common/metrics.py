@@ -7,6 +7,11 @@ import torch
 IGNORE_INDEX = 255  # the label of a pixel that is neither trained nor evaluated on
 
 
+def where_float64(x: torch.Tensor) -> torch.Tensor:
+    """The tensor, on the CPU if its device knows no float64, as Apple's GPUs."""
+    return x.cpu() if x.device.type == "mps" else x
+
+
 def labeled_mask(labels: torch.Tensor, num_classes: int) -> torch.Tensor:
     """True where a label is not `IGNORE_INDEX`; with more than 255 classes, everywhere."""
     return (labels != IGNORE_INDEX) | (num_classes > IGNORE_INDEX)
@@ -31,7 +36,7 @@ def accuracies(confusion: torch.Tensor) -> dict[str, float | None]:
 
     The mean is taken over the classes that have a label. Both are None without any label.
     """
-    confusion = confusion.double().cpu()
+    confusion = confusion.cpu().double()
     per_class, present = confusion.sum(1), confusion.sum(1) > 0
     if not present.any():
         return {"accuracy": None, "mean_class_accuracy": None}
@@ -55,7 +60,7 @@ def ious(confusion: torch.Tensor, classes: list[str], over: list[str] | None = N
         `pixel_accuracy`, the share of labeled pixels that are predicted correctly; and `iou`, the
         value of each class by name, None for a class without a label.
     """
-    confusion = confusion.double().cpu()
+    confusion = confusion.cpu().double()
     labels_per_class, hits = confusion.sum(1), confusion.diag()
     values = (100 * hits / (labels_per_class + confusion.sum(0) - hits)).tolist()
     iou = {
@@ -92,8 +97,8 @@ class Criteria:
         """Add a batch of logits (N, K, ...)."""
         log_p = logits.float().log_softmax(1).transpose(0, 1).flatten(1)
         p = log_p.exp()
-        self.entropy = self.entropy - (p * log_p).sum(dtype=torch.float64)
-        self.mean = self.mean + p.sum(1, dtype=torch.float64)
+        self.entropy = self.entropy - where_float64(p * log_p).sum(dtype=torch.float64)
+        self.mean = self.mean + where_float64(p).sum(1, dtype=torch.float64)
         self.count += p.shape[1]
         self.counts = self.counts + torch.bincount(log_p.argmax(0), minlength=self.num_classes)
 
@@ -119,8 +124,10 @@ class ValidationLoss:
         """Add a batch of logits (N, K, ...) and labels (N, ...); `IGNORE_INDEX` is not counted."""
         counts = labeled_mask(labels, logits.shape[1])
         log_p = logits.float().log_softmax(1).gather(1, (labels * counts)[:, None])[:, 0]
-        self.log_likelihood = self.log_likelihood + (log_p * counts).sum(dtype=torch.float64)
-        self.count = self.count + counts.sum()
+        self.log_likelihood = self.log_likelihood + where_float64(log_p * counts).sum(
+            dtype=torch.float64
+        )
+        self.count = self.count + where_float64(counts).sum()
 
     def value(self) -> float | None:
         """The mean; None without any label."""

@@ -2,13 +2,16 @@
 
 import torch
 
+from common.metrics import where_float64
+
 
 def covariance(x: torch.Tensor) -> torch.Tensor:
     """Sample covariance of rows: (N, D) -> (D, D); 0 for N below 2.
 
     It is computed in float64, which autocast does not change.
     """
-    centered = x.double() - x.double().mean(0) if len(x) else x.double()
+    x = where_float64(x).double()
+    centered = x - x.mean(0) if len(x) else x
     return centered.T @ centered / max(len(x) - 1, 1)
 
 

@@ -2,6 +2,8 @@
 
 import torch
 
+from common.metrics import where_float64
+
 
 def mcc_loss(logits: torch.Tensor, temperature: float = 2.5) -> torch.Tensor:
     """Mean share of a class that is confused with other classes, from 0 to 1 - 1/K (section 3).
@@ -21,7 +23,7 @@ def mcc_loss(logits: torch.Tensor, temperature: float = 2.5) -> torch.Tensor:
     rows = logits.float().movedim(1, -1).flatten(0, -2) / temperature
     if len(rows) == 0:
         return rows.sum()
-    log_p = rows.double().log_softmax(1)  # float64, which autocast leaves alone
+    log_p = where_float64(rows).double().log_softmax(1)  # float64, which autocast leaves alone
     p = log_p.exp()
     weights = 1 + torch.exp((p * log_p).sum(1).detach())
     confusion = (p * (weights / weights.mean())[:, None]).T @ p

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import shlex
 import time
 from pathlib import Path
 from typing import ClassVar
@@ -842,10 +843,31 @@ def test_a_run_of_several_files_keeps_the_resolved_config(tmp_path):
     assert (tree["steps"], tree["disc_hidden"], tree["seed"]) == (1, 8, 3)
     assert (tree["optim"]["lr"], tree["optim"]["momentum"]) == (0.02, 0.5)
     assert tree["out_dir"] == "runs/pair_dann"
+    first = "# python train_dann.py --config pair.yaml dann.yaml seed=3  # 20"
+    assert text.startswith(first)  # and the date
     config = load_config(Config, "runs/pair_dann/config.yaml")
     assert config == load_run_config(Config, ["pair.yaml", "dann.yaml"], ["seed=3"])
     # Given as the only config, it goes on with its own run.
     assert train("train_dann", Path("runs/pair_dann/config.yaml"), "--resume") == 0
+
+
+def test_the_head_of_a_runs_config_has_every_start(tmp_path):
+    config = tiny_config(tmp_path, steps=2, save_every=1)
+    key = f"data.cache={tmp_path}/a\u2028'b"  # yaml would end the comment at this character
+    assert train("train_source", config, key) == 0
+    file = tmp_path / "run/config.yaml"
+    before = file.read_text().splitlines()
+    (tmp_path / "run/summary.json").unlink()  # not finished
+    assert train("train_source", config, key, "--resume") == 0
+    heads = [line for line in file.read_text().splitlines() if line.startswith("#")]
+    assert len(heads) == 2
+    assert heads[0] == before[0]
+    for head, words in zip(heads, ([], ["--resume"]), strict=True):
+        found = shlex.split(head, comments=False)
+        assert found[1:3] == ["python", "train_source.py"]
+        assert found[found.index("#", 1) - len(words) : found.index("#", 1)] == words
+    source = load_script(ROOT / "train_source.py").Config
+    assert load_config(source, str(file)).data.cache == f"{tmp_path}/a\u2028'b"
 
 
 # --- help and ranges

@@ -180,16 +180,16 @@ def test_a_line_of_an_evaluation_is_short(target, source, select, line):
     metrics = {
         "target": {"accuracy": target, "mean_class_accuracy": target},
         "source_val": {"accuracy": source, "mean_class_accuracy": source},
-        "criteria": {"source_val": source, "entropy": -0.4, "infomax": 0.78123},
+        "criteria": {"source_val": source, "neg_entropy": -0.4, "infomax": 0.78123},
     }
     assert evaluation_line(400, metrics, select) == line
 
 
 def test_a_line_of_maps_has_the_mean_iou_alone():
     figures = {"mean_iou": 38.25, "pixel_accuracy": 80.0, "iou": {"road": 90.0}}
-    metrics = {"target": figures, "source_val": figures, "criteria": {"entropy": -0.41234}}
-    line = evaluation_line(250_000, metrics, "entropy")
-    assert line == "step 250000  eval  target 38.2  source 38.2  entropy -0.412"
+    metrics = {"target": figures, "source_val": figures, "criteria": {"neg_entropy": -0.41234}}
+    line = evaluation_line(250_000, metrics, "neg_entropy")
+    assert line == "step 250000  eval  target 38.2  source 38.2  neg_entropy -0.412"
     assert len(line) <= 80
 
 

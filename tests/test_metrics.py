@@ -1,5 +1,7 @@
 """Metrics against slow versions, and criteria against numpy."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -13,6 +15,7 @@ from common.metrics import (
     ious,
     labeled_mask,
     main_metric,
+    where_float64,
 )
 
 
@@ -168,3 +171,11 @@ def test_the_figure_a_run_is_judged_by():
     confusion = torch.eye(4, dtype=torch.int64)
     assert main_metric(accuracies(confusion)) == "accuracy"
     assert main_metric(ious(confusion, NAMES)) == "mean_iou"
+
+
+def test_a_device_without_float64_hands_over_to_the_cpu():
+    """No such device is at hand here: the tensor is a stand-in."""
+    apple = SimpleNamespace(device=torch.device("mps"), cpu=lambda: "on the CPU")
+    assert where_float64(apple) == "on the CPU"
+    x = torch.ones(2)
+    assert where_float64(x) is x

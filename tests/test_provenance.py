@@ -1,12 +1,14 @@
 """The commit of the code that runs."""
 
 import re
+import shutil
 import subprocess
 
 import pytest
 
 from common import provenance
 from common.provenance import code_version
+from tests.helpers import ROOT
 
 
 def git(folder, *arguments: str) -> None:
@@ -73,3 +75,17 @@ def test_a_repository_without_a_commit(repository, tmp_path, monkeypatch):
     git(file.parents[1], "init", "--quiet")
     monkeypatch.setattr(provenance, "__file__", str(file))
     assert code_version() is None
+
+
+@pytest.mark.parametrize("name", ["datasets", "runs", "cache"])
+def test_a_link_in_place_of_a_folder_is_ignored_too(tmp_path, name):
+    repository = tmp_path / "repository"
+    repository.mkdir()
+    git(repository, "init", "--quiet")
+    shutil.copy(ROOT / ".gitignore", repository)
+    (repository / name).symlink_to(tmp_path)
+    (repository / "data").symlink_to(tmp_path)  # control
+    done = subprocess.run(
+        ["git", "-C", repository, "status", "--short"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split() == ["??", ".gitignore", "??", "data"]

@@ -66,7 +66,8 @@ class Counting:
 
     def __init__(self, file: Path, *overrides: str, resume=False, dry_run=False, allow=False):
         config = load_run_config(Config, str(file), overrides)
-        arguments = SimpleNamespace(resume=resume, dry_run=dry_run, allow_change=allow, all=False)
+        flags = {"resume": resume, "dry_run": dry_run, "allow_change": allow, "all": False}
+        arguments = SimpleNamespace(**flags, command="python train_x.py")
         self.config, self.run = config, Run(config, arguments)
         self.domains = self.run.open_domains()
         self.model, self.counter = build_model(config, self.domains.classes), Counter()
@@ -589,7 +590,7 @@ def test_two_runs_that_start_at_once(tmp_path, begin_and_wait):
     """Both find the folder empty; the second to begin is refused, even when the first has ended."""
     file = tiny_config(tmp_path)
     config = load_run_config(Config, str(file))
-    arguments = SimpleNamespace(resume=False, dry_run=False, all=False)
+    arguments = SimpleNamespace(resume=False, dry_run=False, all=False, command="python x.py")
     second = Run(config, arguments)
     model = build_model(config, second.open_domains().classes)
     first = begin_and_wait(file)
@@ -819,7 +820,9 @@ def test_a_checkpoint_does_not_grow_with_the_figures(tmp_path):
 def test_state_that_is_not_named_is_refused(tmp_path):
     """The check itself is tested with training/state.py; here that a run makes it."""
     config = load_run_config(Config, str(tiny_config(tmp_path)))
-    run = Run(config, SimpleNamespace(resume=False, dry_run=False, all=False))
+    run = Run(
+        config, SimpleNamespace(resume=False, dry_run=False, all=False, command="python x.py")
+    )
     model = build_model(config, run.open_domains().classes)
     forgotten = torch.nn.Linear(1, 1)
     with pytest.raises(UserError, match="forgotten"):

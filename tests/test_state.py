@@ -117,7 +117,9 @@ def test_an_optimizer_of_a_module_that_is_not_saved_is_refused(model):
 def run(tmp_path) -> Iterator[Run]:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     config = load_run_config(Config, str(tiny_config(tmp_path)))
-    yield Run(config, argparse.Namespace(resume=False, dry_run=False, all=False))
+    yield Run(
+        config, argparse.Namespace(resume=False, dry_run=False, all=False, command="python x.py")
+    )
     for number, handler in handlers.items():
         signal.signal(number, handler)
 

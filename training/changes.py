@@ -3,7 +3,7 @@
 import dataclasses
 from pathlib import Path
 
-from common.config import all_keys, build, changed_keys, flat_values
+from common.config import Hints, all_keys, build, changed_keys, flat_values
 from common.errors import UserError
 from training.config import FREE_AT_RESUME
 
@@ -80,7 +80,7 @@ def config_of(tree: dict, now, file: Path):
     for key in FREE_AT_RESUME:
         section, name = _place(tree, key)
         section[name] = values[key]
-    before = build(type(now), tree, all_keys(type(now)), mistakes)
+    before = build(type(now), tree, Hints(all_keys(type(now))), mistakes)
     if mistakes:
         raise UserError(f"{file}: was written by another script or version ({mistakes[0]})", 4)
     return before

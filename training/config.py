@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import inspect
 import re
 import shlex
 import sys
@@ -202,7 +203,7 @@ def parse_args(cls, description: str, argv: Sequence[str] | None = None):
     [--debug]`
 
     Returns:
-        (config, arguments): an instance of `cls`, and the flags.
+        (config, arguments): an instance of `cls`, and the flags; `command` is the command itself.
     """
     parser = _Parser(
         description=description,
@@ -234,6 +235,10 @@ def parse_args(cls, description: str, argv: Sequence[str] | None = None):
     if args.all and not args.dry_run:
         raise UserError("--all goes with --dry-run")
     config = load_run_config(cls, args.config, args.overrides)
+    script = Path(inspect.getfile(cls)).name
+    args.command = "".join(
+        c if c.isprintable() else " " for c in shlex.join(["python", script, *words])
+    )
     if not (args.resume and Path(config.out_dir, "checkpoints").is_dir()):
         _check_start(config, args.config)
     if config.select in config.trained_criteria():

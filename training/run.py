@@ -8,6 +8,7 @@ target_labeled.txt, train.txt, val.txt  where images were drawn by the seed
 """
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -100,7 +101,7 @@ class Run:
         seed_everything(config.seed)
         warn_of_slow_precision(get_device(config.device), config.amp)
         self.config, self.folder, self.dry_run = config, Path(config.out_dir), args.dry_run
-        self.resume, self.read_all = args.resume, args.all
+        self.resume, self.read_all, self.command = args.resume, args.all, args.command
         self.history: list[dict] = []
         self.examples: list[tuple] = []
         self.seconds, self.signal, self.saved = 0.0, None, None
@@ -269,10 +270,18 @@ class Run:
                 raise UserError(
                     f"--resume: {file} is gone, or was drawn from other images; restore them"
                 )
-        files.write_text(self.folder / "config.yaml", self.config_text)
+        self._write_config()
         for name, text in lists.items():
             files.write_text(self.folder / name, text)
         self._write_status("running", step)
+
+    def _write_config(self) -> None:
+        """Write config.yaml; its head has a line with command and date per start of the run."""
+        file = self.folder / "config.yaml"
+        text = file.read_text(encoding="utf-8") if file.is_file() else ""
+        head = list(itertools.takewhile(lambda line: line.startswith("# "), text.splitlines()))
+        date = time.strftime("%Y-%m-%d %H:%M:%S %z")
+        files.write_text(file, "\n".join([*head, f"# {self.command}  # {date}", self.config_text]))
 
     def _on_signal(self, number, frame) -> None:
         if self.signal is None:
