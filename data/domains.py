@@ -63,8 +63,8 @@ class Domains:
         criteria: unlabeled training images for model selection.
         lists: the text of each list of images drawn by the seed, by file name.
         dry_run: whether a pass is one batch only.
-        on_wait: called about once per second while a batch from the workers is awaited; it may
-            raise.
+        on_wait: called about once per second while a batch of `batches` is awaited from the
+            workers; it may raise.
     """
 
     config: DataConfig
@@ -139,7 +139,7 @@ class Domains:
         """The sets of an evaluation."""
 
         def loader(images: ImageSet | None) -> Loader | None:
-            return None if images is None else eval_loader(images, self.config, self._wait)
+            return None if images is None else eval_loader(images, self.config)
 
         return EvaluationSets(
             source_val=loader(self.source_val),
@@ -161,13 +161,13 @@ class Domains:
     def labeled_pass(self) -> Loader:
         """Every labeled target image once, not augmented; in a dry run one batch of them."""
         images = self.target_labeled
-        images = _first_batch(images, self.config) if self.dry_run else images
-        return eval_loader(images, self.config, self._wait)
+        return eval_loader(
+            _first_batch(images, self.config) if self.dry_run else images, self.config
+        )
 
     def target_pass(self) -> Loader:
         """Every unlabeled target image once, not augmented; in a dry run one batch of them."""
-        images = self.criteria if self.dry_run else self.target
-        return eval_loader(images, self.config, self._wait)
+        return eval_loader(self.criteria if self.dry_run else self.target, self.config)
 
     def fingerprints(self) -> dict[str, torch.Tensor]:
         """The fingerprint of each set by its role."""

@@ -22,6 +22,10 @@ STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 POLL = 1  # s between looks at the workers while a batch is awaited
 
 
+class WorkerError(UserError):
+    """Workers that give no batch, for a reason that is not the data's."""
+
+
 # Registered after, and so run before, multiprocessing's own exit handler, which sends the SIGTERM
 # that is blocked in workers, and waits for them.
 @atexit.register
@@ -96,7 +100,7 @@ class Batches:
     """The iterator of a `Loader`.
 
     Raises:
-        UserError: a worker ended or had no memory, or no batch came in time. No worker is left.
+        WorkerError: a worker ended or had no memory, or no batch came in time. No worker is left.
     """
 
     def __init__(self, batches: Iterator, workers: list, loader: Loader):
@@ -136,7 +140,7 @@ class Batches:
 
     def _wait(self, problem: str) -> None:
         if problem:
-            raise UserError(
+            raise WorkerError(
                 f"{self.loader.name}: {problem}; use fewer data.workers or a smaller data.batch, "
                 "or enlarge /dev/shm (docker run --shm-size)"
             )
@@ -212,9 +216,7 @@ def train_loader(
     return Loader(batches, range(start, steps), config, f"data.{role} ({images.name})", on_wait)
 
 
-def eval_loader(
-    images: ImageSet, config: DataConfig, on_wait: Callable[[], None] | None = None
-) -> Loader:
+def eval_loader(images: ImageSet, config: DataConfig) -> Loader:
     """Every image of the set once, in order."""
     batches = task_module(config).EvalBatches(images, config)
-    return Loader(batches, range(len(batches)), config, f"evaluation of {images.name}", on_wait)
+    return Loader(batches, range(len(batches)), config, f"evaluation of {images.name}")

@@ -13,8 +13,7 @@ from torch.utils.data import Dataset, _utils, get_worker_info
 from common.errors import UserError
 from data.classification import EvalBatches, TrainBatches
 from data.config import DataConfig, DomainConfig
-from data.domains import Domains
-from data.loaders import Loader
+from data.loaders import Batches, Loader
 from tests.helpers import differing, metrics, tiny_config, train, weights
 
 LAST = "checkpoints/step_00000010.pt"
@@ -175,9 +174,9 @@ def hang_in_evaluation(monkeypatch) -> None:
     monkeypatch.setattr(EvalBatches, "__getitem__", getitem)
 
 
-def wait_with_signal(domains, wait=Domains._wait):
+def wait_with_signal(batches, problem, wait=Batches._wait):
     os.kill(os.getpid(), signal.SIGTERM)  # while the main process waits for a batch
-    wait(domains)
+    wait(batches, problem)
 
 
 def same_run(a, b) -> bool:
@@ -212,7 +211,7 @@ def test_a_signal_while_no_batch_comes(tmp_path, monkeypatch, whole, hang, step)
     config, start = tiny_config(tmp_path), time.monotonic()
     with monkeypatch.context() as patch:
         hang(patch) if hang else fail_in_worker(patch, FAILURES["hung"][0])
-        patch.setattr(Domains, "_wait", wait_with_signal)
+        patch.setattr(Batches, "_wait", wait_with_signal)
         assert train("train_dann", config, "data.workers=2", "data.worker_timeout=60") == 143
     assert time.monotonic() - start < 40
     assert weights(tmp_path / "run", f"checkpoints/step_{step:08d}.pt")["step"] == step

@@ -28,6 +28,7 @@ from common.errors import UserError, observe
 from common.provenance import code_version
 from data import Domains, EvaluationSets, check_files, open_domains
 from data.fingerprint import difference
+from data.loaders import Loader, WorkerError
 from training.changes import check_changes, config_of, config_tree, is_rate
 from training.collapse import CollapseMonitor
 from training.device import (
@@ -48,7 +49,10 @@ LOADERS = ("source_val", "target_train", "target_test")  # of an evaluation
 
 
 class Watched:
-    """A loader of a pass that may be left before each batch, by `leave` if a signal asks for it."""
+    """A loader of a pass that may be left before each batch, and while it waits for one.
+
+    It is left by `leave`, if a signal asks for it.
+    """
 
     def __init__(self, loader: Iterable, leave: Callable[[], None]):
         self.loader, self.leave = loader, leave
@@ -60,6 +64,8 @@ class Watched:
         return getattr(self.loader, name)
 
     def __iter__(self) -> Iterator:
+        if isinstance(self.loader, Loader):
+            self.loader.on_wait = self.leave
         for batch in self.loader:
             self.leave()
             yield batch
@@ -322,11 +328,12 @@ class Run:
         self.domains.on_wait = lambda: self._leave(step) if self.signal else None
         try:
             self.domains.fetch()
-        except UserError:
+        except WorkerError:
             if step > 0 and self.saved != step and self.repeat is None:
                 self.save(step)
             raise
-        self.domains.on_wait = lambda: None
+        finally:
+            self.domains.on_wait = lambda: None
 
     def watch(self, batches: Iterable, step: int) -> Watched:
         """The batches of a long pass between two steps.
@@ -339,7 +346,6 @@ class Run:
             if self.signal:
                 self._leave(step)
 
-        self.domains.on_wait = leave
         return Watched(batches, leave)
 
     def _end_repeat(self) -> None:
