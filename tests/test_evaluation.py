@@ -1,6 +1,7 @@
 """Evaluation of a model on the sets of a run, what is chosen by it, and pictures."""
 
 import functools
+import itertools
 import math
 
 import numpy as np
@@ -14,7 +15,7 @@ from common.metrics import IGNORE_INDEX, Criteria, accuracies, confusion_matrix,
 from data import EvaluationSets
 from models import ModelOutput
 from training import pictures
-from training.evaluation import choose, evaluate
+from training.evaluation import choose, compact, evaluate
 from training.pictures import class_colors, save_pictures
 
 CLASSES = ["a", "b", "c"]
@@ -149,6 +150,28 @@ def test_a_collapsed_evaluation_is_not_selected():
     assert choose(history, "infomax")["selected"]["step"] == 20  # all are: there is no other
     assert choose(history[:4], "last")["selected"]["step"] == 40
     assert choose(history, "infomax")["oracle"] == chosen["oracle"]
+
+
+@pytest.mark.parametrize("parts", [[], [20], [30], [20, 40]])
+@pytest.mark.parametrize("labeled", [True, False])
+def test_a_compact_history_gives_the_same_choice(parts, labeled):
+    """At every step of a run that is stopped and resumed after each evaluation."""
+    history, kept = [], []
+    for step, infomax, entropy, accuracy in HISTORY:
+        new = _entry(step, infomax, entropy, accuracy if labeled else None)
+        new["source_val"] = {"accuracy": 1.0}
+        if step in parts:
+            new["part_ends"] = True
+        history.append(new)
+        kept = compact([*kept, new], "infomax")
+        assert choose(kept, "infomax") == choose(history, "infomax")
+        assert kept[-1] == new
+    ends = [0, *parts, 50]
+    for begin, end in itertools.pairwise(ends):
+        whole, short = ([e for e in h if begin < e["step"] <= end] for h in (history, kept))
+        assert choose(short, "infomax")["selected"] == choose(whole, "infomax")["selected"]
+    assert ("source_val" in kept[0]) != labeled  # control: with labels, nothing chooses it
+    assert compact([], "infomax") == []
 
 
 def test_without_target_labels_there_are_no_figures():

@@ -149,6 +149,8 @@ def compact(history: list[dict], select: str) -> list[dict]:
     if not history:
         return []
     whole, begin = {entry["step"] for entry in choose(history, select).values()}, 0
+    if None in whole:  # without labels the oracle is the first entry
+        whole.add(history[0]["step"])
     for end, entry in enumerate(history, 1):
         if entry.get("part_ends") or end == len(history):
             whole.add(choose(history[begin:end], select)["selected"]["step"])
