@@ -741,10 +741,15 @@ def test_an_image_listed_twice(tmp_path, pictures):
         f"{name}/{i:03d}.png {k}\n" for k, name in enumerate(("apple", "pear")) for i in range(6)
     ]
     (folder / "list.txt").write_text("".join(2 * lines))
-    data = (
-        f"{{target: {{name: list, path: fruit/list.txt}}, val_share: 0.4, root: {tmp_path}/images}}"
-    )
+    listed = f"root: {tmp_path}/images, target: {{name: list, path: fruit/list.txt}}, "
+    data = f"{{{listed} val_share: 0.4}}"
     with pytest.raises(UserError, match=r"list\.txt:13: names .* again; name each image once"):
+        train("finetune", finetune_config(tmp_path, data=data))
+    (folder / "list.txt").write_text("".join(lines))  # once, in the training and the validation set
+    data = f"{{{listed} target_test: {{name: list, path: fruit/list.txt}}}}"
+    with pytest.raises(
+        UserError, match="validation images are trained on too; name each image once"
+    ):
         train("finetune", finetune_config(tmp_path, data=data))
 
 
