@@ -20,7 +20,7 @@ PATH = re.compile(rf"(?<![\w/.])(?:{FOLDERS})/[\w./*-]*\.(?:yaml|py|md)\b")
 SCRIPT = re.compile(r"(?<![\w/.])(?:train_\w+|finetune|reproduce|evaluate|predict)\.py\b")
 EXAMPLES = {"train_mine.py"}  # scripts that a page asks the reader to write
 COMMAND = re.compile(r"python (\w+\.py) (?=--config)(.*)")
-OPTIONS = {"--resume", "--dry-run", "--debug"}
+OPTIONS = {"--resume", "--allow-change", "--dry-run", "--debug"}
 
 
 def page(file: Path) -> str:
