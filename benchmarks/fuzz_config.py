@@ -131,7 +131,7 @@ def places(tree: dict, path: tuple = ()) -> list[tuple]:
     found = []
     for key, value in tree.items():
         found.append((*path, key))
-        if isinstance(value, dict):
+        if isinstance(value, dict) and len(path) < 5:  # it may contain itself
             found += places(value, (*path, key))
     return found
 
