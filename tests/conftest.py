@@ -34,6 +34,12 @@ def one_thread():
 
 
 @pytest.fixture(scope="session", autouse=True)
+def hang_up_ends_a_process():
+    """As at a terminal. Under nohup the tests would inherit that SIGHUP is ignored."""
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
+@pytest.fixture(scope="session", autouse=True)
 def drawn_once():
     """A session draws the built-in digits once, and few of them. `draw.__wrapped__` draws anew."""
     draw, kept = drawn.draw, {}
