@@ -9,7 +9,6 @@ import pickle
 import socket
 import warnings
 from pathlib import Path
-from typing import IO
 
 import torch
 
@@ -54,8 +53,21 @@ def write_text(path: Path, text: str) -> None:
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
-def lock(path: Path) -> IO[str]:
-    """Lock the file `path` until this process ends, or until the returned file is closed.
+class Lock:
+    """An open, locked file, which this object closes at its end.
+
+    A plain file object would warn of that.
+    """
+
+    def __init__(self, path: Path):
+        self.number = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+
+    def __del__(self):
+        os.close(self.number)
+
+
+def lock(path: Path) -> Lock:
+    """Lock the file `path` until this process ends, or until the returned object is gone.
 
     The file names the process that holds the lock. `fcntl.lockf` is not inherited by the workers of
     a loader, as `flock` is, so the lock is free at once when a run is killed.
@@ -65,13 +77,13 @@ def lock(path: Path) -> IO[str]:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a+")  # noqa: SIM115 - it stays open
+        file = Lock(path)
         try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file.number, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):
-            file.seek(0)
+            owner = os.read(file.number, 1000).decode(errors="replace").strip()
             raise UserError(
-                f"out_dir: {path.parent} is in use by another run ({file.read().strip()}); "
+                f"out_dir: {path.parent} is in use by another run ({owner}); "
                 "wait for it to end, or choose another out_dir"
             ) from None
         except OSError as error:
@@ -79,9 +91,8 @@ def lock(path: Path) -> IO[str]:
                 f"warning: {path.parent}: its file system has no locks ({error.strerror}); "
                 "make sure that no other run uses the folder"
             )
-        file.truncate(0)
-        file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        file.flush()
+        os.ftruncate(file.number, 0)
+        os.write(file.number, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     except OSError as error:
         raise UserError(
             f"{path}: cannot be written ({error.strerror or error}); "

@@ -61,7 +61,10 @@ def test_a_source_run_takes_the_place_of_the_first_part(tmp_path):
     assert not moved(weights(tmp_path / "source"), weights(tmp_path / "run", LAST)["source_model"])
     assert moved(weights(tmp_path / "source"), weights(tmp_path / "run", LAST)["model"])
     lines = [line for line in metrics(tmp_path / "run") if "lr" in line]
-    assert list(lines[0]) == ["step", "adv_loss", "disc_loss", "domain_accuracy", "lr", "disc_lr"]
+    assert list(lines[0]) == [
+        *("step", "adv_loss", "disc_loss", "domain_accuracy"),
+        *("lr", "disc_lr", "vanished", "drift"),
+    ]
 
 
 def test_each_update_moves_one_network(tmp_path):

@@ -89,7 +89,8 @@ def test_pixels_of_the_same_size_are_not_seen(root):
     """Files are not read: docs/run.md says so."""
     before = domains_of(root)
     file = root / "photo/cat/000.png"
-    file.write_bytes(file.read_bytes()[::-1])
+    content = file.read_bytes()
+    file.write_bytes(content[:60] + content[60:][::-1])  # its header is read
     assert difference(before, domains_of(root)) is None
 
 
@@ -97,8 +98,11 @@ def test_several_sources(root, pictures):
     pictures("drawing", {"dog": 10, "cat": 10})
     before = domains_of(root, "photo drawing")
     assert difference(before, domains_of(root, "photo drawing")) is None
-    (root / "drawing/dog/004.png").write_bytes(b"")
-    match = r"drawing/dog/004\.png of \d+ bytes in class dog is now drawing/dog/004\.png of 0 bytes"
+    file = root / "drawing/dog/004.png"
+    file.write_bytes(file.read_bytes() + b"1")
+    match = (
+        r"drawing/dog/004\.png of \d+ bytes in class dog is now drawing/dog/004\.png of \d+ bytes"
+    )
     assert re.search(match, difference(before, domains_of(root, "photo drawing")))
 
 

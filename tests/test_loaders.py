@@ -201,7 +201,10 @@ def test_the_last_step_is_saved_where_no_batch_comes(tmp_path, monkeypatch, whol
         fail_in_worker(patch, FAILURES[failure][0])
         with pytest.raises(UserError, match=r"data\.target \(drawn_digits_shifted\): "):
             train("train_dann", config, "data.workers=2", "data.worker_timeout=2")
-    assert weights(tmp_path / "run", "checkpoints/step_00000006.pt")["step"] == 6
+    newest = max((tmp_path / "run/checkpoints").glob("step_*.pt")).name
+    step = weights(tmp_path / "run", f"checkpoints/{newest}")["step"]
+    # A worker that is killed takes the batches with it that it had not handed over yet.
+    assert step == 6 if failure == "hung" else 0 < step <= 6
     assert train("train_dann", config, "--resume") == 0
     assert same_run(whole, tmp_path / "run")
 
