@@ -57,10 +57,13 @@ class Lock:
     """An open, locked file, which this object closes at its end.
 
     A plain file object would warn of that.
+
+    Args:
+        number: the file descriptor.
     """
 
-    def __init__(self, path: Path):
-        self.number = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    def __init__(self, number: int):
+        self.number = number
 
     def __del__(self):
         os.close(self.number)
@@ -77,7 +80,7 @@ def lock(path: Path) -> Lock:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = Lock(path)
+        file = Lock(os.open(path, os.O_RDWR | os.O_CREAT, 0o666))
         try:
             fcntl.lockf(file.number, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError):

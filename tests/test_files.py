@@ -7,6 +7,7 @@ import resource
 import signal
 import socket
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -276,11 +277,13 @@ def test_a_lock_is_held_by_one_process(tmp_path):
     if worker == 0:
         signal.pause()
         os._exit(0)
-    held.close()  # not before this line: to close any file of the path frees the lock
-    assert path.read_text() == f"process {os.getpid()} on {socket.gethostname()}\n"
-    assert in_a_fork(lambda: lock(path)) == 0
-    os.kill(worker, signal.SIGKILL)
-    os.waitpid(worker, 0)
+    try:
+        del held  # not before this line: to close any file of the path frees the lock
+        assert path.read_text() == f"process {os.getpid()} on {socket.gethostname()}\n"
+        assert in_a_fork(lambda: lock(path)) == 0
+    finally:
+        os.kill(worker, signal.SIGKILL)
+        os.waitpid(worker, 0)
 
 
 def test_a_lock_names_its_owner(tmp_path):
@@ -292,15 +295,31 @@ def test_a_lock_names_its_owner(tmp_path):
         held = lock(path)
         os.write(wrote, b"1")
         signal.pause()
-        held.close()
+        del held
+        os._exit(0)
     os.read(ready, 1)
     match = rf"out_dir: {tmp_path} is in use by another run \(process {owner} on \S+\); wait for"
-    with pytest.raises(UserError, match=match) as caught:
-        lock(path)
-    assert caught.value.code == 2
-    os.kill(owner, signal.SIGKILL)
-    os.waitpid(owner, 0)
-    lock(path).close()
+    try:
+        with pytest.raises(UserError, match=match) as caught:
+            lock(path)
+        assert caught.value.code == 2
+    finally:
+        os.kill(owner, signal.SIGKILL)
+        os.waitpid(owner, 0)
+    lock(path)
+
+
+def test_a_lock_that_cannot_be_written_is_one_error(monkeypatch):
+    """Exit 5, and nothing else is told when the failed attempt is forgotten."""
+    told = []
+    monkeypatch.setattr("sys.unraisablehook", told.append)
+    with pytest.raises(UserError, match=r"/proc/none/\.lock: cannot be written") as caught:
+        lock(Path("/proc/none/.lock"))
+    (Path.cwd() / ".lock").mkdir()
+    with pytest.raises(UserError, match=r"\.lock: cannot be written \(Is a directory\)"):
+        lock(Path.cwd() / ".lock")
+    assert caught.value.code == 5
+    assert told == []
 
 
 def test_text_replaces_text(tmp_path):
