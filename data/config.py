@@ -49,6 +49,8 @@ class DomainConfig:
             *self._name_rules(),
             (all(side is None or side > 0 for side in sides), "resize must be positive"),
             (all(side > 0 for side in self.crop or ()), "crop must be positive"),
+            (1 not in sides, "resize must be at least 2"),  # 1 is an internal error of torch
+            (1 not in (self.crop or ()), "crop must be at least 2"),
             (all(s is None or s <= MOST_PX for s in sides), f"resize must be at most {MOST_PX}"),
             (all(side <= MOST_PX for side in self.crop or ()), f"crop must be at most {MOST_PX}"),
             (
@@ -151,6 +153,7 @@ class DataConfig:
         root, cache = Path(self.root).resolve(), Path(self.cache).resolve()
         require(
             *range_rules(self),
+            (self.size != 1, "size must be at least 2"),
             *self.domain_rules(),
             *self.extra_rules(),
             (

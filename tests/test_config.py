@@ -324,6 +324,8 @@ RULES = [
     ("data.batch=1000001", "data.batch must be at most 1000000, not 1000001"),
     ("data.eval_batch=1000001", "data.eval_batch must be at most 1000000, not 1000001"),
     ("data.workers=1001", "data.workers must be at most 1000, not 1001"),
+    ("data.size=1", "data.size must be at least 2"),
+    ("data.source.resize=1", "data.source.resize must be at least 2"),
     ("data.size=100001", "data.size must be at most 100000, not 100001"),
     ("data.source.resize=100001", "data.source.resize must be at most 100000"),
     ("model.bottleneck=100001", "model.bottleneck must be at most 100000, not 100001"),
@@ -409,6 +411,8 @@ RULES_OF_SEGMENTATION = [
         "data.augment.jitter.gamma=[0, 1]",
         "data.augment.jitter.gamma must lie in [0.01, 100], not [0, 1]",
     ),
+    ("data.target.crop=[9, 1]", "data.target.crop must be at least 2"),
+    ("data.target.resize=[1, 9]", "data.target.resize must be at least 2"),
     ("data.target.crop=[9, 100001]", "data.target.crop must be at most 100000"),
 ]
 
