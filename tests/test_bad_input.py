@@ -676,6 +676,8 @@ def test_too_little_memory_names_what_takes_it(config, outcome, monkeypatch, tmp
     assert (code, len(lines)) == (2, 1)
     assert "out of memory with data.batch=4, data.eval_batch=250, data.size=16 (" in lines[0]
     assert json.loads(Path("run/status.json").read_text())["state"] == "failed"
+    line = outcome("train_dann", config, "data.target_batch=6", "out_dir=other")[2][-1]
+    assert "data.batch=4, data.eval_batch=250, data.target_batch=6, data.size=16 (" in line
     streets = street_config(tmp_path, "train_source", out_dir="streets")
     line = outcome("train_source", streets)[2][-1]
     crops = "data.source.crop=[64, 64], data.target.crop=[64, 64] ("

@@ -358,6 +358,8 @@ class Run:
         """The keys that decide how much memory a step takes, and their values."""
         data = self.config.data
         values = {"data.batch": data.batch, "data.eval_batch": data.eval_batch}
+        if data.target_batch is not None:
+            values["data.target_batch"] = data.target_batch
         if data.task == "classification":
             values["data.size"] = data.size
         domains = {"source": next(iter(data.sources), None), "target": data.target}
