@@ -8,11 +8,9 @@ target_labeled.txt, train.txt, val.txt  where images were drawn by the seed
 """
 
 import contextlib
-import itertools
 import json
 import math
 import os
-import re
 import signal
 import sys
 import time
@@ -38,11 +36,12 @@ from training.device import (
     warn_of_slow_precision,
 )
 from training.evaluation import choose, compact, evaluate
+from training.folder import RunFolder
 from training.log import Log, evaluation_line
 from training.pictures import save_pictures
 from training.state import OWN_STATE, check_state, first_not_finite
+from training.summary import print_summary, summarize
 
-KEEP = 2  # checkpoints: the newest, and the one before in case the newest is damaged
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # the run saves and leaves
 PAIR = 1.0  # seconds within which a second signal counts as the same one, sent to us twice
 LOADERS = ("source_val", "target_train", "target_test")  # of an evaluation
@@ -69,18 +68,6 @@ class Watched:
         for batch in self.loader:
             self.leave()
             yield batch
-
-
-def iou_table(target: dict[str, dict]) -> str:
-    """The IoU of each class, one column per figure of the target; `-` for a class without label."""
-    classes = list(target["last"]["iou"])
-    width = max(map(len, classes))
-    lines = [f"{'IoU':{width}}" + "".join(f"{name:>10}" for name in target)]
-    for name in classes:
-        values = (entry["iou"][name] for entry in target.values())
-        cells = ("-" if value is None else f"{value:.1f}" for value in values)
-        lines.append(f"{name:{width}}" + "".join(f"{cell:>10}" for cell in cells))
-    return "\n".join(lines)
 
 
 class Run:
@@ -115,8 +102,6 @@ class Run:
         self.step = -1  # the step that is being taken
         self.evaluating = False  # whether it is over but for its evaluation
         self.repeat: Path | None = None  # a checkpoint saved then, until that step is evaluated
-        self.damaged: set[Path] = set()  # checkpoints that could not be used
-        self.status: dict = {}  # status.json of this run; empty before it writes anything
         # Saved too, since an evaluation after the checkpoint may have written another model.pt.
         self.selected: dict | None = None
         self.domains: Domains | None = None
@@ -127,9 +112,9 @@ class Run:
         self.allow_change = self.resume and args.allow_change
         self.changes: list[dict] = []  # of keys, by --allow-change, since the run began
         self.changed: set[str] = set()  # the keys that have changed now
-        self.lock = None
         self.checkpoint: Path | None = None  # to go on from, and what it contains until `begin`
         self.checkpoint_state: dict | None = None
+        self.run_folder = RunFolder(self.folder, type(config).method, config.steps)
         observe(self)
         self._check_folder()
         self.resume = self.resume and not self.dry_run
@@ -139,64 +124,38 @@ class Run:
         self.log = Log(None if self.dry_run else self.folder / "metrics.jsonl", config.steps)
 
     def _check_folder(self) -> None:
-        place = next(p for p in (self.folder, *self.folder.parents) if os.path.lexists(p))
-        if not place.is_dir():
-            raise UserError(f"out_dir: {place} is a file; choose another out_dir")
-        if not os.access(place, os.W_OK | os.X_OK):
-            raise UserError(f"out_dir: {place} cannot be written to; choose another out_dir", 5)
-        try:
-            if not self._is_used():
-                return  # `begin` locks it
-        except OSError as error:  # such as a name that is too long
-            raise UserError(
-                f"out_dir: {self.folder} cannot be used ({error.strerror}); choose another out_dir"
-            ) from None
-        has_config = (self.folder / "config.yaml").is_file()
-        begun = self.resume or (self.folder / "status.json").exists()
-        if has_config and begun and not self.dry_run:
-            self.lock = files.lock(self.folder / ".lock")
-        config, status, method = self.config, self._read_status(), type(self.config).method
+        folder = self.run_folder
+        if not folder.is_used():
+            return  # `begin` locks it
+        begun = self.resume or folder.has_status()
+        if folder.has_config() and begun and not self.dry_run:
+            folder.take()
+        config, status, method = self.config, folder.read_status(), folder.method
         other = status.get("method", method)
         if other != method:
             raise UserError(
                 f"out_dir: {self.folder} is a run of method {other}, not {method}; "
                 "choose another out_dir"
             )
-        if self._has_failed_early(status):
+        if folder.has_failed_early(status):
             self.resume = True  # as good as an empty folder
         if not self.resume:
             raise UserError(
                 f"out_dir: {self.folder} is used; add --resume to go on with it, "
                 "or choose another with out_dir=..."
             )
-        if not has_config:
+        if not folder.has_config():
             raise UserError(
                 f"out_dir: {self.folder} has no config.yaml, so it is not a run folder; "
                 "choose another out_dir"
             )
-        if self._is_finished(status):
+        if folder.is_finished(status):
             before = load_config(type(config), str(self.folder / "config.yaml"))
             if not check_changes(before, config, self.allow_change, self.folder):
                 print(f"{self.folder}: finished already, nothing to do")
                 sys.exit(0)
-        self._read_newest(status)
-
-    def _is_used(self) -> bool:
-        """Whether the folder contains anything but a lock, which a failed start may leave."""
-        return self.folder.is_dir() and any(p.name != ".lock" for p in self.folder.iterdir())
-
-    def _is_finished(self, status: dict) -> bool:
-        """Whether the run is finished, and has summary.json and an undamaged model.pt."""
-        try:
-            dict(json.loads((self.folder / "summary.json").read_text()))
-        except (OSError, ValueError, TypeError):
-            return False
-        return status.get("state") == "finished" and files.is_intact(self.folder / "model.pt")
-
-    def _has_failed_early(self, status: dict) -> bool:
-        """Whether the folder is that of a run which failed before its first checkpoint."""
-        failed = status.get("state") == "failed" and status.get("step") == 0
-        return failed and not self._checkpoints() and not (self.folder / "summary.json").exists()
+        if newest := folder.read_newest(status):
+            self._check_checkpoint(*newest)
 
     def open_domains(self) -> Domains:
         """Open the data of the config and print what the run learns from."""
@@ -235,13 +194,14 @@ class Run:
         step = 0
         if not self.dry_run:
             self.fingerprints = self.domains.fingerprints()
-            self._lock_new_folder()
+            self.run_folder.take_new()
             if self.checkpoint is not None:
                 step = self._go_on()
                 self._restore_selected()
             elif self.resume:
                 print(f"{self.folder}: no checkpoint yet, starting at step 0")
-            self._open_folder(step)
+            lists = self.domains.lists
+            self.run_folder.open(step, self.command, self.config_text, lists)
             for number in SIGNALS:
                 if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
                     continue  # as nohup asks
@@ -253,41 +213,6 @@ class Run:
             self.step = step
             return step - 1
         return step
-
-    def _lock_new_folder(self) -> None:
-        """Lock a folder that was empty when the run was created, and must be so still."""
-        if self.lock is None:
-            self.lock = files.lock(self.folder / ".lock")
-            if self._is_used():
-                raise UserError(
-                    f"out_dir: another run has begun in {self.folder}; choose another out_dir"
-                )
-
-    def _open_folder(self, step: int) -> None:
-        for temporary in self.folder.rglob(".*.tmp"):  # of a run that was killed while writing
-            files.remove(temporary)
-        for orphan in (self.folder / "checkpoints").glob("step_*.pt.sha256"):
-            if not orphan.with_suffix("").exists():
-                files.remove(orphan)
-        lists = self.domains.lists
-        for name in lists if step > 0 else ():
-            file = self.folder / name
-            if not file.is_file() or file.read_bytes() != lists[name].encode():
-                raise UserError(
-                    f"--resume: {file} is gone, or was drawn from other images; restore them"
-                )
-        self._write_config()
-        for name, text in lists.items():
-            files.write_text(self.folder / name, text)
-        self._write_status("running", step)
-
-    def _write_config(self) -> None:
-        """Write config.yaml; its head has a line with command and date per start of the run."""
-        file = self.folder / "config.yaml"
-        text = file.read_text(encoding="utf-8") if file.is_file() else ""
-        head = list(itertools.takewhile(lambda line: line.startswith("# "), text.splitlines()))
-        date = time.strftime("%Y-%m-%d %H:%M:%S %z")
-        files.write_text(file, "\n".join([*head, f"# {self.command}  # {date}", self.config_text]))
 
     def _on_signal(self, number, frame) -> None:
         if self.signal is None:
@@ -367,11 +292,8 @@ class Run:
         return ", ".join(f"{key}={value}" for key, value in values.items())
 
     def failed(self, code: int, reason: str) -> None:
-        """Say in status.json, unless it is another run's, that the process ends by an error."""
-        if self.status:
-            failure = {**self.status, "state": "failed", "code": code, "reason": reason}
-            with contextlib.suppress(UserError):
-                files.write_text(self.folder / "status.json", json.dumps(failure) + "\n")
+        """Say in status.json that the process ends by an error."""
+        self.run_folder.failed(code, reason)
 
     def end_after(self, step: int) -> None:
         """Let the run end after this step, which has been evaluated, instead of `config.steps`."""
@@ -382,7 +304,7 @@ class Run:
         """Whether something that is done every `every` steps is due; it is at the last step."""
         return step % every == 0 or step == self.last_step
 
-    def _seconds(self) -> float:
+    def total_seconds(self) -> float:
         """The seconds that the run has taken, before and after it was resumed."""
         return self.seconds + time.monotonic() - self.started
 
@@ -396,7 +318,7 @@ class Run:
             "fingerprints": self.fingerprints,
             "history": compact(self.history, self.config.select),
             "selected": self.selected,
-            "seconds": self._seconds(),
+            "seconds": self.total_seconds(),
             "rng": torch.get_rng_state(),
             "cuda_rng": cuda,
             "commits": self.commits,
@@ -415,53 +337,14 @@ class Run:
         self.log.check_finite(step)
         if fault := first_not_finite(self.state):
             raise self.log.not_finite(f"step {step}: {fault} is not finite")
-        file = self.folder / "checkpoints" / f"step_{step:08d}.pt"
-        files.save(file, step=step, **self.state, **self._values())
+        self.run_folder.save_checkpoint(step, **self.state, **self._values())
         self.saved = step
         self.log.resumable = True
-        self.damaged.discard(file)
-        usable = [file for file in self._checkpoints() if file not in self.damaged]
-        for old in (*usable[KEEP:], *self.damaged):
-            files.remove(old)
-        self._write_status("running", step)
-
-    def _checkpoints(self) -> list[Path]:
-        """The files of all checkpoints, the newest first."""
-        files_in_folder = (self.folder / "checkpoints").glob("step_*.pt")
-        named = (f for f in files_in_folder if re.fullmatch(r"step_\d{8,}\.pt", f.name))
-        checkpoints = (f for f in named if f.is_file())
-        return sorted(checkpoints, reverse=True)
-
-    def _read_newest(self, status: dict) -> None:
-        """Read the newest checkpoint that is not damaged, if there is one, and check its config.
-
-        Raises:
-            UserError: (code 4) none can be read, or all are gone; or the config has changed.
-        """
-        checkpoints = self._checkpoints()
-        for file in checkpoints:
-            try:
-                saved = files.load_tensors(file)
-            except UserError as error:
-                print(f"warning: {error}")
-                self.damaged.add(file)
-                continue
-            if OWN_STATE - saved.keys():
-                raise UserError(f"{file}: was written by another script or version", 4)
-            self._check_checkpoint(file, saved)
-            return
-        # A run writes status.json first, with step 0, and other steps after their checkpoint.
-        trained = status.get("step", (self.folder / "metrics.jsonl").exists())
-        if checkpoints or trained:
-            found = f"none of its {len(checkpoints)} checkpoints can be used"
-            if not checkpoints:
-                found = "its checkpoints are gone"
-            raise UserError(
-                f"{self.folder}: {found}; restore them, or choose another out_dir to start again", 4
-            )
 
     def _check_checkpoint(self, file: Path, saved: dict) -> None:
         """Take over what a checkpoint says about the run, before data and model are there."""
+        if OWN_STATE - saved.keys():
+            raise UserError(f"{file}: was written by another script or version", 4)
         before = config_of(saved["config"], self.config, file)
         changed = check_changes(before, self.config, self.allow_change, self.folder)
         step, steps = saved["step"], self.config.steps
@@ -573,20 +456,6 @@ class Run:
         if not self.dry_run:
             files.save_tensors(self.folder / name, self.selected)
 
-    def _read_status(self) -> dict:
-        file = self.folder / "status.json"
-        try:
-            return dict(json.loads(file.read_text())) if file.is_file() else {}
-        except (ValueError, TypeError):
-            raise UserError(
-                f"{file} is damaged; remove it to go on from the checkpoints with --resume"
-            ) from None
-
-    def _write_status(self, state: str, step: int) -> None:
-        method = type(self.config).method
-        self.status = {"method": method, "state": state, "step": step, "steps": self.config.steps}
-        files.write_text(self.folder / "status.json", json.dumps(self.status) + "\n")
-
     def _leave(self, step: int) -> None:
         """Save and exit, as a signal asked."""
         if self.repeat is not None:
@@ -595,7 +464,7 @@ class Run:
             self.save(step)
         self.log.close()
         if not self.dry_run:
-            self._write_status("stopped", step)
+            self.run_folder.write_status("stopped", step)
         observe(None)
         name = signal.Signals(self.signal).name
         print(f"stopped by {name} after step {step}; --resume goes on from here")
@@ -608,63 +477,12 @@ class Run:
             The exit code, 0.
         """
         self.log.close()
-        summary = self._summary(domains, facts)
+        summary = summarize(self, domains, facts)
         if self.dry_run:
             print("dry run: one step of training and of evaluation passed, nothing was written")
             return 0
-        target = summary["target"]
         files.write_text(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-        self._write_status("finished", summary["steps"])
+        self.run_folder.write_status("finished", summary["steps"])
         observe(None)
-        for name, reason in summary["collapsed"].items():
-            print(f"warning: {name}: the predictions on the target have collapsed: {reason}")
-        if target["oracle"]["step"] is None:
-            step, criterion = target["selected"]["step"], summary["selection"]["criterion"]
-            print(f"no target labels to measure with; model.pt: step {step}, by {criterion}")
-            print(self.folder / "summary.json")
-            return 0
-        for name, entry in target.items():
-            values = ((k, v) for k, v in entry.items() if k != "step" and isinstance(v, float))
-            figures = "  ".join(f"{k} {v:.2f}" for k, v in values)
-            print(f"target {name:8} step {entry['step']}  {figures}")
-        if "iou" in target["last"]:
-            print(iou_table(target))
-        print(f"{self.folder / 'summary.json'} (target: {domains.target_test_note})")
+        print_summary(summary, self.folder / "summary.json")
         return 0
-
-    def _summary(self, domains: Domains, facts: dict) -> dict:
-        config, device = self.config, get_device(self.config.device)
-        target = choose(self.history, config.select)
-        step = target["selected"]["step"]
-        selected = next(e for e in self.history if e["step"] == step)
-        labeled, commit = domains.target_labeled, self.commits[0]
-        if len(self.commits) > 1:  # resumed by other code
-            commit = ", ".join(map(str, self.commits))
-        return {
-            "method": type(config).method,
-            "seed": config.seed,
-            "steps": self.history[-1]["step"],
-            "device": device.type,
-            "machine": "; ".join(self.machines),
-            "commit": commit,
-            "seconds": round(self._seconds(), 1),
-            "target": target,
-            **({"changed": self.changes} if self.changes else {}),
-            **({"target_labeled": len(labeled)} if labeled else {}),
-            "target_test": domains.target_test_note,
-            "classes": domains.classes,
-            **({"absent_classes": absent} if (absent := domains.absent_classes) else {}),
-            "collapse_alarms": self.monitor.alarms,
-            "collapsed": {
-                name: entry["collapsed"]
-                for name, entry in (("last", self.history[-1]), ("selected", selected))
-                if entry["collapsed"]
-            },
-            **facts,
-            "source_val": self.history[-1]["source_val"],
-            "selection": {
-                "criterion": config.select,
-                "value": selected["criteria"].get(config.select),  # none: the last step
-                "part_of_training_loss": config.select in config.trained_criteria(),
-            },
-        }
