@@ -126,9 +126,12 @@ def steps_logged(folder: Path) -> int:
 
 
 def steps_saved(folder: Path) -> int:
-    """The step of the newest checkpoint that has its hash; 0 without one."""
+    """The step of the newest checkpoint; 0 without one.
+
+    It may still be without its hash: a checkpoint gets its name when it is complete.
+    """
     files = (folder / "checkpoints").glob("step_*.pt")
-    return max((int(f.stem[5:]) for f in files if Path(f"{f}.sha256").is_file()), default=0)
+    return max((int(file.stem[5:]) for file in files), default=0)
 
 
 def result(folder: Path) -> dict:
