@@ -49,11 +49,11 @@ class Config(RunConfig):
     layer_weights: list[float] = field(default_factory=lambda: [1.0])  # of the reversed gradients
     disc_locations: bool = False  # judge every location of a map, not its mean over positions
     conditional: Literal["none", "cdan", "cdan_e"] = "none"  # condition D on class probabilities
-    conditional_map: int | Literal["full"] = positive("full", most=100_000)  # outer | random map
+    conditional_map: int | Literal["full"] = positive("full", most=100_000)  # or random features
     reversal_schedule: Literal["dann", "constant", "linear"] = "dann"  # of the paper's lambda
     reversal_max: float = not_negative(1.0)  # its final value; 0 leaves the features alone
     reversal_gamma: float = positive(10.0)  # steepness of the dann schedule
-    reversal_bound: float | None = positive(1.0)  # reversed gradient over the classifier's at most
+    reversal_bound: float | None = positive(None)  # most of reversed / classifier's gradient norm
     reversal_progress: int | Literal["total"] = positive("total")  # steps it takes; total: the run
     disc_hidden: int = positive(1024, most=100_000)  # width of a discriminator's two hidden layers
     disc_norm: Literal["batch", "dropout", "none"] = "batch"  # after each hidden layer
@@ -138,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
             out_s, out_t = forward_domains(model, x_s, x_t, config.model)
             loss, losses = supervised_loss(out_s, y_s, config.model)
 
-            # how far the classifier pulls at the features, which bounds the pull of confusion
+            # the norm of the classifier's gradient at the features limits the reversed one's
             bounds = [None] * len(layers)
             if config.reversal_bound is not None:
                 read = [(out_s.joint or out_s.features)[name] for name in config.feature_layers]
@@ -146,10 +146,11 @@ def main(argv: list[str] | None = None) -> int:
                 bounds = [config.reversal_bound * grad.float().norm() for grad in gradients]
 
             adv_loss, domain_accuracy, weight_s, weight_t = 0.0, 0.0, None, None
+            applied = torch.zeros((), device=device)
             for (name, layer_weight, discriminator), bound in zip(layers, bounds, strict=True):
                 coeff = layer_weight * reversal_coeff
-                features_s = gradient_reversal(out_s.features[name], coeff, bound)
-                features_t = gradient_reversal(out_t.features[name], coeff, bound)
+                features_s = gradient_reversal(out_s.features[name], coeff, bound, applied)
+                features_t = gradient_reversal(out_t.features[name], coeff, bound, applied)
                 features_s = feature_vectors(features_s, config.disc_locations)
                 features_t = feature_vectors(features_t, config.disc_locations)
                 features = torch.cat([features_s, features_t])
@@ -179,7 +180,7 @@ def main(argv: list[str] | None = None) -> int:
         scaler.step(optimizer)
         scaler.update()
 
-        run.log.add(**losses)
+        run.log.add(**losses, reversal_applied=applied / (2 * len(layers)))
         run.monitor.add(out_t.logits)
         if run.due(step, config.log_every):
             run.log.write(step, reversal_coeff=reversal_coeff, lr=lr, disc_lr=lr * disc_lr_scale)

@@ -7,8 +7,14 @@ class GradientReversal(torch.autograd.Function):
     """R(x) = x in the forward pass, dR/dx = -coeff * I in the backward pass."""
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, coeff: float, bound: torch.Tensor | None) -> torch.Tensor:
-        ctx.coeff, ctx.bound = coeff, bound
+    def forward(
+        ctx,
+        x: torch.Tensor,
+        coeff: float,
+        bound: torch.Tensor | None,
+        applied: torch.Tensor | None,
+    ) -> torch.Tensor:
+        ctx.coeff, ctx.bound, ctx.applied = coeff, bound, applied
         return x.view_as(x)
 
     @staticmethod
@@ -17,15 +23,27 @@ class GradientReversal(torch.autograd.Function):
         if ctx.bound is not None:
             norm = grad.float().norm().clamp_min(1e-30)
             coeff = (ctx.bound / norm).clamp_max(coeff)
-        return -coeff * grad, None, None
+        if ctx.applied is not None:
+            ctx.applied.add_(coeff)
+        return -coeff * grad, None, None, None
 
 
 def gradient_reversal(
-    x: torch.Tensor, coeff: float = 1.0, bound: torch.Tensor | None = None
+    x: torch.Tensor,
+    coeff: float = 1.0,
+    bound: torch.Tensor | None = None,
+    applied: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Identity whose gradient with respect to `x` (of any shape) is multiplied by `-coeff`.
 
     The parameters of the layers that read the result are trained with their full gradient, for any
-    `coeff` and `bound`. With a `bound` (), the norm of the reversed gradient is at most that.
+    `coeff` and `bound`.
+
+    Args:
+        x: what is returned.
+        coeff: the paper's lambda.
+        bound: () the largest norm of the reversed gradient; a longer one is scaled down to it.
+        applied: () in the backward pass the coefficient is added to it that was applied: `coeff`,
+            or less because of `bound`.
     """
-    return GradientReversal.apply(x, coeff, bound)
+    return GradientReversal.apply(x, coeff, bound, applied)

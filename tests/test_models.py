@@ -60,14 +60,15 @@ def test_the_reversed_gradient_is_bounded():
     (plain,) = torch.autograd.grad(tail(x).square().sum(), x)
     for share, expected in ((0.5, 0.5), (10.0, 2.0)):  # of the plain gradient's norm; lambda is 2
         bound = share * plain.norm()
-        loss = tail(gradient_reversal(x, 2.0, bound)).square().sum()
-        (grad,), tail_grad = torch.autograd.grad(loss, [x], retain_graph=True), None
+        applied = torch.ones(())
+        loss = tail(gradient_reversal(x, 2.0, bound, applied)).square().sum()
+        (grad,) = torch.autograd.grad(loss, x, retain_graph=True)
         torch.testing.assert_close(grad, -expected * plain)
+        torch.testing.assert_close(applied, torch.tensor(1 + expected))
         tail_grad = torch.autograd.grad(loss, tail.weight)[0]
         plain_tail = torch.autograd.grad(tail(x).square().sum(), tail.weight)[0]
-        torch.testing.assert_close(
-            tail_grad, plain_tail
-        )  # the discriminator learns at full strength
+        # The discriminator learns at full strength.
+        torch.testing.assert_close(tail_grad, plain_tail)
     loss = (0 * tail(gradient_reversal(x, 2.0, torch.zeros(())))).sum()
     assert (torch.autograd.grad(loss, x)[0] == 0).all()  # 0 / 0 is no nan
 

@@ -5,7 +5,9 @@ import os
 import pytest
 import torch
 
+import models
 from common.errors import UserError
+from models import gradient_reversal
 from tests.helpers import (
     ROOT,
     SCRIPTS,
@@ -103,7 +105,6 @@ def test_lambda_and_layer_weights_scale_the_reversed_gradient_alone(tmp_path):
         "optim.weight_decay=0",
         "reversal_schedule=constant",
         "optim.lr=1",
-        "reversal_bound=null",
     ]
     runs = {
         "off": ["reversal_max=0"],
@@ -267,16 +268,41 @@ def test_without_reversal_the_encoder_is_source_only(tmp_path):
 
 
 @pytest.mark.parametrize("keys", [["model.bn=concat"], ["model.bn=separate"], ["amp=float16"]])
-def test_the_bound_of_the_reversal_is_of_the_classifier(tmp_path, keys):
-    """A large bound changes nothing, and the classifier's own gradient is a bound."""
+def test_a_bound_of_the_reversal_that_is_never_reached_changes_nothing(tmp_path, keys):
     config, state = tiny_config(tmp_path), {}
     for bound in ("null", "1e9", "0.1"):
         keys = [*keys, "reversal_schedule=constant", f"reversal_bound={bound}"]
         assert train("train_dann", config, *keys, f"out_dir={tmp_path}/{bound}") == 0
         state[bound] = weights(tmp_path / bound, "checkpoints/step_00000010.pt")["model"]
+        applied = [line["reversal_applied"] for line in metrics(tmp_path / bound) if "lr" in line]
+        assert all(coeff == 1 for coeff in applied) == (bound != "0.1")
+        assert all(0 < coeff <= 1 for coeff in applied)
     for name, value in state["null"].items():
         torch.testing.assert_close(state["1e9"][name], value, rtol=1e-4, atol=1e-5)
     assert differing(state["null"], state["0.1"]) > 100
+
+
+@pytest.mark.parametrize("amp", ["float32", "float16"])
+def test_the_bound_of_the_reversal_is_of_the_classifier(tmp_path, monkeypatch, amp):
+    """The classifier's gradient at the features is the whole gradient without the reversed one."""
+    records = []
+
+    def spy(x, coeff, bound, applied):
+        record, inner = {"bound": bound}, x.view_as(x)
+        inner.register_hook(lambda grad: record.update(reversed=grad.float()))
+        x.register_hook(lambda grad: record.update(whole=grad.float()))
+        records.append(record)
+        return gradient_reversal(inner, coeff, bound, applied)
+
+    monkeypatch.setattr(models, "gradient_reversal", spy)
+    keys = ["model.bn=separate", "reversal_schedule=constant", "reversal_max=100", f"amp={amp}"]
+    assert train("train_dann", tiny_config(tmp_path), *keys, "reversal_bound=0.1") == 0
+    assert len(records) == 20  # ten steps, two domains
+    for of_source, of_target in zip(records[::2], records[1::2], strict=True):
+        norm = (of_source["whole"] - of_source["reversed"]).norm()
+        for record in (of_source, of_target):
+            torch.testing.assert_close(record["bound"], 0.1 * norm, rtol=0.02, atol=0)
+            torch.testing.assert_close(record["reversed"].norm(), 0.1 * norm, rtol=0.02, atol=0)
 
 
 ADAPTATION = [script for script in SCRIPTS if script != "train_source"]
