@@ -29,7 +29,7 @@ from losses.supervised import supervised_loss
 from models import DomainDiscriminator, build_model, feature_vectors
 from training.config import RunConfig, parse_args
 from training.device import get_device
-from training.optim import build_optimizer, set_rates
+from training.optim import OptimConfig, build_optimizer, set_rates
 from training.run import Run
 
 
@@ -84,13 +84,14 @@ def main(argv: list[str] | None = None) -> int:
     width = source_model.channels[config.feature_layer]
     discriminator = DomainDiscriminator(width, config.disc_hidden, config.disc_norm).to(device)
     source_optimizer = build_optimizer(config.optim, source_model)
-    target_optim = replace(
-        config.optim,
+    target_optim = OptimConfig(
         name="adam",
         lr=config.target_lr,
+        backbone_lr_scale=config.optim.backbone_lr_scale,
         betas=[0.5, 0.999],
         weight_decay=0.0,
         schedule="constant",
+        fused=config.optim.fused,
     )
     target_optimizer = build_optimizer(target_optim, model)
     disc_optim = replace(target_optim, lr=config.disc_lr)

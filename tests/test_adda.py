@@ -192,3 +192,12 @@ def test_the_unadapted_model_is_not_selected(tmp_path):
         9,
         10,
     ]
+
+
+@pytest.mark.parametrize("key", ["optim.nesterov=false", "optim.momentum=0.5"])
+def test_keys_of_sgd_are_of_the_first_part(tmp_path, key):
+    """Both optimizers of the second part are Adam, which has neither."""
+    config = tiny_config(tmp_path)
+    assert train("train_adda", config, f"out_dir={tmp_path}/plain") == 0
+    assert train("train_adda", config, f"out_dir={tmp_path}/changed", key) == 0
+    assert differing(weights(tmp_path / "plain"), weights(tmp_path / "changed")) > 100
