@@ -209,6 +209,21 @@ def test_the_last_step_is_saved_where_no_batch_comes(tmp_path, monkeypatch, whol
     assert same_run(whole, tmp_path / "run")
 
 
+def test_the_last_step_is_saved_where_no_batch_of_an_evaluation_comes(tmp_path, monkeypatch, whole):
+    """The evaluation takes place when the run is resumed."""
+    config = tiny_config(tmp_path)
+    with monkeypatch.context() as patch:
+        hang_in_evaluation(patch)
+        with pytest.raises(UserError, match=r"evaluation of drawn_digits_shifted: no batch came"):
+            train("train_dann", config, "data.workers=2", "data.worker_timeout=2", "save_every=100")
+    assert weights(tmp_path / "run", "checkpoints/step_00000004.pt")["evaluation_due"]
+    assert not any(
+        "eval" in line or "criteria.infomax" in line for line in metrics(tmp_path / "run")
+    )
+    assert train("train_dann", config, "save_every=100", "--resume") == 0
+    assert same_run(whole, tmp_path / "run")
+
+
 @pytest.mark.parametrize(("hang", "step"), [(None, 6), (hang_in_evaluation, 4)])
 def test_a_signal_while_no_batch_comes(tmp_path, monkeypatch, whole, hang, step):
     config, start = tiny_config(tmp_path), time.monotonic()
@@ -222,18 +237,24 @@ def test_a_signal_while_no_batch_comes(tmp_path, monkeypatch, whole, hang, step)
     assert same_run(whole, tmp_path / "run")
 
 
+GROUP_KEYS = ["eval_every=1", "steps=30"]
+
+
 def run_in_group(config, folder) -> None:
     """In a forked process: train with workers, as the leader of a process group."""
     os.setsid()
     with open(folder / "output.txt", "w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    keys = [f"out_dir={folder}/run", "data.workers=2", "eval_every=1", "steps=500"]
+    keys = [f"out_dir={folder}/run", "data.workers=2", *GROUP_KEYS]
     os._exit(train("train_source", config, *keys))
 
 
 def test_a_signal_to_the_group_never_costs_the_save(tmp_path):
-    """Every evaluation starts workers, so that the signal often meets one at its start."""
+    """Every evaluation starts workers, so that the signal often meets one at its start.
+
+    A run that is resumed equals an uninterrupted one.
+    """
     config, fork = tiny_config(tmp_path), multiprocessing.get_context("fork")
     for turn in range(10):
         folder = tmp_path / str(turn)
@@ -254,3 +275,7 @@ def test_a_signal_to_the_group_never_costs_the_save(tmp_path):
         assert weights(folder / "run", f"checkpoints/step_{status['step']:08d}.pt")
         with pytest.raises(ProcessLookupError):
             os.killpg(process.pid, 0)  # nothing is left of the group
+    assert train("train_source", config, *GROUP_KEYS, f"out_dir={tmp_path}/whole") == 0
+    assert train("train_source", config, *GROUP_KEYS, f"out_dir={folder}/run", "--resume") == 0
+    assert differing(weights(tmp_path / "whole"), weights(folder / "run")) == 0
+    assert metrics(tmp_path / "whole") == metrics(folder / "run")

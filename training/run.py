@@ -50,11 +50,14 @@ LOADERS = ("source_val", "target_train", "target_test")  # of an evaluation
 class Watched:
     """A loader of a pass that may be left before each batch, and while it waits for one.
 
-    It is left by `leave`, if a signal asks for it.
+    Args:
+        loader: the loader.
+        leave: leaves the run if a signal asks for it.
+        save: called if the loader's workers fail, before the error goes on.
     """
 
-    def __init__(self, loader: Iterable, leave: Callable[[], None]):
-        self.loader, self.leave = loader, leave
+    def __init__(self, loader: Iterable, leave: Callable[[], None], save: Callable[[], None]):
+        self.loader, self.leave, self.save = loader, leave, save
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -65,7 +68,15 @@ class Watched:
     def __iter__(self) -> Iterator:
         if isinstance(self.loader, Loader):
             self.loader.on_wait = self.leave
-        for batch in self.loader:
+        batches = iter(self.loader)
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except WorkerError:
+                self.save()
+                raise
             self.leave()
             yield batch
 
@@ -149,7 +160,7 @@ class Run:
                 f"out_dir: {self.folder} has no config.yaml, so it is not a run folder; "
                 "choose another out_dir"
             )
-        if folder.is_finished(status):
+        if folder.is_finished():
             before = load_config(type(config), str(self.folder / "config.yaml"))
             if not check_changes(before, config, self.allow_change, self.folder):
                 print(f"{self.folder}: finished already, nothing to do")
@@ -254,8 +265,7 @@ class Run:
         try:
             self.domains.fetch()
         except WorkerError:
-            if step > 0 and self.saved != step and self.repeat is None:
-                self.save(step)
+            self._save_once(step)
             raise
         finally:
             self.domains.on_wait = lambda: None
@@ -264,14 +274,22 @@ class Run:
         """The batches of a long pass between two steps.
 
         Before each of them, and while it waits for one, the run exits if a signal asks it to, saved
-        as after `step`.
+        as after `step`. It is saved so, too, if the workers fail.
         """
 
         def leave() -> None:
             if self.signal:
                 self._leave(step)
 
-        return Watched(batches, leave)
+        return Watched(batches, leave, lambda: self._save_once(step))
+
+    def _save_once(self, step: int) -> None:
+        """Write the checkpoint of `step`, unless it is there already or there is nothing to save.
+
+        During a repeated step it is there, and what the repetition changes does not count.
+        """
+        if step > 0 and self.saved != step and self.repeat is None:
+            self.save(step)
 
     def _end_repeat(self) -> None:
         """Put back all that the repeated step has changed, so that its evaluation can be made."""
