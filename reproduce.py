@@ -14,7 +14,6 @@ Exit codes: 0 done; 1 a run failed; 2 mistake in the suite or in the arguments; 
 
 import argparse
 import functools
-import json
 import os
 import re
 import runpy
@@ -42,6 +41,7 @@ from common.errors import UserError, exit_with, require
 from common.files import write_text
 from common.metrics import main_metric
 from training.config import FREE_AT_RESUME, RunConfig, head_command, load_run_config, scripts_with
+from training.folder import finished_summary
 
 ORACLE = "oracle (chosen on target test labels: no result)"
 COLUMNS = ("task", "method", "seeds", "last", "selected", ORACLE)
@@ -221,21 +221,23 @@ class Job:
     def summary(self) -> dict | None:
         """summary.json of a finished run.
 
-        Returns None if the run is not finished, if its config has changed since or while it was
-        trained (--allow-change), or if any of these holds for the run that it starts from.
+        Returns None if the run is not finished or has lost its model.pt, if its config has changed
+        since or while it was trained (--allow-change), or if any of these holds for the run that it
+        starts from.
         """
         if self.start and not self.start.summary():
             return None
+        summary = finished_summary(self.folder)
+        if summary is None:
+            return None
         try:
-            state = json.loads((self.folder / "status.json").read_text())["state"]
-            summary = json.loads((self.folder / "summary.json").read_text())
             config_class = script_config(self.entry.script)
             trained = load_config(config_class, str(self.folder / "config.yaml"))
             wanted = load_config(config_class, self.entry.files, self.overrides)
-        except (OSError, ValueError, KeyError, TypeError, UserError):
+        except UserError:
             return None
         same = not changed_keys(trained, wanted, FREE_AT_RESUME) and not summary.get("changed")
-        return summary if state == "finished" and same else None
+        return summary if same else None
 
 
 def start_process(job: Job, at_once: int) -> subprocess.Popen:

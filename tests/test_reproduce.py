@@ -26,7 +26,7 @@ ROOT = Path(reproduce.__file__).parent
 FIGURES = {0: 70.0, 1: 80.0, 2: 87.0}
 SCRIPT = (
     f"""
-import json, os, pathlib, sys, time
+import hashlib, json, os, pathlib, sys, time
 from dataclasses import dataclass, field
 from typing import ClassVar
 sys.path.append({str(ROOT)!r})
@@ -78,6 +78,9 @@ def main():
         figures = {"accuracy": accuracy and accuracy + more, "mean_class_accuracy": 1.0}
         target[name] = {"step": 8, **figures}
     (folder / "config.yaml").write_text(dump(config))
+    (folder / "model.pt").write_bytes(b"weights")
+    digest = hashlib.sha256(b"weights").hexdigest()
+    (folder / "model.pt.sha256").write_text(f"{digest}  model.pt\\n")
     (folder / "summary.json").write_text(json.dumps({
         "method": "fake", "seed": seed, "steps": 8, "seconds": 10.0 + seed,
         "machine": "a desk, torch 9", "commit": "abc1234",
@@ -196,6 +199,10 @@ def test_finished_runs_are_skipped(folder, capfd):
         ("status.json", '{"state": "running", "step": 4, "steps": 8}'),
         ("status.json", '{"state": "finis'),
         ("summary.json", None),
+        ("summary.json", "[]"),
+        ("summary.json", "{}"),
+        ("model.pt", None),
+        ("model.pt", "damaged"),
         ("status.json", "null"),
         # The config was edited since, or a key was taken out of it.
         ("config.yaml", "out_dir: runs/one\nsteps: 8\noptim: {lr: 0.1}\nseed: 0\n"),

@@ -14,6 +14,17 @@ from common.errors import UserError
 KEEP = 2  # checkpoints: the newest, and the one before in case the newest is damaged
 
 
+def finished_summary(folder: Path) -> dict | None:
+    """summary.json of a finished run; None if it or model.pt is gone or damaged."""
+    try:
+        status = json.loads((folder / "status.json").read_text())
+        summary = json.loads((folder / "summary.json").read_text())
+        finished = status["state"] == "finished" and bool(summary["target"]["last"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return summary if finished and files.is_intact(folder / "model.pt") else None
+
+
 class RunFolder:
     """The folder of one run. Nothing is written before `lock_new` or `open`.
 
@@ -91,13 +102,9 @@ class RunFolder:
             with contextlib.suppress(UserError):
                 files.write_text(self.path / "status.json", json.dumps(failure) + "\n")
 
-    def is_finished(self, status: dict) -> bool:
+    def is_finished(self) -> bool:
         """Whether the run is finished, and has summary.json and an undamaged model.pt."""
-        try:
-            dict(json.loads((self.path / "summary.json").read_text()))
-        except (OSError, ValueError, TypeError):
-            return False
-        return status.get("state") == "finished" and files.is_intact(self.path / "model.pt")
+        return finished_summary(self.path) is not None
 
     def has_failed_early(self, status: dict) -> bool:
         """Whether the folder is that of a run which failed before its first checkpoint."""
