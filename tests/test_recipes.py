@@ -229,6 +229,23 @@ def expected(suite: reproduce.Suite) -> dict[tuple[str, str], float]:
     return {row: figure for row, figure in rows.items() if figure is not None}
 
 
+def test_source_only_has_the_augmentation_of_self_training(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    augment = {}
+    for entry in load_config(reproduce.Suite, str(ROOT / "configs/suites/pacs.yaml")).runs:
+        if entry.init_from:  # without source images
+            continue
+        config_class = load_script(Path(entry.script)).Config
+        config = load_run_config(config_class, entry.files, entry.overrides)
+        source = next(iter(config.data.sources), None)
+        of_source = (source and source.augment) or config.data.augment
+        augment[entry.task, entry.method] = of_source | getattr(config, "strong_augment", {})
+    for task in ("photo -> art painting", "art painting -> photo"):
+        strong = augment[task, "source-only, augmented as self-training"]
+        assert strong == augment[task, "self-training"]
+        assert strong != augment[task, "source-only"]  # control
+
+
 @pytest.mark.parametrize("file", SUITES, ids=name)
 def test_expected_is_what_the_results_record(file, monkeypatch):
     monkeypatch.chdir(ROOT)
