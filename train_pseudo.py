@@ -7,7 +7,7 @@
     y_t         = argmax of p_t, the teacher's prediction on the weak view of the same image;
                   accepted where max p_t >= threshold:  fixed | relative to the mean confidence on
                   the source (AdaMatch, arXiv:2106.04732); with class_balanced (CBST, ECCV 2018)
-                  argmax and max of p_t / t, t of a class being what its surest share reaches
+                  argmax and max of p_t / t, where t is what the surest share of a class exceeds
     weight      = mask: 1 where accepted, else 0 | confident_fraction: the accepted share (DACS)
     div_loss    = 1 - entropy of the mean target prediction
 

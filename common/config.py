@@ -26,6 +26,7 @@ from common.errors import UserError
 
 # What a config may hold: far more than any needs, and little enough to be checked at once.
 LONGEST, MOST_VALUES, DEEPEST = 2**18, 10_000, 50  # characters; values; mappings in one another
+LONGEST_NUMBER = 4000  # characters of a whole number; Python converts up to 4300 digits
 MOST_MISTAKES, MOST_HINTS = 50, 10  # that are printed; unknown keys for which a near one is sought
 
 
@@ -82,7 +83,7 @@ class _Loader(yaml.SafeLoader):
             return super().construct_mapping(node, deep)  # raises
         seen = set()
         for key_node, _ in node.value:
-            key = self.construct_object(key_node, deep=deep)
+            key = self.construct_object(key_node, deep=True)
             if not isinstance(key, str):
                 raise yaml.constructor.ConstructorError(
                     None, None, f"key {shorten(key)} is not a string", key_node.start_mark
@@ -112,7 +113,10 @@ for _tag, _pattern, _first in (
 
 
 def _construct_int(loader, node):
-    return int(loader.construct_scalar(node))  # decimal: `010` is ten, not eight
+    text = loader.construct_scalar(node)
+    if len(text) > LONGEST_NUMBER:
+        raise ValueError(f"a number of {len(text)} digits")
+    return int(text)  # decimal: `010` is ten, not eight
 
 
 _Loader.add_constructor("tag:yaml.org,2002:int", _construct_int)

@@ -45,7 +45,7 @@ def _uniform(
 
 
 def _some(images, changed, probability: float, generator: torch.Generator) -> torch.Tensor:
-    """The changed images, each with a `probability`, else as it was; with 1 nothing is drawn."""
+    """Each image is replaced by its changed version with this probability; 1 draws nothing."""
     if probability == 1:
         return changed
     chosen = torch.rand(len(images), generator=generator) < probability
@@ -171,7 +171,7 @@ def jitter(
         hue: the shift is drawn from -value to value; 0.5 is half of the color circle.
         gamma: range of the exponent, drawn uniformly on a logarithmic scale; above 1 it darkens,
             below 1 it brightens.
-        probability: of an image to be changed at all.
+        probability: that an image is changed.
     """
     operations = [
         (F.adjust_brightness, 1, brightness),

@@ -130,12 +130,12 @@ class DataConfig:
     task: Literal["classification", "segmentation"] = "classification"  # of images | of pixels
     root: str | None = None  # null: the variable DA_DATA, else ./datasets
     size: int = positive(28, most=MOST_PX)  # classification: px of the square the network sees
-    batch: int = positive(64, most=10**6)  # images per step and domain
-    target_batch: int | None = positive(None, most=10**6)  # unlabeled per step; null: batch
-    eval_batch: int | None = positive(None, most=10**6)  # null: 250 images, masks: 1
+    batch: int = positive(64, most=100_000)  # images per step and domain
+    target_batch: int | None = positive(None, most=100_000)  # unlabeled per step; null: batch
+    eval_batch: int | None = positive(None, most=100_000)  # null: 250 images, masks: 1
     augment: dict = field(default_factory=dict)  # operation: {parameter: value}; data/augment.py
     source_val: int | float = not_negative(0.1)  # of the source, held out: share or number
-    select_images: int = positive(2000)  # target images that criteria see; most of a share held out
+    select_images: int = positive(2000)  # target images the criteria see; limit of a held-out share
     absent_classes: list[str] = field(default_factory=list)  # classes that the target lacks
     iou_classes: list[str] | None = None  # segmentation: classes of the mean IoU; null: all
     exif: bool = True  # turn image files by their EXIF orientation
@@ -303,7 +303,7 @@ class LabeledDataConfig(DataConfig):
     target_test: DomainConfig | None = None  # the validation set; null: val_share of the target
     target_labeled: None = None  # null: all of the target is labeled
     test_share: None = None  # null: val_share holds out images here
-    batch: int = positive(64, most=10**6)  # images per step
+    batch: int = positive(64, most=100_000)  # images per step
     val_share: float | None = None  # of each class, held out by seed; null: 0.2 without target_test
 
     def __post_init__(self):

@@ -61,7 +61,8 @@ def _open(path: Path, read: Callable[[Image.Image], object]):
         with Image.open(path) as image:
             return read(image)
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        reason = reason.splitlines()[0]
         raise UserError(
             f"{path}: cannot be read as an image ({reason}); repair or remove it"
         ) from None
@@ -295,8 +296,17 @@ class Decoded:
         if self.file is not None:
             self._open_file()
         elif folder is not None:
-            self.store = torch.empty(self.bytes, dtype=torch.uint8)
+            self.store = self._allocate()
             self.filled = torch.zeros(len(paths), dtype=torch.bool)
+
+    def _allocate(self) -> torch.Tensor:
+        try:
+            return torch.empty(self.bytes, dtype=torch.uint8)
+        except (RuntimeError, MemoryError):
+            raise UserError(
+                f"out of memory: {self.paths[0].parent} and more need {self.bytes / 2**30:.1f} GiB "
+                "when decoded; set data.cache_gb lower to store them in a file of data.cache"
+            ) from None
 
     def _headers(self) -> list[Size]:
         return for_each(self.paths, self.decode.header, "headers of images")
@@ -387,16 +397,22 @@ class Decoded:
         except OSError as error:
             raise self._not_written(error) from None
 
+    def _decode(self, i: int) -> torch.Tensor:
+        try:
+            return self.decode(self.paths[i])
+        except UserError as error:
+            raise UserError(f"{error} (--dry-run --all names all such files)") from None
+
     def _item(self, i: int) -> torch.Tensor:
         if self.store is not None:
             stored = self.store[self.starts[i] : self.starts[i + 1]].view(self.shapes[i])
             if not self.filled[i]:
-                stored.copy_(self.decode(self.paths[i]))
+                stored.copy_(self._decode(i))
                 self.filled[i] = True
             return stored
         stored = None if self.file is None else self._read(i)
         if stored is None:
-            stored = self.decode(self.paths[i])
+            stored = self._decode(i)
             if self.file is not None:
                 self._write(i, stored.contiguous().numpy())
         return stored

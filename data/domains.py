@@ -197,7 +197,8 @@ class Domains:
         for role, images in present.items():
             if len(images) < (batch := self.config.batch_of(role)):
                 lines.append(
-                    f"note: the {len(images)} images of {role} repeat within its batch of {batch}"
+                    f"note: a batch of {role} has {batch} images and the set {len(images)}: "
+                    "they repeat"
                 )
         return "\n".join(lines)
 

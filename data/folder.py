@@ -262,9 +262,11 @@ def _read_text(path: str, root: Path, key: str, expected: str) -> tuple[Path, li
     """
     file = _locate(path, root, key)
     try:
+        if file.exists() and not file.is_file():  # to read a pipe is to wait for ever
+            raise ValueError
         return file, file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "not utf-8 text"
+        reason = getattr(error, "strerror", None) or "it is no file of utf-8 text"
         raise UserError(
             f"{key}: {_shown(file)} cannot be read ({reason}); it must contain {expected}"
         ) from None

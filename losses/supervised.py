@@ -3,7 +3,7 @@
 import torch
 import torch.nn.functional as F
 
-from common.metrics import IGNORE_INDEX
+from common.metrics import labeled_mask
 
 
 def nll_loss(log_p: torch.Tensor, labels: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
@@ -13,18 +13,17 @@ def nll_loss(log_p: torch.Tensor, labels: torch.Tensor, smoothing: float = 0.0) 
 
     Args:
         log_p: (N, K, ...) from `log_softmax`.
-        labels: (N, ...); `IGNORE_INDEX` is not counted. With more than 255 classes every number is
-            a class.
+        labels: (N, ...); 255 is not counted, unless there are more than 255 classes.
         smoothing: share of each label that is spread over all classes alike.
     """
-    ignored = IGNORE_INDEX if log_p.shape[1] <= IGNORE_INDEX else -1
+    counts = labeled_mask(labels, log_p.shape[1])
     # With "sum", CUDA adds the pixels in an order that differs from run to run.
     reduction = "sum" if log_p.dim() == 2 else "none"
-    total = F.nll_loss(log_p, labels, ignore_index=ignored, reduction=reduction).sum()
+    total = F.nll_loss(log_p, labels.where(counts, -100), reduction=reduction).sum()
     if smoothing > 0:
-        spread = -(log_p.mean(1) * (labels != ignored)).sum()
+        spread = -(log_p.mean(1) * counts).sum()
         total = (1 - smoothing) * total + smoothing * spread
-    return total / (labels != ignored).sum().clamp_min(1)
+    return total / counts.sum().clamp_min(1)
 
 
 def cross_entropy(

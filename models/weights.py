@@ -145,7 +145,7 @@ def init_from(model: nn.Module, path: str, classes: list[str], new_head: bool = 
     if mismatch := compare(model, state):
         raise UserError(
             f"init_from: {file} does not fit this model: {mismatch}; "
-            "is it a run of another `model` or of other classes?"
+            "is it a run of another `model` (with or without weight_norm) or of other classes?"
         )
     if not same_classes and not replaced:
         pairs = enumerate(zip(trained, classes, strict=False))

@@ -619,6 +619,13 @@ def test_decoding_is_resizing_and_jpeg_shortcuts_are_close(tmp_path):
     assert off(decode(tmp_path / "image.jpg", (16, 16)), exact) < 12
 
 
+def test_a_set_that_does_not_fit_into_memory_names_its_key(pictures, monkeypatch):
+    pictures("photo", {"cat": 2, "dog": 2})
+    monkeypatch.setattr(torch, "empty", lambda *_, **__: torch.zeros(2**50))
+    with pytest.raises(UserError, match=r"more need 0\.0 GiB .* data\.cache_gb lower"):
+        open_domains(folder_config(), 0)
+
+
 @pytest.mark.parametrize("content", [b"", b"no image", b"\x89PNG\r\n\x1a\n", "half"])
 def test_an_unreadable_image_is_named(pictures, content):
     path = sorted(pictures("flat", 1).iterdir())[0]
@@ -1238,7 +1245,9 @@ def test_a_list_of_rubbish(lists, tmp_path, line):
         lists(line + "\n")
     assert len(str(caught.value)) < 500
     (tmp_path / "images/photo/binary.txt").write_bytes(bytes(range(256)))
-    with pytest.raises(UserError, match=r"binary\.txt cannot be read \(not utf-8 text\)"):
+    with pytest.raises(
+        UserError, match=r"binary\.txt cannot be read \(it is no file of utf-8 text\)"
+    ):
         read_list("photo/binary.txt", None, tmp_path / "images", "source")
 
 
@@ -1764,7 +1773,7 @@ def test_a_set_smaller_than_its_batch_is_said(pictures):
     pictures("photo", {"cat": 5, "dog": 5})
     pictures("sketch", 3)
     last = open_domains(folder_config(batch=8, size=16), 0).describe().splitlines()[-1]
-    assert last == "note: the 3 images of target repeat within its batch of 8"
+    assert last == "note: a batch of target has 8 images and the set 3: they repeat"
     assert "note:" not in open_domains(folder_config(batch=3, size=16), 0).describe()
 
 

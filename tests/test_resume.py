@@ -384,8 +384,10 @@ def test_a_kill_while_saving_loses_the_last_save_at_most(tmp_path, whole, kill):
         folder.mkdir()
         config = tiny_config(folder)
         assert in_a_fork(lambda c=config, s=saves: train_and_die(c, kill, s)) == -signal.SIGKILL
-        for file in (folder / "run").rglob("step_*.pt"):
+        kept = list((folder / "run").rglob("*.pt"))
+        for file in kept:
             files.load_tensors(file)
+        assert kept or saves == 1
         assert train("train_source", config, "--resume") == 0
         assert not list((folder / "run").rglob(".*.tmp"))
         assert _same_run(whole["train_source"], folder / "run") == 0
@@ -533,7 +535,7 @@ def test_an_infinite_loss_of_the_method_is_named(tmp_path, monkeypatch):
         return domain_loss(*arguments, **named) * (float("inf") if len(seen) == 8 else 1)
 
     monkeypatch.setattr(losses.domain, "domain_loss", infinite)
-    with pytest.raises(UserError, match=r"step 8: adv_loss is inf; .* --resume --allow-change$"):
+    with pytest.raises(UserError, match=r"step 8: adv_loss is inf; .* --resume --allow-change, or"):
         train("train_dann", tiny_config(tmp_path))
     assert [file.name for file in (tmp_path / "run/checkpoints").glob("*.pt")] == [
         "step_00000005.pt"

@@ -399,7 +399,7 @@ def test_a_number_that_is_not_finite_is_not_saved(tmp_path, capsys):
     code, reason = fail(lambda: counting.loop(during), capsys)
     assert code == 3
     assert reason.startswith("step 6: the counter's mean is not finite; lower optim.lr, ")
-    assert reason.endswith("and go on with --resume --allow-change")
+    assert reason.endswith("--allow-change, or start again in another out_dir")
     assert checkpoints(tmp_path / "run") == [2, 4]
     assert status(tmp_path / "run") == ("failed", 4)
 

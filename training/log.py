@@ -189,7 +189,9 @@ class Log:
 
     def not_finite(self, fault: str) -> UserError:
         """The error (code 3) for numbers that are no longer finite."""
-        way_on = "go on with --resume --allow-change" if self.resumable else "start again"
+        way_on = "start again"
+        if self.resumable:
+            way_on = "go on with --resume --allow-change, or start again in another out_dir"
         return UserError(f"{fault}; lower optim.lr, or use amp: float32, and {way_on}", 3)
 
     def record(self, line: dict) -> None:
