@@ -1249,6 +1249,11 @@ def test_a_list_of_rubbish(lists, tmp_path, line):
         UserError, match=r"binary\.txt cannot be read \(it is no file of utf-8 text\)"
     ):
         read_list("photo/binary.txt", None, tmp_path / "images", "source")
+    os.mkfifo(tmp_path / "images/photo/pipe.txt")  # to read it is to wait for ever
+    with pytest.raises(
+        UserError, match=r"pipe\.txt cannot be read \(it is no file of utf-8 text\)"
+    ):
+        read_list("photo/pipe.txt", None, tmp_path / "images", "source")
 
 
 @pytest.mark.parametrize("name", ["folder", "list"])

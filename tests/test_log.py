@@ -63,7 +63,7 @@ def test_a_mean_that_is_not_finite_is_named(tmp_path):
     assert error.value.code == 3
     assert str(error.value).endswith("; lower optim.lr, or use amp: float32, and start again")
     log.resumable = True
-    with pytest.raises(UserError, match=r"go on with --resume --allow-change, or start again in another"):
+    with pytest.raises(UserError, match=r"go on with --resume --allow-change, or start again"):
         log.write(3)
 
 
