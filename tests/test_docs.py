@@ -90,6 +90,14 @@ def test_the_summary_repeats_the_tables():
     assert wrong_cells(text) == []
 
 
+def test_what_did_not_help_repeats_the_results():
+    """Every mean and spread of docs/negative.md stands in docs/results.md."""
+    figure = r"\d+\.\d \+- \d+\.\d"
+    figures = set(re.findall(figure, read(ROOT / "docs/negative.md")))
+    assert len(figures) > 5
+    assert figures <= set(re.findall(figure, read(ROOT / "docs/results.md")))
+
+
 RESULTS = """
 <!-- summary -->
 | method | A | Set, B -> C |
