@@ -268,13 +268,18 @@ def test_signals_to_the_group_lose_no_step(tmp_path):
     assert differing(*(weights(tmp_path / name) for name in ("whole", "run"))) == 0
 
 
+@pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("second", [None, *SIGNALS[:2]], ids=["once", "SIGTERM", "SIGINT"])
-def test_a_second_signal_leaves_at_once(tmp_path, second):
-    """It comes after a second, of whichever kind; the older checkpoint stays good."""
+def test_a_second_signal_leaves_at_once(tmp_path, second, workers):
+    """It comes after a second, of whichever kind; the older checkpoint stays good.
+
+    No worker is left; those of a process that was killed notice it after some seconds.
+    """
     file, log, folder = tiny_config(tmp_path, save_every=2), tmp_path / "log.txt", tmp_path / "run"
 
     def main():
-        counting = Counting(file)
+        counting = Counting(file, f"data.workers={workers}")
+        next(counting.domains.batches("source", 0, 100))
         counting.loop(during=lambda step: time.sleep(3) if step == 5 else None)
 
     process = fork(main, log)
@@ -290,7 +295,16 @@ def test_a_second_signal_leaves_at_once(tmp_path, second):
     assert checkpoints(folder)[-1] == (4 if second else 5)
     if second:
         assert time.monotonic() - begin < 1
+    assert wait_for(lambda: is_gone(process))
     assert Counting(file, resume=True).start == (4 if second else 5)
+
+
+def is_gone(group: int) -> bool | None:
+    """True if no process of the group is left, else None."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return True
 
 
 def test_a_hang_up_that_is_ignored_stays_ignored(tmp_path):
