@@ -53,7 +53,7 @@ class Config(RunConfig):
     reversal_schedule: Literal["dann", "constant", "linear"] = "dann"  # of the paper's lambda
     reversal_max: float = not_negative(1.0)  # its final value; 0 leaves the features alone
     reversal_gamma: float = positive(10.0)  # steepness of the dann schedule
-    reversal_bound: float | None = positive(None)  # most of reversed / classifier's gradient norm
+    reversal_bound: float | None = positive(1.0)  # largest reversed / classifier's gradient norm
     reversal_progress: int | Literal["total"] = positive("total")  # steps it takes; total: the run
     disc_hidden: int = positive(1024, most=100_000)  # width of a discriminator's two hidden layers
     disc_norm: Literal["batch", "dropout", "none"] = "batch"  # after each hidden layer

@@ -105,6 +105,7 @@ def test_lambda_and_layer_weights_scale_the_reversed_gradient_alone(tmp_path):
         "optim.weight_decay=0",
         "reversal_schedule=constant",
         "optim.lr=1",
+        "reversal_bound=null",
     ]
     runs = {
         "off": ["reversal_max=0"],
