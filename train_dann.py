@@ -168,6 +168,7 @@ def main(argv: list[str] | None = None) -> int:
                 accuracy = discriminator_accuracy(domain_logits_s, domain_logits_t)
                 domain_accuracy += accuracy / len(layers)
             losses |= {"adv_loss": adv_loss, "domain_accuracy": domain_accuracy}
+            losses["reversal_applied"] = applied
             loss = loss + config.adv_weight * adv_loss
             if labeled:
                 x_l, y_l = (x.to(device, non_blocking=True) for x in next(labeled))
@@ -180,7 +181,8 @@ def main(argv: list[str] | None = None) -> int:
         scaler.step(optimizer)
         scaler.update()
 
-        run.log.add(**losses, reversal_applied=applied / (2 * len(layers)))
+        applied /= 2 * len(layers)  # the backward pass has added them up
+        run.log.add(**losses)
         run.monitor.add(out_t.logits)
         if run.due(step, config.log_every):
             run.log.write(step, reversal_coeff=reversal_coeff, lr=lr, disc_lr=lr * disc_lr_scale)
