@@ -22,9 +22,10 @@ class GradientReversal(torch.autograd.Function):
         coeff = ctx.coeff
         if ctx.bound is not None:
             norm = grad.float().norm().clamp_min(1e-30)
+            # Not a number where float16 overflows; the scaler then skips the step.
             coeff = (ctx.bound / norm).clamp_max(coeff)
         if ctx.applied is not None:
-            ctx.applied.add_(coeff)
+            ctx.applied.add_(torch.as_tensor(coeff).nan_to_num(0.0))
         return -coeff * grad, None, None, None
 
 

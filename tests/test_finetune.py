@@ -28,6 +28,7 @@ from tests.helpers import (
     train,
     weights,
 )
+from training import folder as training_folder
 from training import run as training_run
 from training.stages import Stages
 
@@ -52,7 +53,7 @@ def test_frozen_is_frozen_to_the_bit(tmp_path, monkeypatch, task, augment):
 
     On features or on images.
     """
-    monkeypatch.setattr(training_run, "KEEP", 20)
+    monkeypatch.setattr(training_folder, "KEEP", 20)
     keys = [] if augment else ["data.augment={}", "data.target.crop=null"]
     assert train("finetune", finetune_config(tmp_path, task), *keys, "save_every=1") == 0
     saved = {step: at(tmp_path / "run", step)["model"] for step in (1, 3, 4, 5, 10)}

@@ -412,6 +412,7 @@ def test_logged_metrics_of_dann(tmp_path):
         "cls_loss",
         "adv_loss",
         "domain_accuracy",
+        "reversal_applied",
         "reversal_coeff",
         "lr",
         "disc_lr",
