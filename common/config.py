@@ -115,7 +115,7 @@ for _tag, _pattern, _first in (
 def _construct_int(loader, node):
     text = loader.construct_scalar(node)
     if len(text) > LONGEST_NUMBER:
-        raise ValueError(f"a number of {len(text)} digits")
+        raise ValueError(f"a number of {len(text)} digits is too long")
     return int(text)  # decimal: `010` is ten, not eight
 
 

@@ -304,8 +304,8 @@ class Decoded:
             return torch.empty(self.bytes, dtype=torch.uint8)
         except (RuntimeError, MemoryError):
             raise UserError(
-                f"out of memory: {self.paths[0].parent} and more need {self.bytes / 2**30:.1f} GiB "
-                "when decoded; set data.cache_gb lower to store them in a file of data.cache"
+                f"out of memory: {len(self.paths)} decoded images (first: {self.paths[0]}) need "
+                f"{self.bytes / 2**30:.1f} GiB; lower data.cache_gb to store them in a file"
             ) from None
 
     def _headers(self) -> list[Size]:

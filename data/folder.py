@@ -266,7 +266,7 @@ def _read_text(path: str, root: Path, key: str, expected: str) -> tuple[Path, li
             raise ValueError
         return file, file.read_text(encoding="utf-8-sig").splitlines()
     except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "it is no file of utf-8 text"
+        reason = getattr(error, "strerror", None) or "it is not a file of utf-8 text"
         raise UserError(
             f"{key}: {_shown(file)} cannot be read ({reason}); it must contain {expected}"
         ) from None

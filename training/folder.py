@@ -26,7 +26,7 @@ def finished_summary(folder: Path) -> dict | None:
 
 
 class RunFolder:
-    """The folder of one run. Nothing is written before `lock_new` or `open`.
+    """The folder of one run. Nothing is written before `take`, `take_new` or `open`.
 
     Args:
         path: the folder; it need not exist.
