@@ -23,6 +23,7 @@ import torch
 
 from common.config import not_negative, positive
 from common.errors import exit_with
+from common.ranks import average_gradients
 from data import LabeledDataConfig
 from losses.supervised import supervised_loss
 from models import build_model, cache_features
@@ -132,6 +133,7 @@ def main(argv: list[str] | None = None) -> int:
 
         trained.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
+        average_gradients(trained, model)
         scaler.step(trained)
         scaler.update()
 

@@ -3,6 +3,7 @@
     python reproduce.py configs/suites/demo.yaml --seeds 0 1 2
     python reproduce.py configs/suites/digits.yaml --seeds 0 1 2 --jobs 2 --out docs/results.md
     python reproduce.py configs/suites/digits.yaml --seeds 0 1 2 --list > commands.txt
+    python reproduce.py configs/suites/visda.yaml --seeds 0 1 2 --nproc 4
 
 Each entry of the suite runs once per seed, by the plain command that --list prints, in the folder
 <out_dir>_seed<K>. What the run prints goes to <out_dir>_seed<K>.log. Finished runs are skipped and
@@ -190,10 +191,11 @@ def check_is_suite(file: str) -> None:
 
 @dataclass
 class Job:
-    """One entry under one seed."""
+    """One entry under one seed, in `processes` processes."""
 
     entry: Entry
     seed: int
+    processes: int = 1
 
     @property
     def folder(self) -> Path:
@@ -202,7 +204,7 @@ class Job:
     @property
     def start(self) -> "Job | None":
         """The job whose run this one starts from."""
-        return Job(self.entry.start, self.seed) if self.entry.start else None
+        return Job(self.entry.start, self.seed, self.processes) if self.entry.start else None
 
     @property
     def overrides(self) -> list[str]:
@@ -216,7 +218,11 @@ class Job:
 
     def command(self) -> list[str]:
         options = [*self.overrides, f"out_dir={dump_value(str(self.folder))}", "--resume"]
-        return [sys.executable, self.entry.script, "--config", *self.entry.files, *options]
+        command = [sys.executable]
+        if self.processes > 1:  # torchrun
+            command += ["-m", "torch.distributed.run", "--standalone"]
+            command += [f"--nproc-per-node={self.processes}"]
+        return [*command, self.entry.script, "--config", *self.entry.files, *options]
 
     def summary(self) -> dict | None:
         """summary.json of a finished run.
@@ -242,7 +248,7 @@ class Job:
 
 def start_process(job: Job, at_once: int) -> subprocess.Popen:
     """Start the command of a job, which appends its output to the job's log."""
-    threads = max(1, (os.cpu_count() or 1) // at_once)
+    threads = max(1, (os.cpu_count() or 1) // (at_once * job.processes))
     environment = {"OMP_NUM_THREADS": str(threads), **os.environ, "PYTHONUNBUFFERED": "1"}
     job.log.parent.mkdir(parents=True, exist_ok=True)
     with open(job.log, "a") as log:
@@ -264,7 +270,9 @@ def report_end(job: Job, code: int, seconds: float, stopping: bool) -> bool:
     end = "finished" if finished else "stopped" if stopping else "failed"
     line = f"{job.folder}: {end} after {seconds:.0f} s"
     if end == "failed":
-        last_line = job.log.read_text(errors="replace").strip().splitlines()[-1]
+        lines = job.log.read_text(errors="replace").strip().splitlines()
+        errors = [line for line in lines if line.startswith("error: ")]  # before torchrun's report
+        last_line = errors[-1] if job.processes > 1 and errors else lines[-1]
         reason = last_line if code else "no summary.json of this config without a change"
         line += f" with exit code {code}: {reason} (log: {job.log})"
     print(line, flush=True)
@@ -539,12 +547,15 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     )
     jobs_help = "number of runs at once, which share the cores; default: 1"
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help=jobs_help)
+    nproc_help = "processes per run, by torchrun, on GPUs of their own; default: 1"
+    parser.add_argument("--nproc", type=int, default=1, metavar="N", help=nproc_help)
     out_help = "write the table into this file, between the suite's markers"
     parser.add_argument("--out", type=Path, metavar="FILE", help=out_help)
     parser.add_argument("--list", action="store_true", help="print the commands and run nothing")
     args = parser.parse_args(argv)
-    if args.jobs < 1:
-        raise UserError(f"--jobs must be positive, not {args.jobs}")
+    for name, number in (("--jobs", args.jobs), ("--nproc", args.nproc)):
+        if number < 1:
+            raise UserError(f"{name} must be positive, not {number}")
     if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
         raise UserError("--seeds must be distinct and not negative")
     return args
@@ -559,7 +570,7 @@ def main(argv: list[str] | None = None) -> int:
         place(args.out, name, "")  # a file that cannot take the table is an error before any run
 
     # Seed by seed: after each seed there is a whole table.
-    jobs = [Job(entry, seed) for seed in args.seeds for entry in suite.runs]
+    jobs = [Job(entry, seed, args.nproc) for seed in args.seeds for entry in suite.runs]
     if args.list:
         print("\n".join(shlex.join(job.command()) for job in jobs))
         return 0

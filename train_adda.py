@@ -24,6 +24,7 @@ import torch
 
 from common.config import positive
 from common.errors import exit_with
+from common.ranks import average_gradients
 from losses.domain import SOURCE, discriminator_accuracy, domain_loss, one_domain_loss
 from losses.supervised import supervised_loss
 from models import DomainDiscriminator, build_model, feature_vectors
@@ -124,6 +125,7 @@ def main(argv: list[str] | None = None) -> int:
 
             source_optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
+            average_gradients(source_optimizer, source_model)
             scaler.step(source_optimizer)
             if step == source_steps:
                 model.load_state_dict(source_model.state_dict())
@@ -149,6 +151,7 @@ def main(argv: list[str] | None = None) -> int:
 
             disc_optimizer.zero_grad(set_to_none=True)
             scaler.scale(disc_loss).backward()
+            average_gradients(disc_optimizer)
             scaler.step(disc_optimizer)
 
             # the target encoder, under inverted labels, with the discriminator held fixed
@@ -166,6 +169,7 @@ def main(argv: list[str] | None = None) -> int:
 
             target_optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
+            average_gradients(target_optimizer, model, discriminator)
             scaler.step(target_optimizer)
             run.monitor.add(out_t.logits)
         scaler.update()

@@ -26,6 +26,7 @@ from torch import nn
 
 from common.config import not_negative, positive
 from common.errors import exit_with
+from common.ranks import average_gradients
 from losses.domain import SOURCE, discriminator_accuracy, domain_loss, one_domain_loss
 from losses.entropy import diversity_loss, entropy_loss, information_map
 from losses.supervised import nll_loss, supervised_loss
@@ -143,6 +144,7 @@ def main(argv: list[str] | None = None) -> int:
 
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
+        average_gradients(optimizer, model)
         scaler.step(optimizer)
 
         # the discriminators, on what the model predicted
@@ -164,6 +166,7 @@ def main(argv: list[str] | None = None) -> int:
 
             disc_optimizer.zero_grad(set_to_none=True)
             scaler.scale(disc_loss).backward()
+            average_gradients(disc_optimizer, discriminators)
             scaler.step(disc_optimizer)
         scaler.update()
 

@@ -24,6 +24,7 @@ from torch import nn
 
 from common.config import not_negative, positive
 from common.errors import exit_with
+from common.ranks import average_gradients, norm_over_ranks
 from losses.cdan import MultilinearMap, entropy_weights
 from losses.domain import discriminator_accuracy, domain_loss
 from losses.supervised import supervised_loss
@@ -143,7 +144,7 @@ def main(argv: list[str] | None = None) -> int:
             if config.reversal_bound is not None:
                 read = [(out_s.joint or out_s.features)[name] for name in config.feature_layers]
                 gradients = torch.autograd.grad(scaler.scale(loss), read, retain_graph=True)
-                bounds = [config.reversal_bound * grad.float().norm() for grad in gradients]
+                bounds = [config.reversal_bound * norm_over_ranks(grad) for grad in gradients]
 
             adv_loss, domain_accuracy, weight_s, weight_t = 0.0, 0.0, None, None
             applied = torch.zeros((), device=device)
@@ -178,6 +179,7 @@ def main(argv: list[str] | None = None) -> int:
 
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
+        average_gradients(optimizer, model, discriminators)
         scaler.step(optimizer)
         scaler.update()
 

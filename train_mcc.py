@@ -15,6 +15,7 @@ import torch
 
 from common.config import not_negative, positive
 from common.errors import exit_with
+from common.ranks import average_gradients
 from losses.mcc import mcc_loss
 from losses.supervised import supervised_loss
 from models import build_model, forward_domains
@@ -73,6 +74,7 @@ def main(argv: list[str] | None = None) -> int:
 
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
+        average_gradients(optimizer, model)
         scaler.step(optimizer)
         scaler.update()
 

@@ -22,6 +22,7 @@ import torch
 
 from common.config import not_negative
 from common.errors import exit_with
+from common.ranks import average_gradients
 from losses.coral import coral_loss
 from losses.mmd import mmd_loss
 from losses.supervised import supervised_loss
@@ -102,6 +103,7 @@ def main(argv: list[str] | None = None) -> int:
 
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
+        average_gradients(optimizer, model)
         scaler.step(optimizer)
         scaler.update()
 

@@ -28,6 +28,7 @@ import torch
 from common.averages import EMATeacher, class_mean
 from common.config import not_negative, positive
 from common.errors import exit_with
+from common.ranks import average_gradients
 from data.classmix import classmix
 from data.order import generator
 from losses.entropy import diversity_loss
@@ -175,6 +176,7 @@ def main(argv: list[str] | None = None) -> int:
 
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
+        average_gradients(optimizer, model, teacher)
         scaler.step(optimizer)
         scaler.update()
         if teacher:

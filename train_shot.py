@@ -28,6 +28,7 @@ import torch.nn.functional as F
 
 from common.config import not_negative, positive
 from common.errors import exit_with
+from common.ranks import average_gradients, total
 from data import TargetDataConfig
 from losses.entropy import diversity_loss, entropy_loss, information_map
 from losses.shot import (
@@ -84,16 +85,18 @@ def compute_centroids(
     model: Network,
     batches: Iterable[torch.Tensor],
     layer: str,
+    shape: tuple[int, int],
     previous: torch.Tensor | None,
     autocast: torch.autocast,
     device: torch.device,
 ) -> torch.Tensor:
-    """Centroids (K, D + 1) of the unit features of `layer`; 0 for a class never predicted.
+    """Centroids, of `shape` (K, D + 1), of the unit features of `layer`; 0 where none is predicted.
 
     An image belongs to the classes by its predicted probabilities (eq. 4), or, where centroids
     were computed before, to the nearest of these (eq. 6).
     """
-    sums = counts = 0
+    sums = torch.zeros(shape, device=device)
+    counts = torch.zeros(shape[0], dtype=torch.int64, device=device)
     for x_t in batches:
         with autocast:
             out = model(x_t.to(device, non_blocking=True))
@@ -102,9 +105,9 @@ def compute_centroids(
         if previous is not None:
             nearest = nearest_centroid(features, previous)
             p = F.one_hot(nearest, p.shape[1]).movedim(-1, 1).float()
-        sums = sums + centroid_sums(features, p)
-        counts = counts + torch.bincount(p.argmax(1).flatten(), minlength=p.shape[1])
-    return F.normalize(sums) * (counts > 0)[:, None]
+        sums += centroid_sums(features, p)
+        counts += torch.bincount(p.argmax(1).flatten(), minlength=p.shape[1])
+    return F.normalize(total(sums)) * (total(counts) > 0)[:, None]
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -141,7 +144,9 @@ def main(argv: list[str] | None = None) -> int:
             centroids = None
             for _ in range(2):  # eq. 4, then eq. 6
                 batches = run.watch(whole_target, step - 1)  # a signal may come in between
-                centroids = compute_centroids(model, batches, layer, centroids, autocast, device)
+                centroids = compute_centroids(
+                    model, batches, layer, memory.centroids.shape, centroids, autocast, device
+                )
             memory.centroids.copy_(centroids)
         with torch.no_grad(), autocast:
             out_weak = model(x_weak)
@@ -172,6 +177,7 @@ def main(argv: list[str] | None = None) -> int:
 
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
+        average_gradients(optimizer, model)
         scaler.step(optimizer)
         scaler.update()
 

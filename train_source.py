@@ -10,6 +10,7 @@ source's. With the labeled target as `data.source` the same script gives the upp
 
     python train_source.py --config configs/demo/digits.yaml
     python train_source.py --config configs/demo/digits.yaml --resume
+    torchrun --nproc-per-node 2 train_source.py --config configs/demo/digits.yaml
 """
 
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from typing import ClassVar
 import torch
 
 from common.errors import exit_with
+from common.ranks import average_gradients
 from losses.supervised import supervised_loss
 from models import build_model
 from training.config import RunConfig, parse_args
@@ -69,6 +71,7 @@ def main(argv: list[str] | None = None) -> int:
 
         optimizer.zero_grad(set_to_none=True)
         scaler.scale(loss).backward()
+        average_gradients(optimizer, model)
         scaler.step(optimizer)
         scaler.update()
 

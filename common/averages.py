@@ -4,6 +4,8 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
+from common.ranks import mean_over_ranks
+
 
 def decay_at(updates: int, decay: float) -> float:
     """min(1 - 1 / (t + 1), decay) after t updates.
@@ -48,8 +50,8 @@ class EMATeacher(AveragedModel):
 
 
 def class_mean(p: torch.Tensor) -> torch.Tensor:
-    """Mean over all samples and positions: (N, K, ...) -> (K,)."""
-    return p.transpose(0, 1).flatten(1).mean(1)
+    """Mean over all samples and positions, of all processes: (N, K, ...) -> (K,)."""
+    return mean_over_ranks(p.transpose(0, 1).flatten(1).mean(1))
 
 
 class RunningMean(nn.Module):

@@ -26,8 +26,11 @@ class Observer(Protocol):
     def sizes(self) -> str:
         """The keys that decide how much memory a step takes, and their values."""
 
-    def failed(self, code: int, reason: str) -> None:
-        """The process ends with this exit code, for this reason."""
+    def failed(self, code: int, reason: str) -> str | None:
+        """The process ends by an error. Returns what to print; None: another process prints it."""
+
+    def explain(self, error: Exception) -> UserError | None:
+        """An error that another process has caused."""
 
 
 _observer: Observer | None = None
@@ -66,6 +69,8 @@ def _as_user_error(error: Exception) -> UserError | None:
     """An error of the system as one sentence; None for a mistake of the code."""
     if isinstance(error, UserError):
         return error
+    if _observer is not None and (caused := _observer.explain(error)):
+        return caused
     reason = (last_line(error) or type(error).__name__).splitlines()[0].rstrip(".")
     if _is_memory_error(error):
         reason = ". ".join(reason.split(". ")[:2])  # the rest is advice on torch's own settings
@@ -134,10 +139,12 @@ def _silence_interrupt(kind, error, trace, show=sys.excepthook) -> None:
 sys.excepthook = _silence_interrupt
 
 
-def _fail(code: int, reason: str) -> int:
+def _fail(code: int, reason: str) -> str | None:
+    """Tell the run that it fails. Returns the reason, or None if another process prints it."""
     if _observer is not None:
-        _observer.failed(code, reason)
-    return code
+        return _observer.failed(code, reason)
+    # Before the processes have met, all of them make the same mistake.
+    return reason if os.environ.get("RANK", "0") == "0" else None
 
 
 def exit_with(main) -> None:
@@ -160,8 +167,9 @@ def exit_with(main) -> None:
             raise
         if "--debug" in sys.argv:
             traceback.print_exc()
-        print(f"error: {last_line(known)}", file=sys.stderr)
+        code = known.code
+        if reason := _fail(code, last_line(known)):
+            print(f"error: {reason}", file=sys.stderr)
         # The traceback's frames hold main's loaders, whose workers would otherwise stay alive.
         traceback.clear_frames(error.__traceback__)
-        code = _fail(known.code, last_line(known))
     sys.exit(code)

@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from common.ranks import total
+
 IGNORE_INDEX = 255  # the label of a pixel that is neither trained nor evaluated on
 
 
@@ -86,12 +88,18 @@ class Criteria:
 
     neg_entropy: minus the mean entropy of the predictions. infomax: the entropy of the mean
     prediction (diversity) minus the mean entropy. Both use a float32 log_softmax and float64 sums.
+
+    Args:
+        num_classes: K.
+        device: of the logits.
     """
 
-    def __init__(self, num_classes: int):
+    def __init__(self, num_classes: int, device: torch.device | str = "cpu"):
         self.num_classes = num_classes
-        self.count = 0
-        self.entropy = self.mean = self.counts = 0.0
+        # Tensors from the start: a process may have no batch.
+        self.counts = torch.zeros(num_classes, dtype=torch.int64, device=device)
+        zeros = where_float64(torch.zeros((), device=device)).double()
+        self.count, self.entropy, self.mean = zeros, zeros, zeros.repeat(num_classes)
 
     def add(self, logits: torch.Tensor) -> None:
         """Add a batch of logits (N, K, ...)."""
@@ -99,12 +107,17 @@ class Criteria:
         p = log_p.exp()
         self.entropy = self.entropy - where_float64(p * log_p).sum(dtype=torch.float64)
         self.mean = self.mean + where_float64(p).sum(1, dtype=torch.float64)
-        self.count += p.shape[1]
+        self.count = self.count + p.shape[1]
         self.counts = self.counts + torch.bincount(log_p.argmax(0), minlength=self.num_classes)
+
+    def share(self) -> None:
+        """Add up what all processes have added."""
+        self.count, self.entropy = total(self.count), total(self.entropy)
+        self.mean, self.counts = total(self.mean), total(self.counts)
 
     def predicted(self) -> list[int]:
         """How many predictions each class has."""
-        return self.counts.long().tolist()
+        return self.counts.tolist()
 
     def values(self) -> dict[str, float]:
         mean = self.mean / self.count
@@ -114,11 +127,15 @@ class Criteria:
 
 
 class ValidationLoss:
-    """Mean cross-entropy on labels, in nats, from a float32 log_softmax and float64 sums."""
+    """Mean cross-entropy on labels, in nats, from a float32 log_softmax and float64 sums.
 
-    def __init__(self):
-        self.log_likelihood = 0.0
-        self.count = 0
+    Args:
+        device: of the logits.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu"):
+        zero = where_float64(torch.zeros((), device=device))
+        self.log_likelihood, self.count = zero.double(), zero.long()
 
     def add(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
         """Add a batch of logits (N, K, ...) and labels (N, ...); `IGNORE_INDEX` is not counted."""
@@ -128,6 +145,10 @@ class ValidationLoss:
             dtype=torch.float64
         )
         self.count = self.count + where_float64(counts).sum()
+
+    def share(self) -> None:
+        """Add up what all processes have added."""
+        self.log_likelihood, self.count = total(self.log_likelihood), total(self.count)
 
     def value(self) -> float | None:
         """The mean; None without any label."""

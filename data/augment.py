@@ -8,12 +8,12 @@
 
 torchvision's v2 draws one set of parameters per batch; here every draw has the length of the batch.
 
-Operations on a batch have the arguments (images, size, generator) and then their parameters, which
+Operations on a batch have the arguments (images, size, draws) and then their parameters, which
 are the keys of the config:
 
     images     uint8 (N, C, H, W)
     size       px of the resulting square (`data.size`); only `crop` reads it
-    generator  the source of all random numbers
+    draws      the source of all random numbers, `Draws`
 
 and return uint8 images. With task: segmentation the operations are `zoom`, a part of the random
 crop, `flip`, and those that do not move pixels (`IN_PLACE`); a mask is transformed like its image,
@@ -33,29 +33,23 @@ from torchvision.transforms.v2 import functional as F
 from common.config import cut, shorten
 from common.errors import UserError
 from common.metrics import IGNORE_INDEX
+from data.order import Draws
 
 Range = Sequence[float]
 
 
-def _uniform(
-    n: int, low: float, high: float, generator: torch.Generator, *shape: int
-) -> torch.Tensor:
-    """n values, of `shape` each, uniform in [low, high)."""
-    return torch.rand((n, *shape), generator=generator) * (high - low) + low
-
-
-def _some(images, changed, probability: float, generator: torch.Generator) -> torch.Tensor:
+def _some(images, changed, probability: float, draws: Draws) -> torch.Tensor:
     """Each image is replaced by its changed version with this probability; 1 draws nothing."""
     if probability == 1:
         return changed
-    chosen = torch.rand(len(images), generator=generator) < probability
+    chosen = draws.uniform() < probability
     return torch.where(chosen.view(-1, 1, 1, 1), changed, images)
 
 
 def affine(
     images,
     size,
-    generator,
+    draws,
     degrees: float = 0.0,
     translate: float = 0.0,
     scale: Range = (1.0, 1.0),
@@ -69,11 +63,10 @@ def affine(
         scale: range of the scale factor.
         shear: largest angle of the shear in degrees, either way.
     """
-    n = len(images)
-    angle = torch.deg2rad(_uniform(n, -degrees, degrees, generator))
-    factor = _uniform(n, *scale, generator)
-    slant = torch.deg2rad(_uniform(n, -shear, shear, generator)).tan()
-    shift = _uniform(n, -2 * translate, 2 * translate, generator, 2)
+    angle = torch.deg2rad(draws.uniform(-degrees, degrees))
+    factor = draws.uniform(*scale)
+    slant = torch.deg2rad(draws.uniform(-shear, shear)).tan()
+    shift = draws.uniform(-2 * translate, 2 * translate, 2)
     cos, sin = angle.cos() / factor, angle.sin() / factor
     row_x = torch.stack([cos, cos * slant - sin, shift[:, 0]], 1)
     row_y = torch.stack([sin, sin * slant + cos, shift[:, 1]], 1)
@@ -88,7 +81,7 @@ def affine(
 def photometric(
     images,
     size,
-    generator,
+    draws,
     invert: float = 0.0,
     gain: Range = (1.0, 1.0),
     offset: float = 0.0,
@@ -111,33 +104,33 @@ def photometric(
     """
     n = len(images)
     per_channel = tuple(channel_gain) != (1.0, 1.0) or channel_offset > 0
-    slope = _uniform(n, *gain, generator)
-    slope = torch.where(_uniform(n, 0, 1, generator) < invert, -slope, slope).view(n, 1, 1, 1)
-    level = 0.5 + _uniform(n, -offset, offset, generator).view(n, 1, 1, 1)
+    slope = draws.uniform(*gain)
+    slope = torch.where(draws.uniform(0, 1) < invert, -slope, slope).view(n, 1, 1, 1)
+    level = 0.5 + draws.uniform(-offset, offset).view(n, 1, 1, 1)
     if per_channel:
-        slope = slope * _uniform(n, *channel_gain, generator, 3, 1, 1)
-        level = level + _uniform(n, -channel_offset, channel_offset, generator, 3, 1, 1)
+        slope = slope * draws.uniform(*channel_gain, 3, 1, 1)
+        level = level + draws.uniform(-channel_offset, channel_offset, 3, 1, 1)
     x = images.float().sub_(127.5) * slope + 255 * level
     if noise > 0:
-        deviation = _uniform(n, 0, noise, generator, 1, 1, 1)
-        x = x + 255 * deviation * torch.randn(x.shape, generator=generator)
+        deviation = draws.uniform(0, noise, 1, 1, 1)
+        x = x + 255 * deviation * draws.normal(*x.shape[1:])
     return x.round_().clamp_(0, 255).to(torch.uint8)
 
 
-def crop(images, size, generator, scale: Range = (0.08, 1.0), ratio: Range = (3 / 4, 4 / 3)):
+def crop(images, size, draws, scale: Range = (0.08, 1.0), ratio: Range = (3 / 4, 4 / 3)):
     """Random crop of a square image, resized to `size`.
 
     Args:
         scale: range of the area of the crop, as a share of the image.
         ratio: range of width over height; drawn uniformly on a logarithmic scale.
     """
-    n, side = len(images), images.shape[-1]
-    area = _uniform(n, *scale, generator) * side**2
-    aspect = torch.exp(_uniform(n, math.log(ratio[0]), math.log(ratio[1]), generator))
+    side = images.shape[-1]
+    area = draws.uniform(*scale) * side**2
+    aspect = torch.exp(draws.uniform(math.log(ratio[0]), math.log(ratio[1])))
     height = (area / aspect).sqrt().round().clamp(1, side).long()
     width = (area * aspect).sqrt().round().clamp(1, side).long()
-    top = (torch.rand(n, generator=generator) * (side - height + 1)).long()
-    left = (torch.rand(n, generator=generator) * (side - width + 1)).long()
+    top = (draws.uniform() * (side - height + 1)).long()
+    left = (draws.uniform() * (side - width + 1)).long()
     boxes = torch.stack([top, left, height, width], 1).tolist()
     return torch.stack(
         [
@@ -147,16 +140,16 @@ def crop(images, size, generator, scale: Range = (0.08, 1.0), ratio: Range = (3 
     )
 
 
-def flip(images, size, generator, probability: float = 0.5):
+def flip(images, size, draws, probability: float = 0.5):
     """Horizontal flip, with a `probability` per image."""
-    flipped = torch.rand(len(images), generator=generator) < probability
+    flipped = draws.uniform() < probability
     return torch.where(flipped.view(-1, 1, 1, 1), images.flip(3), images)
 
 
 def jitter(
     images,
     size,
-    generator,
+    draws,
     brightness: float = 0.0,
     contrast: float = 0.0,
     saturation: float = 0.0,
@@ -183,56 +176,55 @@ def jitter(
     for adjust, center, spread in operations:
         if spread:
             low = max(center - spread, 0.0) if center else -spread
-            factors = _uniform(len(changed), low, center + spread, generator).tolist()
+            factors = draws.uniform(low, center + spread).tolist()
             changed = [adjust(x, factor) for x, factor in zip(changed, factors, strict=True)]
     if tuple(gamma) != (1.0, 1.0):
-        log_gamma = _uniform(len(changed), math.log(gamma[0]), math.log(gamma[1]), generator)
+        log_gamma = draws.uniform(math.log(gamma[0]), math.log(gamma[1]))
         exponents = log_gamma.exp().tolist()
         changed = [F.adjust_gamma(x, power) for x, power in zip(changed, exponents, strict=True)]
-    return _some(images, torch.stack(changed), probability, generator)
+    return _some(images, torch.stack(changed), probability, draws)
 
 
-def blur(images, size, generator, sigma: Range = (0.1, 2.0), probability: float = 1.0):
+def blur(images, size, draws, sigma: Range = (0.1, 2.0), probability: float = 1.0):
     """Gaussian blur.
 
     Args:
         sigma: range of the standard deviation in px.
         probability: of an image to be blurred.
     """
-    sigmas = _uniform(len(images), *sigma, generator).tolist()
+    sigmas = draws.uniform(*sigma).tolist()
     largest = min(images.shape[2:]) - 1  # the padding by reflection allows no larger radius
     radii = [min(math.ceil(2 * s), largest) for s in sigmas]
     blurred = [
         F.gaussian_blur(x, [2 * r + 1] * 2, [s] * 2)
         for x, r, s in zip(images, radii, sigmas, strict=True)
     ]
-    return _some(images, torch.stack(blurred), probability, generator)
+    return _some(images, torch.stack(blurred), probability, draws)
 
 
-def cutout(images, size, generator, side: float = 0.5):
+def cutout(images, size, draws, side: float = 0.5):
     """A gray rectangle at a random place (DeVries and Taylor 2017, arXiv:1708.04552).
 
     Args:
         side: largest height and width of the rectangle, as shares of those of the image.
     """
-    n = len(images)
     inside = None
     for axis in (2, 3):
         length = images.shape[axis]
-        center = _uniform(n, 0, length, generator)
-        half = _uniform(n, 0, side * length / 2, generator)
+        center = draws.uniform(0, length)
+        half = draws.uniform(0, side * length / 2)
         pixel = torch.arange(length) + 0.5
         near = (pixel - center[:, None]).abs() < half[:, None]
         inside = near[:, :, None] if inside is None else inside & near[:, None, :]
     return torch.where(inside[:, None], torch.tensor(127, dtype=torch.uint8), images)
 
 
-def zoom(images, size, generator, scale: Range = (1.0, 1.0)):
+def zoom(images, size, draws, scale: Range = (1.0, 1.0)):
     """Factors (N,) by which images are enlarged before the random crop of `JointAugment`.
 
     They are drawn from the range `scale`, uniformly on a logarithmic scale.
     """
-    return _uniform(len(images), math.log(scale[0]), math.log(scale[1]), generator).exp()
+    return draws.uniform(math.log(scale[0]), math.log(scale[1])).exp()
 
 
 # Least and largest value of a parameter, and of the ends of a range.
@@ -333,16 +325,16 @@ class Augment:
         spec: operations and their parameters.
         size: px of the square that `crop` resizes to.
 
-    Shapes: uint8 (N, C, S, S) and a generator -> uint8 (N, C, S', S'). The operations of
+    Shapes: uint8 (N, C, S, S) and `Draws` -> uint8 (N, C, S', S'). The operations of
         `IN_PLACE` take images of any height and width.
     """
 
     def __init__(self, spec: dict, size: int):
         self.spec, self.size = spec, size
 
-    def __call__(self, images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    def __call__(self, images: torch.Tensor, draws: Draws) -> torch.Tensor:
         for name, parameters in self.spec.items():
-            images = OPERATIONS["classification"][name](images, self.size, generator, **parameters)
+            images = OPERATIONS["classification"][name](images, self.size, draws, **parameters)
         return images
 
 
@@ -353,7 +345,7 @@ class JointAugment:
         spec: operations and their parameters.
         crop: height and width of the crop, or None for the entire image.
 
-    Shapes: image uint8 (3, H, W), mask uint8 (H, W) or None, and a generator -> image and mask at
+    Shapes: image uint8 (3, H, W), mask uint8 (H, W) or None, and its `Draws` -> image and mask at
         the size of the crop.
 
     A crop without a labeled pixel is drawn again, up to REDRAWS times. A zoom that would make the
@@ -369,27 +361,25 @@ class JointAugment:
         self.spec, self.crop = spec, crop
 
     def __call__(
-        self, image: torch.Tensor, mask: torch.Tensor | None, generator: torch.Generator
+        self, image: torch.Tensor, mask: torch.Tensor | None, draws: Draws
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         image = tv_tensors.Image(image)
         mask = None if mask is None else tv_tensors.Mask(mask)
         for _ in range(1 + self.REDRAWS):
-            crop, crop_mask = self._crop(image, mask, generator)
+            crop, crop_mask = self._crop(image, mask, draws)
             if crop_mask is None or (crop_mask != IGNORE_INDEX).any():
                 break
         for name, parameters in self.spec.items():
             if name == "flip":
-                if torch.rand((), generator=generator) < parameters.get("probability", 0.5):
+                if draws.uniform() < parameters.get("probability", 0.5):
                     crop = F.horizontal_flip(crop)
                     crop_mask = None if crop_mask is None else F.horizontal_flip(crop_mask)
             elif name != "zoom":
                 operation = OPERATIONS["segmentation"][name]
-                crop = operation(crop[None], None, generator, **parameters)[0]
+                crop = operation(crop[None], None, draws, **parameters)[0]
         return crop, crop_mask
 
-    def _crop(
-        self, image: tv_tensors.Image, mask: tv_tensors.Mask | None, generator: torch.Generator
-    ):
+    def _crop(self, image: tv_tensors.Image, mask: tv_tensors.Mask | None, draws: Draws):
         """A random crop of image and mask: a box is cut out and resized to the size of the crop."""
         height, width = image.shape[-2:]
         size = self.crop or (height, width)
@@ -398,10 +388,10 @@ class JointAugment:
                 f"crop {list(size)} is larger than an image of {height}x{width} px; "
                 "choose a smaller crop"
             )
-        factor = zoom(image[None], None, generator, **self.spec.get("zoom", {})).item()
+        factor = zoom(image[None], None, draws, **self.spec.get("zoom", {})).item()
         factor = max(factor, size[0] / height, size[1] / width)
         box, corner = [], []
-        places = torch.rand(2, generator=generator).tolist()
+        places = draws.uniform(0, 1, 2)[0].tolist()
         for side, image_side, place in zip(size, (height, width), places, strict=True):
             box_side = min(max(round(side / factor), 1), image_side)
             box.append(box_side)

@@ -8,6 +8,7 @@ import torch
 from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as F
 
+from common import ranks
 from common.errors import UserError
 from common.metrics import accuracies
 from data.augment import Augment
@@ -18,7 +19,7 @@ from data.drawn import open_drawn
 from data.folder import Files, read_labeled, read_list, scan_folder, scan_unlabeled
 from data.image_set import ImageSet, image_set
 from data.labeled import hold_out_of_each
-from data.order import Order, generator
+from data.order import Draws, Order, generator
 
 LABELS = "a folder per class, or `path label` lines"  # what labels look like, for messages
 CLASSES_DIFFER = (  # what to do if the classes of the target are not those of the source
@@ -84,7 +85,7 @@ def _decoded(domain: DomainConfig, files: Files, config: DataConfig, read_only: 
     side = domain.resize or round(config.size * 8 / 7)
     folder = None if read_only else Path(config.cache)
     limit = config.cache_gb * 2**30
-    shared = config.workers > 0
+    shared = config.workers > 0 or ranks.count() > 1
     images = decoded_images(files.images, (side, side), folder, limit, shared, config.exif)
     name = f"{domain.name} {domain.path}"
     return image_set(name, images, files.labels, files.classes, skipped=files.skipped)
@@ -181,20 +182,30 @@ def _three_channels(images: torch.Tensor) -> torch.Tensor:
 
 
 class TrainBatches(Dataset):
-    """Batch `step` (from 0) of the endless, shuffled, augmented set: images, and labels if any."""
+    """Batch `step` (from 0) of the endless, shuffled, augmented set: images, and labels if any.
+
+    Of several processes each has its rows of it.
+
+    Attributes:
+        batch: images in the entire batch.
+        rows: those of this process.
+    """
 
     def __init__(self, images: ImageSet, config: DataConfig, seed: int, role: str):
         self.set, self.config, self.seed, self.role = images, config, seed, role
+        self.batch = config.batch_of(role)
+        self.rows = ranks.rows(self.batch)
         self.order = Order(seed, role, len(images))
         self.augment = Augment(config.augment_of(role), config.size)
 
     def __getitem__(self, step: int):
-        batch = self.config.batch_of(self.role)
-        index = self.set.indices[self.order.positions(step * batch, batch)]
+        positions = self.order.positions(step * self.batch, self.batch)[self.rows]
+        index = self.set.indices[positions]
         images = self.set.images[index]
         if images.shape[-1] < self.config.size:
             images = F.center_crop(images, [self.config.size])  # pads with zeros
-        images = self.augment(images, generator(self.seed, self.role, "augment", step))
+        random = generator(self.seed, self.role, "augment", step)
+        images = self.augment(images, Draws(random, self.batch, self.rows))
         if images.shape[-1] > self.config.size:
             images = F.center_crop(images, [self.config.size])
         images = _three_channels(images)

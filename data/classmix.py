@@ -5,6 +5,7 @@ Olsson et al. 2021, arXiv:2007.07936.
 
 import torch
 
+from common import ranks
 from common.errors import UserError
 from common.metrics import IGNORE_INDEX
 
@@ -15,13 +16,15 @@ def class_mask(labels: torch.Tensor, num_classes: int, generator: torch.Generato
     Args:
         labels: (N, H, W) int64; `IGNORE_INDEX` is never chosen.
         num_classes: K.
-        generator: chooses the classes; it lives on the CPU.
+        generator: chooses the classes, for the rows of all processes; it lives on the CPU.
 
     Returns:
         (N, H, W), True on the pixels of the chosen classes.
     """
     device = labels.device
-    rank = torch.rand(len(labels), num_classes, generator=generator).to(device, non_blocking=True)
+    batch = len(labels) * ranks.count()
+    rank = torch.rand(batch, num_classes, generator=generator)[ranks.rows(batch)]
+    rank = rank.to(device, non_blocking=True)
     # Ignored pixels have the number after the last class.
     index = torch.where(labels != IGNORE_INDEX, labels, num_classes).flatten(1)
     marks = torch.zeros(len(labels), num_classes + 1, device=device).scatter_(1, index, 1.0)

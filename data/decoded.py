@@ -15,6 +15,7 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 from tqdm import tqdm
 
+from common import ranks
 from common.errors import UserError
 from data.id_maps import UNKNOWN
 from data.order import generator
@@ -44,7 +45,8 @@ def for_each(paths: Sequence[Path], read: Callable[[Path], object], doing: str) 
         UserError: `read` raised one for some files; it names all of them.
     """
     results, mistakes = [], []
-    for path in tqdm(paths, doing, unit="file", leave=False, disable=None, delay=1):
+    quiet = None if ranks.is_first() else True
+    for path in tqdm(paths, doing, unit="file", leave=False, disable=quiet, delay=1):
         try:
             results.append(read(path))
         except UserError as error:

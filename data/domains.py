@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from common import ranks
 from common.errors import UserError
 from common.files import trained_classes
 from data.config import DataConfig, LabeledDataConfig
@@ -121,15 +122,15 @@ class Domains:
             batches.fetch()
 
     def positions(self, role: str, start: int, steps: int) -> tuple[torch.Tensor, ...]:
-        """Numbers of the images (batch,) in each of the batches that `batches` yields.
+        """Numbers of the images in each of the batches that `batches` yields.
 
         In a dry run they are numbers of the images of one evaluation batch, as in `labeled_pass`.
         """
         size, batch = len(getattr(self, role)), self.config.batch_of(role)
         if self.dry_run:
             size = min(size, self.config.eval_batch)
-        order = Order(self.seed, role, size)
-        return tuple(order.positions(step * batch, batch) for step in range(start, steps))
+        order, rows = Order(self.seed, role, size), ranks.rows(batch)
+        return tuple(order.positions(step * batch, batch)[rows] for step in range(start, steps))
 
     def source_shares(self) -> list[float] | None:
         """The share of each class in the source labels, of masks from a sample; None without."""
@@ -159,11 +160,13 @@ class Domains:
         return not augmented and one_size
 
     def labeled_pass(self) -> Loader:
-        """Every labeled target image once, not augmented; in a dry run one batch of them."""
+        """Every labeled target image once, not augmented; in a dry run one batch of them.
+
+        Every process sees all of them.
+        """
         images = self.target_labeled
-        return eval_loader(
-            _first_batch(images, self.config) if self.dry_run else images, self.config
-        )
+        images = _first_batch(images, self.config) if self.dry_run else images
+        return eval_loader(images, self.config, shared=False)
 
     def target_pass(self) -> Loader:
         """Every unlabeled target image once, not augmented; in a dry run one batch of them."""

@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from common import ranks
 from common.errors import UserError
 from data.augment import Augment
 from data.config import DataConfig
 from data.image_set import ImageSet
-from data.order import generator
+from data.order import Draws, generator
 from data.tasks import task_module
 
 # The main process saves on these, and then ends its workers.
@@ -183,7 +184,7 @@ class TwoViews(Dataset):
     def __getitem__(self, step: int):
         weak = self.batches[step]
         random = generator(self.batches.seed, self.batches.role, "strong", step)
-        return weak, self.strong(weak, random)
+        return weak, self.strong(weak, Draws(random, self.batches.batch, self.batches.rows))
 
 
 def train_loader(
@@ -216,7 +217,13 @@ def train_loader(
     return Loader(batches, range(start, steps), config, f"data.{role} ({images.name})", on_wait)
 
 
-def eval_loader(images: ImageSet, config: DataConfig) -> Loader:
-    """Every image of the set once, in order."""
+def eval_loader(images: ImageSet, config: DataConfig, shared: bool = True) -> Loader:
+    """Every image of the set once, in order.
+
+    Of several processes each has every `ranks.count()`-th batch; all batches, unless `shared`.
+    """
     batches = task_module(config).EvalBatches(images, config)
-    return Loader(batches, range(len(batches)), config, f"evaluation of {images.name}")
+    numbers = range(len(batches))
+    if shared:
+        numbers = numbers[ranks.number() :: ranks.count()]
+    return Loader(batches, numbers, config, f"evaluation of {images.name}")

@@ -13,6 +13,32 @@ def generator(*purpose) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") & (2**63 - 1))
 
 
+class Draws:
+    """Random numbers for the images of a batch, of which this process has some rows.
+
+    They are drawn for the entire batch, so that an image has the same ones in any number of
+    processes.
+
+    Args:
+        generator: the source of the numbers.
+        count: images in the entire batch.
+        rows: the rows of this process; None for all.
+    """
+
+    def __init__(self, generator: torch.Generator, count: int, rows: slice | None = None):
+        self.generator, self.count = generator, count
+        self.rows = slice(None) if rows is None else rows
+
+    def uniform(self, low: float = 0.0, high: float = 1.0, *shape: int) -> torch.Tensor:
+        """A value of `shape` per image, uniform in [low, high): (n, *shape)."""
+        values = torch.rand((self.count, *shape), generator=self.generator)[self.rows]
+        return values * (high - low) + low
+
+    def normal(self, *shape: int) -> torch.Tensor:
+        """A value of `shape` per image, standard normal: (n, *shape)."""
+        return torch.randn((self.count, *shape), generator=self.generator)[self.rows]
+
+
 class Order:
     """Endless random order of a set, in which every pass contains each image once.
 

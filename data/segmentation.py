@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch.utils.data import Dataset
 
+from common import ranks
 from common.errors import UserError
 from common.metrics import ious
 from data.augment import JointAugment
@@ -17,7 +18,7 @@ from data.drawn_street import open_street
 from data.folder import Pairs, read_mask_list, scan_masks
 from data.id_maps import id_map
 from data.image_set import ImageSet, image_set
-from data.order import Order, generator
+from data.order import Draws, Order, generator
 
 LABELS = "masks and ids"  # what labels look like, for messages
 CLASSES_DIFFER = "; name the same classes in the ids of both"  # what to do then
@@ -78,7 +79,8 @@ def _decoded(
     files, mask_files, skipped = pairs
     size = domain.resize and tuple(domain.resize)
     folder = None if read_only else Path(config.cache)
-    storage = folder, config.cache_gb * 2**30, config.workers > 0
+    shared = config.workers > 0 or ranks.count() > 1
+    storage = folder, config.cache_gb * 2**30, shared
     images = decoded_images(files, size, *storage, config.exif)
     masks = classes = None
     for file, shape in zip(files, images.shapes, strict=True):
@@ -199,28 +201,40 @@ def _train_size(images: ImageSet) -> str:
 
 
 class TrainBatches(Dataset):
-    """Batch `step` (from 0) of the endless, shuffled, augmented set: images, and masks if any."""
+    """Batch `step` (from 0) of the endless, shuffled, augmented set: images, and masks if any.
+
+    Of several processes each has its rows of it.
+
+    Attributes:
+        batch: images in the entire batch.
+        rows: those of this process.
+    """
 
     def __init__(self, images: ImageSet, config: DataConfig, seed: int, role: str):
         self.set, self.config, self.seed, self.role = images, config, seed, role
+        self.batch = config.batch_of(role)
+        self.rows = ranks.rows(self.batch)
         self.order = Order(seed, role, len(images))
         self.augment = JointAugment(config.augment_of(role), images.crop)
 
     def __getitem__(self, step: int):
-        random = generator(self.seed, self.role, "augment", step)
-        batch = self.config.batch_of(self.role)
-        positions = self.order.positions(step * batch, batch)
-        images, masks = [], []
-        for index in self.set.indices[positions].split(1):
-            mask = None if self.set.labels is None else self.set.labels[index][0]
-            image, mask = self.augment(self.set.images[index][0], mask, random)
-            images.append(image)
-            masks.append(mask)
-        if any(image.shape != images[0].shape for image in images):
+        first = step * self.batch
+        index = self.set.indices[self.order.positions(first, self.batch)]
+        sizes = {(_shape(self.set.images, i) or ())[-2:] for i in index.tolist()}
+        if self.set.crop is None and len(sizes) > 1:
             raise UserError(
                 f"{self.set.name}: its images differ in size, and a batch has one size; set "
                 f"data.{self.role.removesuffix('_labeled')}.crop or resize, or data.batch: 1"
             )
+        images, masks = [], []
+        for row in range(self.batch)[self.rows]:
+            i = index[row : row + 1]
+            mask = None if self.set.labels is None else self.set.labels[i][0]
+            # Of its own, since a crop may be drawn again.
+            random = generator(self.seed, self.role, "augment", first + row)
+            image, mask = self.augment(self.set.images[i][0], mask, Draws(random, 1))
+            images.append(image)
+            masks.append(mask)
         images = torch.stack(images)
         return images if self.set.labels is None else (images, torch.stack(masks).long())
 

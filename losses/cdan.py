@@ -6,6 +6,8 @@ from typing import Literal
 import torch
 from torch import nn
 
+from common.ranks import mean_over_ranks
+
 
 class MultilinearMap(nn.Module):
     """Outer product of features and probabilities, or a random projection of it (eq. 6).
@@ -49,4 +51,4 @@ def entropy_weights(logits: torch.Tensor) -> torch.Tensor:
     """
     log_p = logits.detach().float().log_softmax(1)
     weights = 1 + torch.exp((log_p.exp() * log_p).sum(1))
-    return weights / weights.mean()
+    return weights / mean_over_ranks(weights.mean())

@@ -3,6 +3,7 @@
 import torch
 
 from common.metrics import where_float64
+from common.ranks import gather
 
 
 def covariance(x: torch.Tensor) -> torch.Tensor:
@@ -25,4 +26,5 @@ def coral_loss(x_s: torch.Tensor, x_t: torch.Tensor) -> torch.Tensor:
     Returns:
         A float32 scalar; 0 if both are the same samples.
     """
-    return ((covariance(x_s) - covariance(x_t)).square().sum() / (4 * x_s.shape[1] ** 2)).float()
+    difference = covariance(gather(x_s)) - covariance(gather(x_t))
+    return (difference.square().sum() / (4 * x_s.shape[1] ** 2)).float()

@@ -3,6 +3,7 @@
 import torch
 
 from common.metrics import where_float64
+from common.ranks import mean_over_ranks
 
 
 def mcc_loss(logits: torch.Tensor, temperature: float = 2.5) -> torch.Tensor:
@@ -26,6 +27,7 @@ def mcc_loss(logits: torch.Tensor, temperature: float = 2.5) -> torch.Tensor:
     log_p = where_float64(rows).double().log_softmax(1)  # float64, which autocast leaves alone
     p = log_p.exp()
     weights = 1 + torch.exp((p * log_p).sum(1).detach())
-    confusion = (p * (weights / weights.mean())[:, None]).T @ p
+    weights = weights / mean_over_ranks(weights.mean())
+    confusion = mean_over_ranks((p * weights[:, None]).T @ p)
     confusion = confusion / confusion.sum(1, keepdim=True)
     return (1 - confusion.trace() / len(confusion)).float()

@@ -6,6 +6,7 @@ DAN, Long et al. 2015, arXiv:1502.02791, section 3.
 import torch
 
 from common.errors import UserError
+from common.ranks import gather
 
 WIDTHS = (0.125, 0.25, 0.5, 1.0, 2.0)  # widths of the kernels, in mean squared distances
 
@@ -41,6 +42,7 @@ def mmd_loss(
             "mmd_loss pairs source and target feature vectors, but there are "
             f"{len(x_s)} and {len(x_t)}; give data.source and data.target the same crop"
         )
+    x_s, x_t = gather(x_s), gather(x_t)
     n = len(x_s)
     x = torch.cat([x_s, x_t]).float()
     if n < 2:

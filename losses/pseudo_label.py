@@ -14,6 +14,7 @@ from torch import nn
 
 from common.averages import RunningMean, class_mean
 from common.metrics import labeled_mask
+from common.ranks import mean_over_ranks, total
 
 
 def pseudo_label_weights(accepted: torch.Tensor, weighting: str) -> torch.Tensor:
@@ -25,7 +26,7 @@ def pseudo_label_weights(accepted: torch.Tensor, weighting: str) -> torch.Tensor
     weights = accepted.float()
     if weighting == "mask":
         return weights
-    return (weights.sum() / max(weights.numel(), 1)).expand_as(weights)
+    return mean_over_ranks(weights.sum() / max(weights.numel(), 1)).expand_as(weights)
 
 
 def pseudo_label_loss(
@@ -98,7 +99,7 @@ class ConfidenceHistogram(nn.Module):
         bins = position.long().clamp_(0, self.bins - 1)
         index = labels.flatten() * self.bins + bins
         new = torch.zeros(self.counts.numel(), dtype=torch.int64, device=index.device)
-        new.scatter_add_(0, index, torch.ones_like(index))
+        new = total(new.scatter_add_(0, index, torch.ones_like(index)))
         self.counts.mul_(self.decay).add_(new.view_as(self.counts))
 
     @torch.no_grad()
@@ -145,8 +146,8 @@ class PredictionStatistics(nn.Module):
         Ignored positions do not count. A step without any label leaves the means as they are.
         """
         labeled = labeled_mask(y_s, p_s.shape[1])
-        share = labeled.float().mean()
+        share = mean_over_ranks(labeled.float().mean())
         mean = class_mean(p_s * labeled.unsqueeze(1)) / share
-        confidence = (p_s.amax(1) * labeled).mean() / share
+        confidence = mean_over_ranks((p_s.amax(1) * labeled).mean()) / share
         self.mean_s.update(torch.where(share > 0, mean, self.mean_s.value))
         self.confidence_s.update(torch.where(share > 0, confidence, self.confidence_s.value))

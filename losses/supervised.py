@@ -4,10 +4,13 @@ import torch
 import torch.nn.functional as F
 
 from common.metrics import labeled_mask
+from common.ranks import count, mean_over_ranks
 
 
 def nll_loss(log_p: torch.Tensor, labels: torch.Tensor, smoothing: float = 0.0) -> torch.Tensor:
     """Mean of -log p of the label, in nats, over the labeled samples and positions.
+
+    Of several processes each returns its part of the mean over all: their mean is the loss.
 
     Without any label it is 0, attached to the graph; torch's mean would be NaN.
 
@@ -23,7 +26,7 @@ def nll_loss(log_p: torch.Tensor, labels: torch.Tensor, smoothing: float = 0.0) 
     if smoothing > 0:
         spread = -(log_p.mean(1) * counts).sum()
         total = (1 - smoothing) * total + smoothing * spread
-    return total / counts.sum().clamp_min(1)
+    return total / mean_over_ranks(counts.sum()).clamp_min(1 / count())
 
 
 def cross_entropy(

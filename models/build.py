@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from torch import nn
 
+from common import ranks
 from models.classifier import build_classifier
 from models.discriminator import DomainDiscriminator, FCDiscriminator
 from models.network import Network
@@ -34,6 +35,8 @@ def build_model(
     model = BUILDERS[config.data.task](section, len(classes), config.data.root)
     if config.init_from and initialize:
         init_from(model, config.init_from, classes, new_head)
+    if config.model.bn_sync and ranks.count() > 1:
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
     return model
 
 

@@ -2,6 +2,8 @@
 
 import torch
 
+from common.ranks import norm_over_ranks
+
 
 class GradientReversal(torch.autograd.Function):
     """R(x) = x in the forward pass, dR/dx = -coeff * I in the backward pass."""
@@ -21,7 +23,7 @@ class GradientReversal(torch.autograd.Function):
     def backward(ctx, grad: torch.Tensor):
         coeff = ctx.coeff
         if ctx.bound is not None:
-            norm = grad.float().norm().clamp_min(1e-30)
+            norm = norm_over_ranks(grad).clamp_min(1e-30)
             # Not a number where float16 overflows; the scaler then skips the step.
             coeff = (ctx.bound / norm).clamp_max(coeff)
         if ctx.applied is not None:
@@ -43,7 +45,8 @@ def gradient_reversal(
     Args:
         x: what is returned.
         coeff: the paper's lambda.
-        bound: () the largest norm of the reversed gradient; a longer one is scaled down to it.
+        bound: () the largest norm of the reversed gradient, over the rows of all processes; a
+            longer one is scaled down to it.
         applied: () in the backward pass the coefficient is added to it that was applied: `coeff`,
             or less because of `bound`.
     """

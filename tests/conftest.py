@@ -26,6 +26,14 @@ def pytest_addoption(parser):
     group = parser.getgroup("conformance kit (tests/test_method.py)")
     group.addoption("--script", help="the training script to try; default: all of the project")
     group.addoption("--config", nargs="+", help="its yaml files, and key=value overrides")
+    parser.addoption("--slow", action="store_true", help="run the tests marked slow, too")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="slow: run it with --slow"))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -6,11 +6,16 @@ import os
 import re
 import signal
 import sys
+import time
+import traceback
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
+from torch.distributed import TCPStore
 
-from common.errors import UserError
+from common.errors import UserError, exit_with
 from training import evaluation, log
 from training import run as run_module
 
@@ -115,7 +120,8 @@ def shot_config(folder: Path, task: str = "classification", **changes) -> Path:
     The source model is trained first.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    config = config_of(task, folder, "train_source", out_dir=folder / "source")
+    model = {key: changes[key] for key in ("model",) if key in changes}
+    config = config_of(task, folder, "train_source", out_dir=folder / "source", **model)
     assert train("train_source", config) == 0
     lines = {
         "out_dir": folder / "run",
@@ -208,6 +214,89 @@ def in_a_fork(function) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
+def _end_as(function: Callable[[], int], log: Path) -> None:
+    """End this fork with the exit code of `exit_with(function)`; its output goes to `log`."""
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    sys.stdout, sys.stderr = (os.fdopen(number, "w", buffering=1) for number in (1, 2))
+    code = 1
+    try:
+        exit_with(function)
+    except SystemExit as stop:
+        code = stop.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code or 0)
+
+
+class Processes:
+    """Forks of this process that can meet, as torchrun would start them.
+
+    Args:
+        count: of the processes.
+        function: called in each of them with its number; the exit code, or None for 0.
+        folder: for what each prints, in `process_<number>.log`.
+    """
+
+    def __init__(self, count: int, function: Callable[[int], int | None], folder: Path):
+        self.folder, self.pids = folder, []
+        self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        for number in range(count):
+            pid = os.fork()
+            if pid == 0:
+                os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # it is the launcher's
+                os.environ["MASTER_ADDR"] = "127.0.0.1"
+                os.environ["MASTER_PORT"] = str(self.store.port)
+                os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(number)
+                os.environ["WORLD_SIZE"] = str(count)
+                _end_as(partial(function, number), folder / f"process_{number}.log")
+            self.pids.append(pid)
+
+    def wait(self, seconds: float = 60) -> list[int]:
+        """Their exit codes. Those that do not end in time are killed."""
+        codes, end = {}, time.monotonic() + seconds
+        while len(codes) < len(self.pids):
+            for pid in set(self.pids) - codes.keys():
+                if time.monotonic() > end:
+                    os.kill(pid, signal.SIGKILL)
+                done, status = os.waitpid(pid, os.WNOHANG)
+                if done:
+                    codes[pid] = os.waitstatus_to_exitcode(status)
+            time.sleep(0.01)
+        return [codes[pid] for pid in self.pids]
+
+    def printed(self, number: int) -> str:
+        return (self.folder / f"process_{number}.log").read_text()
+
+
+def start_on(
+    count: int,
+    script: str,
+    config: Path,
+    *arguments: str,
+    prepare: Callable[[int], None] = lambda number: None,
+) -> Processes:
+    """A run of `count` processes; `prepare` is called in each before its script begins."""
+    words = ["--config", str(config), *arguments]
+
+    def main(number: int) -> int:
+        prepare(number)
+        return load_script(ROOT / f"{script}.py").main(words)
+
+    return Processes(count, main, config.parent)
+
+
+def train_on(count: int, script: str, config: Path, *arguments: str, **named) -> Processes:
+    """`start_on` of a run that must end well."""
+    processes = start_on(count, script, config, *arguments, **named)
+    codes = processes.wait()
+    assert codes == [0] * count, "\n".join(processes.printed(i) for i in range(count))
+    return processes
+
+
 def differing(a, b) -> int:
     """How many numbers of two nested states differ; structure must agree."""
     if isinstance(a, torch.Tensor):
@@ -232,3 +321,7 @@ def summary(folder: Path) -> dict:
 
 def metrics(folder: Path) -> list[dict]:
     return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def status(folder: Path) -> dict:
+    return json.loads((folder / "status.json").read_text())

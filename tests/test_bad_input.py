@@ -126,10 +126,10 @@ def test_an_unknown_layer(config, refused):
     assert message in refused("train_dann", config, "feature_layers=[fc]")
 
 
-def test_several_processes(config, refused, monkeypatch):
+def test_a_process_without_its_launcher(config, refused, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     for script in SCRIPTS:
-        assert "WORLD_SIZE" in refused(script, config)
+        assert "start all of them by one torchrun command" in refused(script, config)
 
 
 def test_a_gpu_that_is_not_there(config, refused, monkeypatch):

@@ -28,7 +28,7 @@ from data.decoded import decode, decoded_images, image_size
 from data.digits import CLASSES, blend, mnistm
 from data.folder import read_list, scan_folder
 from data.image_set import image_set
-from data.order import Order, generator
+from data.order import Draws, Order, generator
 from data.tasks import task_module
 from tests.helpers import (
     ROOT,
@@ -240,7 +240,9 @@ def apply(
     name: str, images: torch.Tensor, seed: int = 0, size: int | None = None, **parameters
 ) -> torch.Tensor:
     before = images.clone()
-    out = Augment({name: parameters}, size or images.shape[-1])(images, generator(seed))
+    out = Augment({name: parameters}, size or images.shape[-1])(
+        images, Draws(generator(seed), len(images))
+    )
     assert torch.equal(images, before)  # the decoded images are kept
     assert out.dtype == torch.uint8
     return out
@@ -452,9 +454,28 @@ def test_a_probability_is_drawn_for_each_image(name):
     # control: with 1 no number is drawn, so that the next operation finds the same stream
     for given, same in (({}, True), ({"probability": 1}, True), ({"probability": 0.99}, False)):
         random, plain = generator(0), generator(0)
-        Augment({name: {**SOMETIMES[name], **given}}, 32)(images[:2], random)
-        Augment({name: SOMETIMES[name]}, 32)(images[:2], plain)
+        Augment({name: {**SOMETIMES[name], **given}}, 32)(images[:2], Draws(random, 2))
+        Augment({name: SOMETIMES[name]}, 32)(images[:2], Draws(plain, 2))
         assert torch.equal(random.get_state(), plain.get_state()) == same
+
+
+@pytest.mark.parametrize(
+    "name", ["affine", "crop", "flip", "photometric", "jitter", "blur", "cutout"]
+)
+def test_each_process_augments_its_rows_as_one_process_does(name):
+    parameters = {
+        "affine": {"degrees": 20.0, "translate": 0.1},
+        "photometric": {"gain": [0.5, 1.5], "channel_offset": 0.2, "noise": 0.1},
+        "jitter": {"brightness": 0.4, "gamma": [0.5, 2.0], "probability": 0.5},
+        "blur": {"sigma": [0.5, 2.0], "probability": 0.5},
+    }
+    augment, images = Augment({name: parameters.get(name, {}), "flip": {}}, 32), smooth(6)
+    whole = augment(images, Draws(generator(1), 6))
+    rows = [slice(0, 3), slice(3, 6)]
+    parts = [augment(images[r], Draws(generator(1), 6, r)) for r in rows]
+    assert torch.equal(torch.cat(parts), whole)
+    alone = [augment(images[r], Draws(generator(1), 3)) for r in rows]  # control
+    assert not torch.equal(torch.cat(alone), whole)
 
 
 def test_blur_keeps_the_mass_and_spreads_it():

@@ -26,8 +26,12 @@ class Observer:
     def sizes(self) -> str:
         return "data.batch=8, data.size=28"
 
-    def failed(self, code: int, reason: str) -> None:
+    def failed(self, code: int, reason: str) -> str:
         self.failures.append((code, reason))
+        return reason
+
+    def explain(self, error: Exception) -> None:
+        return None
 
 
 @pytest.fixture

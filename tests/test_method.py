@@ -27,6 +27,7 @@ from tests.conftest import REAL_DATA, START_FOLDER
 from tests.helpers import (
     ROOT,
     TRAINING,
+    Processes,
     differing,
     load_script,
     metrics,
@@ -210,6 +211,17 @@ def test_resume_is_exact(ready, whole, tmp_path, monkeypatch, stop, number, work
         "data.order.generator(seed, purpose, step)"
     )
     assert differing(tensors(whole, "model.pt"), tensors(folder, "model.pt")) == 0
+
+
+def test_two_processes_train_one_model(ready, tmp_path):
+    """At each evaluation the run itself compares what the processes have learned."""
+    processes = Processes(2, lambda number: ready.run(tmp_path / "run"), tmp_path)
+    codes = processes.wait()
+    printed = "\n".join(map(processes.printed, (0, 1)))
+    assert codes == [0, 0], (
+        f"two processes, as torchrun starts them, do not train one model: {printed}\n"
+        "(docs/run.md, Several processes; docs/new_method.md)"
+    )
 
 
 def change_sets(monkeypatch, change, hit) -> list[ImageSet]:

@@ -56,6 +56,12 @@ def test_a_state_outside_the_checkpoint_is_found(broken, tmp_path, monkeypatch):
         kit.test_resume_is_exact(method, whole, tmp_path, monkeypatch, stop_after, 4, workers=0)
 
 
+def test_gradients_that_are_not_averaged_are_found(broken, tmp_path):
+    line = "        average_gradients(optimizer, model)\n"
+    with pytest.raises(AssertionError, match="differs between the processes"):
+        kit.test_two_processes_train_one_model(broken((line, "")), tmp_path)
+
+
 def test_two_classes_give_no_false_alarm(broken, tmp_path, pictures, monkeypatch):
     """Two balanced classes and a target_test: shifted twice, labels would be what they were."""
     for name in ("photo", "sketch", "test"):

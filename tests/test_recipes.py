@@ -18,6 +18,7 @@ import reproduce
 from common.config import load_config
 from common.errors import UserError
 from data.augment import Augment
+from data.order import Draws
 from tests.helpers import ROOT, TRAINING, load_script, train
 from training.config import default_out_dir, load_run_config
 from training.optim import learning_rate
@@ -374,7 +375,7 @@ def test_the_recipes_of_shot_fit_each_other(monkeypatch):
     crops = {"crop": shot.data.augment["crop"]}
     for seed in range(3):
         random = torch.Generator().manual_seed(seed)
-        (x,) = Augment(crops, 224)(images, random)
+        (x,) = Augment(crops, 224)(images, Draws(random, 1))
         places = [(x[0, 0, 0] == images[0, 0, :33, :33]).nonzero()]
         same = [torch.equal(x, images[0, :, i : i + 224, j : j + 224]) for i, j in places[0]]
         assert x.shape == (3, 224, 224)

@@ -871,6 +871,25 @@ def test_a_real_run(tmp_path, capfd, monkeypatch):
     assert "runs/config_method_seed3: finished already" in capfd.readouterr().out
 
 
+def test_a_real_run_of_several_processes(tmp_path, capfd, monkeypatch):
+    tiny_config(tmp_path, out_dir="null", steps=2)
+    write_suite(f"method: source, script: {ROOT}/train_source.py, config: config.yaml")
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    reproduce.script_config.cache_clear()
+    assert reproduce.main(["suite.yaml", "--seeds", "3", "--nproc", "2"]) == 0
+    out = capfd.readouterr().out
+    assert cells(out, "source")[2] == "1"
+    assert "; on 2 processes, each on 1 of 2 cores" in footer(out)
+    entry = load_config(reproduce.Suite, "suite.yaml").runs[0]
+    for processes, reason in ((1, "torchrun ends"), (2, "error: no image")):
+        job = reproduce.Job(entry, 4, processes)
+        job.log.write_text("error: no image\ntorchrun ends\n")
+        assert reproduce.report_end(job, 1, 2.0, stopping=False)
+        assert f"failed after 2 s with exit code 1: {reason}" in capfd.readouterr().out
+    with pytest.raises(UserError, match="--nproc must be positive, not 0"):
+        reproduce.main(["suite.yaml", "--nproc", "0"])
+
+
 def test_the_caption_of_targets_without_labels():
     def of(accuracy: float | None, test: str) -> dict:
         return {"target": {"last": {"accuracy": accuracy}}, "target_test": test}

@@ -14,6 +14,7 @@ import losses.domain
 import models
 from common import files
 from common.errors import UserError
+from data.order import generator
 from models import build_model
 from tests.helpers import (
     ROOT,
@@ -32,6 +33,7 @@ from tests.helpers import (
     train,
     weights,
 )
+from training import run
 from training.config import load_run_config
 
 LAST = "checkpoints/step_00000010.pt"
@@ -238,7 +240,7 @@ def test_the_selected_weights_are_those_of_the_history(tmp_path, monkeypatch, wh
     assert differing(selected, weights(tmp_path / "run")) == 0
 
 
-@pytest.mark.parametrize("lost", ["optimizer", "random state", "batch norm"])
+@pytest.mark.parametrize("lost", ["optimizer", "seed of a step", "batch norm"])
 def test_control_a_lost_state_is_seen(tmp_path, monkeypatch, whole, lost):
     config = tiny_config(tmp_path)
     with monkeypatch.context() as patch:
@@ -249,8 +251,8 @@ def test_control_a_lost_state_is_seen(tmp_path, monkeypatch, whole, lost):
     if lost == "optimizer":
         for entry in state["optimizer"]["state"].values():
             entry["momentum_buffer"].zero_()
-    elif lost == "random state":
-        state["rng"] = torch.Generator().manual_seed(5).get_state()
+    elif lost == "seed of a step":
+        monkeypatch.setattr(run, "generator", lambda *purpose: generator("other", *purpose))
     else:
         for name, value in state["model"].items():
             if "running" in name:

@@ -24,8 +24,6 @@ from common.errors import UserError, exit_with
 from models import build_model
 from tests.helpers import (
     ROOT,
-    TRAINING,
-    any_config,
     differing,
     finetune_config,
     in_a_fork,
@@ -529,24 +527,6 @@ def test_the_commit_is_that_of_the_code(tmp_path, monkeypatch):
 
 
 # --- what is refused
-
-
-@pytest.mark.parametrize("script", [file.stem for file in TRAINING])
-def test_several_processes_are_refused(tmp_path, monkeypatch, capsys, script):
-    config = any_config(script, tmp_path)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match="WORLD_SIZE") as error:
-        train(script, config)
-    assert error.value.code == 2
-    with pytest.raises(SystemExit) as stop:
-        exit_with(lambda: train(script, config))
-    assert stop.value.code == 2
-    lines = capsys.readouterr().err.splitlines()
-    assert len(lines) == 1
-    assert lines[0].startswith("error: WORLD_SIZE")
-    assert not (tmp_path / "run").exists()
-    monkeypatch.setenv("WORLD_SIZE", "1")
-    assert train(script, config, "--dry-run") == 0  # control
 
 
 @pytest.fixture

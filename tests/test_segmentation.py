@@ -15,7 +15,7 @@ from data.decoded import decoded_images
 from data.folder import read_mask_list, scan_masks
 from data.id_maps import NAMED, UNKNOWN, id_map
 from data.image_set import image_set
-from data.order import generator
+from data.order import Draws, generator
 from data.segmentation import TrainBatches
 
 # --- what the numbers mean: the tables of the data sets' own papers and tools, written out
@@ -489,7 +489,7 @@ def test_mask_goes_where_the_image_goes(spec):
     image, mask = numbered_mask()
     augment, corners = JointAugment(spec, (16, 16)), set()
     for seed in range(20):
-        out, out_mask = augment(image, mask, generator(seed))
+        out, out_mask = augment(image, mask, Draws(generator(seed), 1))
         assert out.shape == (3, 16, 16)
         assert torch.equal(torch.as_tensor(out)[0], torch.as_tensor(out_mask))
         corners.add(int(out_mask[0, 0]))
@@ -502,7 +502,7 @@ def test_zoom_moves_both_and_never_mixes_mask_numbers():
     image[:, 10:30, 20:40] = 200
     augment, shares = JointAugment({"zoom": {"scale": [0.5, 2.0]}}, (30, 40)), []
     for seed in range(30):
-        out, out_mask = augment(image, mask, generator(seed))
+        out, out_mask = augment(image, mask, Draws(generator(seed), 1))
         assert out.shape == (3, 30, 40)
         assert set(out_mask.unique().tolist()) <= {0, 200}
         off = (torch.as_tensor(out)[0].float() - torch.as_tensor(out_mask).float()).abs() > 100
@@ -514,10 +514,12 @@ def test_zoom_moves_both_and_never_mixes_mask_numbers():
 def test_colours_change_the_image_only():
     image, mask = numbered_mask()
     spec = {"jitter": {"brightness": 0.5, "gamma": [0.5, 2.0]}, "photometric": {"noise": 0.1}}
-    out, out_mask = JointAugment(spec, None)(image, mask, generator(0))
+    out, out_mask = JointAugment(spec, None)(image, mask, Draws(generator(0), 1))
     assert torch.equal(torch.as_tensor(out_mask), mask)
     assert not torch.equal(torch.as_tensor(out), image)
-    darker, _ = JointAugment({"jitter": {"gamma": [2.0, 2.0]}}, None)(image, mask, generator(0))
+    darker, _ = JointAugment({"jitter": {"gamma": [2.0, 2.0]}}, None)(
+        image, mask, Draws(generator(0), 1)
+    )
     expected = (image.float() / 255).square() * 255
     assert (torch.as_tensor(darker).float() - expected).abs().max() <= 1
 
@@ -528,22 +530,22 @@ def test_a_crop_of_void_alone_is_drawn_again_a_bounded_number_of_times(monkeypat
     mask[:, :3] = 1
     augment = JointAugment({}, (8, 8))
     labeled = sum(
-        bool((augment(image, mask, generator(seed))[1] == 1).any()) for seed in range(100)
+        bool((augment(image, mask, Draws(generator(seed), 1))[1] == 1).any()) for seed in range(100)
     )
     monkeypatch.setattr(JointAugment, "REDRAWS", 0)
     without = sum(
-        bool((augment(image, mask, generator(seed))[1] == 1).any()) for seed in range(100)
+        bool((augment(image, mask, Draws(generator(seed), 1))[1] == 1).any()) for seed in range(100)
     )
     assert labeled > 50 > 30 > without > 0
     monkeypatch.setattr(JointAugment, "REDRAWS", 10)
     nothing = torch.full_like(mask, IGNORE_INDEX)
-    assert (augment(image, nothing, generator(0))[1] == IGNORE_INDEX).all()  # and ends
+    assert (augment(image, nothing, Draws(generator(0), 1))[1] == IGNORE_INDEX).all()  # and ends
 
 
 def test_a_crop_larger_than_the_image_is_refused():
     image, mask = numbered_mask()
     with pytest.raises(UserError, match=r"crop \[25, 8\] is larger than an image of 24x32 px"):
-        JointAugment({}, (25, 8))(image, mask, generator(0))
+        JointAugment({}, (25, 8))(image, mask, Draws(generator(0), 1))
 
 
 # --- loaders and splits

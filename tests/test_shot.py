@@ -100,9 +100,11 @@ class _Table(torch.nn.Module):
 def centroids_after(passes: int, model, batches, autocast) -> torch.Tensor:
     """What the script computes: by the predictions, then by the nearest centroid."""
     compute = load_script(ROOT / "train_shot.py").compute_centroids
+    features, logits = model.table
+    shape, cpu = (logits.shape[1], features.shape[1] + 1), torch.device("cpu")
     centroids = None
     for _ in range(passes):
-        centroids = compute(model, batches, "pooled", centroids, autocast, torch.device("cpu"))
+        centroids = compute(model, batches, "pooled", shape, centroids, autocast, cpu)
     return centroids
 
 

@@ -145,7 +145,7 @@ def test_begin_without_a_model_is_a_type_error(run, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("name", ["log", "step", "history", "selected", "rng", "commits"])
+@pytest.mark.parametrize("name", ["log", "step", "history", "selected", "seconds", "commits"])
 def test_a_name_of_the_run_itself_is_refused(model, name):
     with pytest.raises(UserError, match=f"the run saves its own {name}"):
         check_state({"model": model, name: nn.Linear(2, 1)}, {})

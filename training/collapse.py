@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from common.averages import RunningMean, class_mean
+from common.ranks import mean_over_ranks, total
 
 VANISHED = 0.05  # a class has vanished if its share is below this factor of its expected share
 COLLAPSED = 0.05  # expected share of the vanished classes from which an evaluation is collapsed
@@ -27,7 +28,8 @@ class AcceptedShares(nn.Module):
         """Count pseudo-labels int64 (N, ...), of which `accepted` bool (N, ...) are accepted."""
         index = labels.flatten() + len(self.classes) * accepted.flatten()
         # bincount would wait for the device.
-        self.counts.view(-1).scatter_add_(0, index, torch.ones_like(index))
+        new = torch.zeros_like(self.counts.view(-1)).scatter_add_(0, index, torch.ones_like(index))
+        self.counts += total(new).view_as(self.counts)
 
     def report(self) -> dict[str, float | None]:
         """The accepted shares since the last report; the counts are reset to 0.
@@ -117,6 +119,7 @@ class CollapseMonitor(nn.Module):
         ones = torch.ones_like(top, dtype=mean.dtype)
         # bincount would wait for the device.
         top_shares = torch.zeros_like(mean).scatter_add_(0, top, ones) / len(top)
+        top_shares = mean_over_ranks(top_shares)
         self.recent.update(mean)
         self.running.update(mean)
         self.recent_top.update(top_shares)

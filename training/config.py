@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Literal
 
+from common import ranks
 from common.config import (
     Hints,
     all_keys,
@@ -24,6 +25,7 @@ from common.config import (
 from common.errors import UserError, require
 from data.config import DataConfig, expand_home
 from models.config import ModelConfig
+from training.device import get_device
 from training.optim import OptimConfig
 
 Select = Literal["source_val", "neg_entropy", "infomax", "last"]  # see docs/selection.md
@@ -33,6 +35,7 @@ SELECT = {"classification": "infomax", "segmentation": "neg_entropy"}  # the def
 FREE_AT_RESUME = (
     "out_dir",
     "save_every",
+    "process_timeout",
     "data.root",
     "data.workers",
     "data.worker_timeout",
@@ -57,6 +60,7 @@ class RunConfig:
     select: Select | None = None  # the criterion that picks model.pt, or last; null: by task
     pictures: Literal["end", "every"] = "end"  # segmentation: at the end, or at every evaluation
     init_from: str | None = None  # a run folder or model.pt to start from
+    process_timeout: int = positive(600, most=10**6)  # s that one process waits for another
 
     method: ClassVar[str | None] = None
 
@@ -196,6 +200,21 @@ def _check_start(config, files: Sequence[str]) -> None:
     raise UserError(f"init_from: there is no {config.init_from}; {hint}")
 
 
+def _check_processes(config) -> None:
+    """Raise `UserError` if several processes cannot train by this config."""
+    if config.model.bn_sync and get_device(config.device).type != "cuda":
+        raise UserError(
+            "model.bn_sync: torch has synchronized batch norm on CUDA devices only; leave it out"
+        )
+    for key in ("batch", "target_batch"):
+        batch = getattr(config.data, key)
+        if batch is not None and batch % ranks.count() > 0:
+            raise UserError(
+                f"data.{key}: {batch} images cannot be shared out evenly among {ranks.count()} "
+                f"processes; use a multiple of {ranks.count()}, or another number of processes"
+            )
+
+
 def parse_args(cls, description: str, argv: Sequence[str] | None = None):
     """The command line of a training script.
 
@@ -205,6 +224,7 @@ def parse_args(cls, description: str, argv: Sequence[str] | None = None):
     Returns:
         (config, arguments): an instance of `cls`, and the flags; `command` is the command itself.
     """
+    ranks.silence()
     parser = _Parser(
         description=description,
         epilog="keys of the config, the method's own first:\n" + describe(cls),
@@ -235,6 +255,8 @@ def parse_args(cls, description: str, argv: Sequence[str] | None = None):
     if args.all and not args.dry_run:
         raise UserError("--all goes with --dry-run")
     config = load_run_config(cls, args.config, args.overrides)
+    _check_processes(config)
+    args.resume |= ranks.restarts() > 0  # torchrun --max-restarts
     script = Path(inspect.getfile(cls)).name
     args.command = "".join(
         c if c.isprintable() else " " for c in shlex.join(["python", script, *words])

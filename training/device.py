@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from common import ranks
 from common.errors import UserError
 
 
@@ -14,16 +15,18 @@ def get_device(name: str) -> torch.device:
     """The device for `auto` (a GPU of CUDA if there is one), `cpu`, `cuda`, `cuda:1` or `mps`.
 
     Raises:
-        UserError: the device is absent (there is never a silent fall-back), or several processes
-            were started.
+        UserError: the device is absent (there is never a silent fall-back), or of several processes
+            more than one would use it.
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError(
-            "WORLD_SIZE is above 1, and several processes are not supported yet: "
-            "start the script with python"
-        )
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if ranks.count() > 1 and name not in ("cpu", "cuda"):
+        raise UserError(
+            f"device: {name} is one device, and each of several processes takes its own; "
+            "use device=cuda or device=cpu"
+        )
+    if ranks.count() > 1 and name == "cuda":
+        name = f"cuda:{ranks.local_number()}"
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise UserError(
@@ -38,7 +41,7 @@ def get_device(name: str) -> torch.device:
         if device.index >= count:
             raise UserError(
                 f"device: {name} is asked for but torch sees {count} GPU{'s' * (count > 1)}, "
-                f"cuda:0 to cuda:{count - 1}; name one of them"
+                f"cuda:0 to cuda:{count - 1}; name one of them, or start fewer processes"
             )
         torch.cuda.set_device(device)  # also for the pinned memory of the loaders
     return device
@@ -64,7 +67,8 @@ def describe_machine(device: torch.device) -> str:
         cpu = re.search(r"^model name\s*: (.+)$", cpu_info, re.M)
         threads = f"{torch.get_num_threads()} of {os.cpu_count()} cores"
         name = f"{threads}, {cpu[1] if cpu else platform.machine()}"
-    return f"{name}, torch {torch.__version__}"
+    several = f"{ranks.count()} processes, each on " if ranks.count() > 1 else ""
+    return f"{several}{name}, torch {torch.__version__}"
 
 
 def seed_everything(seed: int) -> None:

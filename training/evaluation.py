@@ -1,5 +1,6 @@
 """Evaluation of a model on the sets of a run, and the choice of an evaluation."""
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator
 
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
+from common import ranks
 from common.errors import UserError
 from common.metrics import Criteria, ValidationLoss, confusion_matrix, main_metric
 from data import EvaluationSets
@@ -18,28 +20,35 @@ BAR_AFTER = 3  # seconds of a pass over a set from which a progress bar is shown
 
 def with_progress(loader: Iterable) -> Iterable:
     """The batches of a pass, with a progress bar on a terminal if it takes long; it vanishes."""
-    return tqdm(loader, "evaluation", leave=False, delay=BAR_AFTER, disable=None, unit="batch")
+    off = None if ranks.is_first() else True
+    return tqdm(loader, "evaluation", leave=False, delay=BAR_AFTER, disable=off, unit="batch")
 
 
 class Examples:
-    """A few images of a loader with their predictions, for pictures of segmentation.
-
-    Attributes:
-        rows: (uint8 image (3, H, W), prediction (H, W), label (H', W') or None), on the CPU.
-    """
+    """A few images of a loader with their predictions, for pictures of segmentation."""
 
     def __init__(self, loader: Iterable):
-        self.step = max(len(loader) // EXAMPLES, 1)
-        self.number = 0
-        self.rows: list[tuple] = []
+        batches = getattr(loader, "dataset", loader)  # those of all processes
+        self.step = max(len(batches) // EXAMPLES, 1)
+        self.number = ranks.number()  # of the next batch
+        self.numbered: list[tuple] = []
 
     def add(self, images: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor | None) -> None:
         """Add the next batch: images (N, 3, H, W), logits (N, K, ...), labels (N, ...) or None."""
-        due = self.number % self.step == 0 and len(self.rows) < EXAMPLES
-        self.number += 1
+        number, self.number = self.number, self.number + ranks.count()
+        due = number % self.step == 0 and number // self.step < EXAMPLES
         if due and logits.dim() > 2:
             label = None if labels is None else labels[0].cpu()
-            self.rows.append((images[0].cpu(), logits[0].argmax(0).cpu(), label))
+            row = images[0].cpu(), logits[0].argmax(0).cpu(), label
+            self.numbered.append((number, row))
+
+    def rows(self) -> list[tuple]:
+        """Those of all processes, on the CPU.
+
+        Shapes: uint8 image (3, H, W), prediction (H, W), label (H', W') or None.
+        """
+        numbered = itertools.chain(*ranks.gather_objects(self.numbered))
+        return [row for _, row in sorted(numbered, key=lambda pair: pair[0])]
 
 
 def predict_labeled(model: nn.Module, loader: Iterable, device: torch.device) -> Iterator[tuple]:
@@ -59,9 +68,10 @@ def source_figures(model: nn.Module, sets: EvaluationSets, device: torch.device)
     """Metrics on the held-out source images; each is None without a source."""
     k = len(sets.classes)
     confusion = torch.zeros(k, k, dtype=torch.int64, device=device)
-    for _, logits, labels in predict_labeled(model, sets.source_val or (), device):
+    held_out = () if sets.source_val is None else sets.source_val
+    for _, logits, labels in predict_labeled(model, held_out, device):
         confusion += confusion_matrix(logits, labels, k)
-    figures = sets.measure(confusion)
+    figures = sets.measure(ranks.total(confusion))
     if sets.source_val is not None and figures[main_metric(figures)] is None:
         raise UserError(
             "source_val: none of the held-out source images has a labeled pixel; "
@@ -78,13 +88,14 @@ def target_figures(
     confusion = torch.zeros(k, k, dtype=torch.int64, device=device)
     if sets.target_test is None:
         return sets.measure(confusion), None, []
-    loss, examples = ValidationLoss(), Examples(sets.target_test)
+    loss, examples = ValidationLoss(device), Examples(sets.target_test)
     for images, logits, labels in predict_labeled(model, sets.target_test, device):
         confusion += confusion_matrix(logits, labels, k)
         examples.add(images, logits, labels)
         if sets.val_loss:
             loss.add(logits, labels)
-    return sets.measure(confusion), loss.value(), examples.rows
+    loss.share()
+    return sets.measure(ranks.total(confusion)), loss.value(), examples.rows()
 
 
 def label_free_criteria(
@@ -93,13 +104,14 @@ def label_free_criteria(
     """(criteria, predictions per class, examples) on the unlabeled target images, if any."""
     if sets.target_train is None:
         return {}, {}, []
-    criteria, examples = Criteria(len(sets.classes)), Examples(sets.target_train)
+    criteria, examples = Criteria(len(sets.classes), device), Examples(sets.target_train)
     for images in with_progress(sets.target_train):
         logits = model(images.to(device, non_blocking=True)).logits
         criteria.add(logits)
         examples.add(images, logits, None)
+    criteria.share()
     predicted = dict(zip(sets.classes, criteria.predicted(), strict=True))
-    return criteria.values(), predicted, examples.rows
+    return criteria.values(), predicted, examples.rows()
 
 
 @torch.inference_mode()

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from common import ranks
 from common.errors import UserError
 from common.files import write_atomically
 from common.metrics import main_metric
@@ -85,11 +86,24 @@ class Log:
         self.monitor = self.scaler = None
         self.largest_scale = 0.0
 
+    def _tensors(self) -> dict[str, torch.Tensor]:
+        return {name: x for name, x in self.sums.items() if isinstance(x, torch.Tensor)}
+
     def state_dict(self) -> dict:
-        return {"sums": dict(self.sums), "counts": dict(self.counts)}
+        """The sums, of tensors those of each process (count,)."""
+        tensors = self._tensors()
+        sums = dict(self.sums)
+        if tensors:
+            rows = ranks.gather(torch.stack(list(tensors.values()))[None])
+            sums |= dict(zip(tensors, rows.unbind(1), strict=True))
+        return {"sums": sums, "counts": dict(self.counts)}
 
     def load_state_dict(self, state: dict) -> None:
+        """Take over the sums of this process, or of another number of processes their mean."""
         self.sums, self.counts = dict(state["sums"]), dict(state["counts"])
+        for name, sums in self._tensors().items():
+            same = len(sums) == ranks.count()
+            self.sums[name] = sums[ranks.number()] if same else sums.mean()
 
     def open(self, step: int, evaluated: bool = True) -> None:
         """Begin after `step` steps.
@@ -104,7 +118,7 @@ class Log:
         self.start, self.started = step, time.monotonic()
         if self.scaler is not None and self.scaler.is_enabled():
             self.largest_scale = self.scaler.get_scale()
-        if sys.stderr.isatty():
+        if sys.stderr.isatty() and ranks.is_first():
             self.bar = tqdm(
                 total=self.steps, initial=step, unit="step", dynamic_ncols=True, smoothing=0.05
             )
@@ -154,13 +168,11 @@ class Log:
         """
         if not self.sums:
             return {}
-        tensors = {
-            name: total for name, total in self.sums.items() if isinstance(total, torch.Tensor)
-        }
-        totals = dict(self.sums)
+        tensors, totals = self._tensors(), dict(self.sums)
         if tensors:
+            sums = ranks.mean_over_ranks(torch.stack(list(tensors.values())))
             # The only synchronization with the device.
-            numbers = torch.stack(list(tensors.values())).tolist()
+            numbers = sums.tolist()
             totals.update(zip(tensors, numbers, strict=True))
         means = {name: total / self.counts[name] for name, total in totals.items()}
         for name, mean in means.items():

@@ -20,13 +20,14 @@ from pathlib import Path
 
 import torch
 
-from common import files
+from common import files, ranks
 from common.config import dump, flatten, load_config
 from common.errors import UserError, observe
 from common.provenance import code_version
 from data import Domains, EvaluationSets, check_files, open_domains
 from data.fingerprint import difference
 from data.loaders import Loader, WorkerError
+from data.order import generator
 from training.changes import check_changes, config_of, config_tree, is_rate
 from training.collapse import CollapseMonitor
 from training.device import (
@@ -39,7 +40,7 @@ from training.evaluation import choose, compact, evaluate
 from training.folder import RunFolder
 from training.log import Log, evaluation_line
 from training.pictures import save_pictures
-from training.state import OWN_STATE, check_state, first_not_finite
+from training.state import OWN_STATE, check_state, first_not_finite, first_that_differs
 from training.summary import print_summary, summarize
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # the run saves and leaves
@@ -47,17 +48,28 @@ PAIR = 1.0  # seconds within which a second signal counts as the same one, sent 
 LOADERS = ("source_val", "target_train", "target_test")  # of an evaluation
 
 
+class Interrupted(Exception):
+    """A signal came while a batch was awaited."""
+
+
 class Watched:
     """A loader of a pass that may be left before each batch, and while it waits for one.
 
     Args:
         loader: the loader.
-        leave: leaves the run if a signal asks for it.
+        stopping: whether a signal asks this process to end.
+        leave: leaves the run.
         save: called if the loader's workers fail, before the error goes on.
     """
 
-    def __init__(self, loader: Iterable, leave: Callable[[], None], save: Callable[[], None]):
-        self.loader, self.leave, self.save = loader, leave, save
+    def __init__(
+        self,
+        loader: Iterable,
+        stopping: Callable[[], bool],
+        leave: Callable[[], None],
+        save: Callable[[], None],
+    ):
+        self.loader, self.stopping, self.leave, self.save = loader, stopping, leave, save
 
     def __len__(self) -> int:
         return len(self.loader)
@@ -67,18 +79,29 @@ class Watched:
 
     def __iter__(self) -> Iterator:
         if isinstance(self.loader, Loader):
-            self.loader.on_wait = self.leave
+            self.loader.on_wait = self._check
         batches = iter(self.loader)
-        while True:
+        stopped = False
+        while not stopped:
             try:
                 batch = next(batches)
+                self._check()
             except StopIteration:
-                return
+                break
+            except Interrupted:
+                stopped = True
             except WorkerError:
                 self.save()
                 raise
+            else:
+                yield batch
+        # All processes meet here, since their parts of the pass may differ in length.
+        if ranks.agree(stopped):
             self.leave()
-            yield batch
+
+    def _check(self) -> None:
+        if self.stopping():
+            raise Interrupted
 
 
 class Run:
@@ -102,14 +125,17 @@ class Run:
     """
 
     def __init__(self, config, args):
+        ranks.join(config.process_timeout)
         seed_everything(config.seed)
         warn_of_slow_precision(get_device(config.device), config.amp)
         self.config, self.folder, self.dry_run = config, Path(config.out_dir), args.dry_run
+        self.writes = ranks.is_first() and not args.dry_run
         self.resume, self.read_all, self.command = args.resume, args.all, args.command
         self.history: list[dict] = []
         self.examples: list[tuple] = []
         self.seconds, self.signal, self.saved = 0.0, None, None
         self.signaled = 0.0  # time of the first signal
+        self.agreement = ranks.Agreement()  # of all processes to stop
         self.step = -1  # the step that is being taken
         self.evaluating = False  # whether it is over but for its evaluation
         self.repeat: Path | None = None  # a checkpoint saved then, until that step is evaluated
@@ -132,14 +158,14 @@ class Run:
         if self.dry_run:
             config.steps = 1
         self.last_step = config.steps
-        self.log = Log(None if self.dry_run else self.folder / "metrics.jsonl", config.steps)
+        self.log = Log(self.folder / "metrics.jsonl" if self.writes else None, config.steps)
 
     def _check_folder(self) -> None:
         folder = self.run_folder
         if not folder.is_used():
             return  # `begin` locks it
         begun = self.resume or folder.has_status()
-        if folder.has_config() and begun and not self.dry_run:
+        if folder.has_config() and begun and self.writes:
             folder.take()
         config, status, method = self.config, folder.read_status(), folder.method
         other = status.get("method", method)
@@ -164,6 +190,7 @@ class Run:
             before = load_config(type(config), str(self.folder / "config.yaml"))
             if not check_changes(before, config, self.allow_change, self.folder):
                 print(f"{self.folder}: finished already, nothing to do")
+                ranks.leave()
                 sys.exit(0)
         if newest := folder.read_newest(status):
             self._check_checkpoint(*newest)
@@ -171,7 +198,9 @@ class Run:
     def open_domains(self) -> Domains:
         """Open the data of the config and print what the run learns from."""
         trained = self.checkpoint_state and self.checkpoint_state["classes"]
-        self.domains = open_domains(self.config.data, self.config.seed, self.dry_run, trained)
+        self.domains = ranks.first_on_machine(  # it may have to make files that the others read
+            lambda: open_domains(self.config.data, self.config.seed, self.dry_run, trained)
+        )
         print(self.domains.describe())
         shares = None if self.dry_run else self.domains.source_shares()
         names = self.domains.classes, shares, self.domains.absent_classes
@@ -205,14 +234,20 @@ class Run:
         step = 0
         if not self.dry_run:
             self.fingerprints = self.domains.fingerprints()
-            self.run_folder.take_new()
+            if self.writes:
+                self.run_folder.take_new()
             if self.checkpoint is not None:
                 step = self._go_on()
-                self._restore_selected()
+                if self.writes:
+                    self._restore_selected()
             elif self.resume:
                 print(f"{self.folder}: no checkpoint yet, starting at step 0")
-            lists = self.domains.lists
-            self.run_folder.open(step, self.command, self.config_text, lists)
+            ranks.check_same(
+                step, f"out_dir: {self.folder} is not the same folder on all machines (step"
+            )
+            if self.writes:
+                lists = self.domains.lists
+                self.run_folder.open(step, self.command, self.config_text, lists)
             for number in SIGNALS:
                 if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
                     continue  # as nohup asks
@@ -230,7 +265,7 @@ class Run:
             self.signal, self.signaled = number, time.monotonic()
             name = signal.Signals(number).name
             text = f"\n{name}: saving after this step; send it again to leave at once\n"
-            if sys.__stderr__ is not None:
+            if sys.__stderr__ is not None and ranks.is_first():
                 with contextlib.suppress(OSError):
                     os.write(2, text.encode())  # print must not be entered within a print
         elif time.monotonic() - self.signaled > PAIR:
@@ -252,16 +287,20 @@ class Run:
             self._fetch(step)
             step += 1
             self.step = step
+            # For dropout and noise: a checkpoint needs no state of a generator.
+            noise = generator(self.config.seed, "step", step, ranks.number())
+            torch.manual_seed(noise.initial_seed())
             yield step
             self._end_repeat()
             if self.due(step, self.config.save_every):
                 self.save(step)
-            if self.signal:
+            if self.agreement.reached(self.signal is not None):
                 self._leave(step)
 
     def _fetch(self, step: int) -> None:
         """Wait for the batches of the next step here, where `step` can still be saved."""
-        self.domains.on_wait = lambda: self._leave(step) if self.signal else None
+        if ranks.count() == 1:  # several processes leave together, after the step
+            self.domains.on_wait = lambda: self._leave(step) if self.signal else None
         try:
             self.domains.fetch()
         except WorkerError:
@@ -277,18 +316,20 @@ class Run:
         as after `step`. It is saved so, too, if the workers fail.
         """
 
-        def leave() -> None:
-            if self.signal:
-                self._leave(step)
-
-        return Watched(batches, leave, lambda: self._save_once(step))
+        return Watched(
+            batches,
+            stopping=lambda: self.signal is not None,
+            leave=lambda: self._leave(step),
+            save=lambda: self._save_once(step),
+        )
 
     def _save_once(self, step: int) -> None:
         """Write the checkpoint of `step`, unless it is there already or there is nothing to save.
 
-        During a repeated step it is there, and what the repetition changes does not count.
+        During a repeated step it is there, and what the repetition changes does not count. One of
+        several processes cannot save alone.
         """
-        if step > 0 and self.saved != step and self.repeat is None:
+        if step > 0 and self.saved != step and self.repeat is None and ranks.count() == 1:
             self.save(step)
 
     def _end_repeat(self) -> None:
@@ -309,9 +350,19 @@ class Run:
         values |= {f"data.{name}.crop": x.crop for name, x in domains.items() if x and x.crop}
         return ", ".join(f"{key}={value}" for key, value in values.items())
 
-    def failed(self, code: int, reason: str) -> None:
-        """Say in status.json that the process ends by an error."""
-        self.run_folder.failed(code, reason)
+    def failed(self, code: int, reason: str) -> str | None:
+        """Say in status.json, and to the other processes, that this process ends by an error.
+
+        Returns:
+            What to print; None if another process does.
+        """
+        if self.writes:
+            self.run_folder.failed(code, reason)
+        return ranks.announce(code, reason)
+
+    def explain(self, error: Exception) -> UserError | None:
+        """An error that another process has caused."""
+        return ranks.lost(error)
 
     def end_after(self, step: int) -> None:
         """Let the run end after this step, which has been evaluated, instead of `config.steps`."""
@@ -328,7 +379,6 @@ class Run:
 
     def _values(self) -> dict:
         """What is saved besides `state`: plain values."""
-        cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
         return {
             "config": self.config_tree,
             "changes": self.changes,
@@ -337,8 +387,6 @@ class Run:
             "history": compact(self.history, self.config.select),
             "selected": self.selected,
             "seconds": self.total_seconds(),
-            "rng": torch.get_rng_state(),
-            "cuda_rng": cuda,
             "commits": self.commits,
             "machines": self.machines,
             "evaluation_due": self.evaluating,
@@ -353,9 +401,12 @@ class Run:
         if self.dry_run:
             return
         self.log.check_finite(step)
-        if fault := first_not_finite(self.state):
+        log_state = self.log.state_dict()  # of all processes
+        others = {name: value for name, value in self.state.items() if name != "log"}
+        if fault := first_not_finite(others):
             raise self.log.not_finite(f"step {step}: {fault} is not finite")
-        self.run_folder.save_checkpoint(step, **self.state, **self._values())
+        if self.writes:
+            self.run_folder.save_checkpoint(step, **others, log=log_state, **self._values())
         self.saved = step
         self.log.resumable = True
 
@@ -414,9 +465,6 @@ class Run:
             groups = [group for optimizer in optimizers for group in optimizer.param_groups]
             for group, rate in zip(groups, rates, strict=True):
                 group.update(rate)
-        torch.set_rng_state(saved["rng"])
-        if saved["cuda_rng"] and torch.cuda.is_available():
-            torch.cuda.set_rng_state_all(saved["cuda_rng"])
 
     def _restore_selected(self) -> None:
         """Restore model.pt as of the checkpoint; a later evaluation may have written another."""
@@ -439,6 +487,7 @@ class Run:
             self._end_repeat()
         loaders = {name: getattr(sets, name) for name in LOADERS}
         watched = {name: self.watch(x, step) for name, x in loaders.items() if x is not None}
+        self._check_processes(step)
         self.evaluating = step == self.step  # and not before the first step
         metrics, self.examples = evaluate(model, replace(sets, **watched))
         self.evaluating = False
@@ -455,12 +504,23 @@ class Run:
             self._save_pictures(step)
         if choose(self.history, self.config.select)["selected"]["step"] == step:
             self.selected = {k: v.to("cpu", copy=True) for k, v in model.state_dict().items()}
-            if not self.dry_run:
+            if self.writes:
                 files.save_tensors(self.folder / "model.pt", self.selected)
         return metrics
 
+    def _check_processes(self, step: int) -> None:
+        """Raise `UserError` if the processes no longer train the same thing."""
+        state = {name: value for name, value in self.state.items() if name != "log"}
+        if different := first_that_differs(state):
+            raise UserError(
+                f"step {step}: {different} differs between the processes; call average_gradients "
+                "before each step of an optimizer, with every module whose batch norm trains, and "
+                "take what no mean over rows is from all processes (common/ranks.py)",
+                1,
+            )
+
     def _save_pictures(self, step: int) -> None:
-        if self.examples and not self.dry_run:
+        if self.examples and self.writes:
             file = self.folder / "pictures" / f"step_{step:08d}.png"
             save_pictures(file, self.examples, self.domains.classes)
             self.examples = []
@@ -471,7 +531,7 @@ class Run:
         A part of the run ends with the last evaluation, and has a selection of its own.
         """
         self.history[-1]["part_ends"] = True
-        if not self.dry_run:
+        if self.writes:
             files.save_tensors(self.folder / name, self.selected)
 
     def _leave(self, step: int) -> None:
@@ -481,12 +541,15 @@ class Run:
         elif self.saved != step:
             self.save(step)
         self.log.close()
-        if not self.dry_run:
+        if self.writes:
             self.run_folder.write_status("stopped", step)
         observe(None)
-        name = signal.Signals(self.signal).name
+        number = max(ranks.gather_objects(int(self.signal or 0)))  # of those that got one
+        name = signal.Signals(number).name
         print(f"stopped by {name} after step {step}; --resume goes on from here")
-        sys.exit(128 + self.signal)
+        self.agreement.end()
+        ranks.leave()
+        sys.exit(128 + number)
 
     def finish(self, domains: Domains, **facts) -> int:
         """Write summary.json, with `facts` of the method, and print the target's figures.
@@ -498,9 +561,11 @@ class Run:
         summary = summarize(self, domains, facts)
         if self.dry_run:
             print("dry run: one step of training and of evaluation passed, nothing was written")
-            return 0
-        files.write_text(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-        self.run_folder.write_status("finished", summary["steps"])
+        if self.writes:
+            files.write_text(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+            self.run_folder.write_status("finished", summary["steps"])
+            print_summary(summary, self.folder / "summary.json")
         observe(None)
-        print_summary(summary, self.folder / "summary.json")
+        self.agreement.end()
+        ranks.leave()
         return 0

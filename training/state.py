@@ -6,12 +6,14 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from common import ranks
 from common.errors import UserError
 
 # What a run saves of its own, by name.
-OWN_STATE = {"log", "step", "history", "selected", "seconds", "rng", "cuda_rng", "commits"}
+OWN_STATE = {"log", "step", "history", "selected", "seconds", "commits"}
 OWN_STATE |= {"evaluation_due", "config", "changes", "classes", "fingerprints", "machines"}
 OWN_STATE |= {"collapse"}
+BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a number
 
 
 def _parts(value) -> Iterator:
@@ -54,6 +56,30 @@ def first_not_finite(state: dict) -> str | None:
             if not all(finite):
                 return f"the {name}'s {tensors[finite.index(False)][0]}"
     return None
+
+
+def first_that_differs(state: dict) -> str | None:
+    """What differs between the processes, which must all hold the same.
+
+    Args:
+        state: as for `first_not_finite`.
+
+    Returns:
+        A phrase such as "the model's head.weight", or None if all are equal in every bit.
+    """
+    if ranks.count() == 1:
+        return None
+    parts = [
+        (f"the {name}'s {part}", tensor)
+        for name, value in state.items()
+        for part, tensor in ([] if value is None else _tensors(value.state_dict(), ""))
+    ]
+    names, tensors = zip(*parts, strict=True)
+    device = max(tensors, key=lambda tensor: tensor.is_cuda).device
+    bits = (x.detach().contiguous().view(-1).view(BITS[x.element_size()]) for x in tensors)
+    sums = torch.stack([x.sum(dtype=torch.int64).to(device, non_blocking=True) for x in bits])
+    different = (ranks.most(sums) != -ranks.most(-sums)).tolist()
+    return names[different.index(True)] if any(different) else None
 
 
 def _tensor_ids(value) -> set[int]:

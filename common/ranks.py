@@ -1,0 +1,294 @@
+"""Several processes that train as one: started by torchrun, each has its rows of every batch.
+
+On one process every function returns its argument, or does nothing. Process r of n has the r-th of
+n equal parts of every batch. Each computes the loss of its own rows, so that the mean of all
+gradients (`average_gradients`) is the gradient of the loss of the whole batch, if the loss is a
+mean over rows. What is no such mean takes `mean_over_ranks`, `gather` or `total` of what it is
+computed from; all processes must call these in the same order.
+"""
+
+import contextlib
+import datetime
+import hashlib
+import json
+import os
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
+
+from common.errors import UserError
+
+T = TypeVar("T")
+
+# What the messages of a lost or silent process contain; gloo raises a plain RuntimeError.
+LOST = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe", "timed out")
+FAILURE = "failure"  # the key under which the first process that fails tells the reason
+WAIT = 5.0  # s; how long a process that lost another waits for the reason
+TURN = 1.0  # s; how long another process waits for process 0 to print a reason
+
+_store: dist.Store | None = None
+
+
+def count() -> int:
+    """The number of processes; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def number() -> int:
+    """The number of this process, from 0; process 0 writes all files."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def is_first() -> bool:
+    return number() == 0
+
+
+def local_number() -> int:
+    """The number of this process among those of its machine."""
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def restarts() -> int:
+    """How often torchrun has restarted the processes (`--max-restarts`)."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def rows(batch: int) -> slice:
+    """The rows of a batch that this process has; the number of processes divides the batch."""
+    share = batch // count()
+    return slice(number() * share, (number() + 1) * share)
+
+
+def join(timeout: float) -> None:
+    """Meet the other processes.
+
+    Args:
+        timeout: seconds after which a process that waits for another one gives up.
+
+    Raises:
+        UserError: the others did not come in time.
+    """
+    global _store
+    if count() == 1 or dist.is_initialized():
+        return
+    limit = datetime.timedelta(seconds=timeout)
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    try:
+        store, rank, size = next(dist.rendezvous("env://", timeout=limit))
+        # The launcher's store outlives a restart, and with it the addresses of processes that died.
+        _store = dist.PrefixStore(f"restart {restarts()}", store)
+        dist.init_process_group(backend, store=_store, rank=rank, world_size=size, timeout=limit)
+    except (RuntimeError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"process {number()} of {count()} cannot meet the others ({reason}); "
+            "start all of them by one torchrun command per machine (docs/run.md)"
+        ) from None
+
+
+def silence() -> None:
+    """Let process 0 alone print."""
+    if not is_first():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, it stays open to the end
+
+
+def leave() -> None:
+    """End the connection to the other processes."""
+    global _store
+    if count() > 1 and dist.is_initialized():
+        dist.destroy_process_group()
+    _store = None
+
+
+def announce(code: int, reason: str) -> str | None:
+    """Tell the other processes that this one fails.
+
+    Returns:
+        What this process prints; None if another process prints it.
+    """
+    if count() == 1:
+        return reason
+    if _store is None:
+        return reason if is_first() else None
+    with contextlib.suppress(RuntimeError):
+        if _store.add(f"{FAILURE} count", 1) == 1:
+            _store.set(FAILURE, json.dumps([code, f"process {number()}: {reason}"]))
+        if is_first():
+            return reason if _tell(reason) else None
+        with contextlib.suppress(RuntimeError):  # process 0 may fail for the same reason
+            _store.wait([_key(reason)], datetime.timedelta(seconds=TURN))
+            return None
+        if not _tell(reason):
+            return None
+    return f"process {number()}: {reason}"
+
+
+def _key(reason: str) -> str:
+    return hashlib.sha256(reason.encode(errors="replace")).hexdigest()
+
+
+def _tell(reason: str) -> bool:
+    """Whether this process is the first to tell the reason, and so prints it."""
+    return _store.add(_key(reason), 1) == 1
+
+
+def lost(error: Exception) -> UserError | None:
+    """The reason why another process ended, if `error` comes from the lost connection to it."""
+    text = str(error).lower()
+    if count() == 1 or not isinstance(error, RuntimeError) or not any(x in text for x in LOST):
+        return None
+    code, reason = 1, "another process ended, or did not answer in time"
+    with contextlib.suppress(RuntimeError, AttributeError):
+        _store.wait([FAILURE], datetime.timedelta(seconds=WAIT))
+        code, reason = json.loads(_store.get(FAILURE))
+        _tell(reason)  # that process has printed it
+    return UserError(reason, code)
+
+
+def barrier() -> None:
+    """Wait until all processes are here."""
+    total(torch.zeros(()))
+
+
+def first_on_machine(function: Callable[[], T]) -> T:
+    """`function()`, in the first process of each machine before all others, such as a download."""
+    result = function() if local_number() == 0 else None
+    barrier()
+    return function() if local_number() > 0 else result
+
+
+def total(x: torch.Tensor) -> torch.Tensor:
+    """The sum over all processes, without gradient."""
+    if count() == 1:
+        return x
+    x = x.detach().clone()
+    dist.all_reduce(x)
+    return x
+
+
+def most(x: torch.Tensor) -> torch.Tensor:
+    """The largest value over all processes, elementwise."""
+    if count() == 1:
+        return x
+    x = x.detach().clone()
+    dist.all_reduce(x, dist.ReduceOp.MAX)
+    return x
+
+
+def mean_over_ranks(x: torch.Tensor) -> torch.Tensor:
+    """The mean over all processes of what each has computed from its rows.
+
+    The gradient is that of the own part. After `average_gradients` it is exact for a loss that all
+    processes compute from this mean alike.
+    """
+    if count() == 1:
+        return x
+    x = x if x.is_floating_point() else x.float()
+    mean = total(x) / count()
+    return x + (mean - x.detach()) if x.requires_grad else mean
+
+
+def norm_over_ranks(x: torch.Tensor) -> torch.Tensor:
+    """The Euclidean norm of the rows of all processes together, without gradient."""
+    norm = x.detach().float().norm()
+    return norm if count() == 1 else total(norm.square()).sqrt()
+
+
+def gather(x: torch.Tensor) -> torch.Tensor:
+    """The rows of all processes in the order of the batch: (N, ...) -> (N * count(), ...).
+
+    The own rows carry `count()` times the gradient, and the others none: the mean of the gradients
+    (`average_gradients`) of a loss that all processes compute from these rows alike is exact.
+    """
+    if count() == 1:
+        return x
+    own = x.detach().contiguous()
+    parts = [torch.empty_like(own) for _ in range(count())]
+    dist.all_gather(parts, own)
+    if x.requires_grad:
+        parts[number()] = own + count() * (x - own)  # the value is that of x
+    return torch.cat(parts)
+
+
+def gather_objects(value: T) -> list[T]:
+    """The values of all processes, in order; plain Python values."""
+    if count() == 1:
+        return [value]
+    values: list = [None] * count()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def agree(flag: bool) -> bool:
+    """Whether the flag is set on any process."""
+    return bool(most(torch.tensor(int(flag)))) if count() > 1 else flag
+
+
+class Agreement:
+    """`agree` once per step, without waiting for it: each answer is that of the step before.
+
+    On one process it is that of the step itself.
+    """
+
+    def __init__(self):
+        self.flag, self.work = torch.zeros((), dtype=torch.int32), None
+
+    def reached(self, flag: bool) -> bool:
+        """Whether the flag was set on any process; the same on all."""
+        if count() == 1:
+            return flag
+        answer = False
+        if self.work is not None:
+            self.work.wait()
+            answer = bool(self.flag)
+        self.flag = torch.tensor(int(flag), dtype=torch.int32)
+        self.work = dist.all_reduce(self.flag, dist.ReduceOp.MAX, async_op=True)
+        return answer
+
+    def end(self) -> None:
+        """Wait for what is still on its way."""
+        if self.work is not None:
+            self.work.wait()
+
+
+def check_same(value, what: str) -> None:
+    """Raise `UserError`, which begins with `what`, unless `value` is the same on all processes."""
+    values = gather_objects(value)
+    if len(set(values)) > 1:
+        shown = ", ".join(map(str, values))
+        raise UserError(f"{what}: {shown}); use a folder that all machines share")
+
+
+def running_statistics(modules: tuple[nn.Module | None, ...]) -> list[torch.Tensor]:
+    """The running means and variances of batch norm that are being updated."""
+    layers = [m for module in modules if module is not None for m in module.modules()]
+    norms = [m for m in layers if isinstance(m, BatchNorm) and m.training and m.track_running_stats]
+    return [buffer for m in norms for buffer in (m.running_mean, m.running_var)]
+
+
+@torch.no_grad()
+def average_gradients(optimizer: torch.optim.Optimizer, *modules: nn.Module | None) -> None:
+    """Take the mean over all processes of the gradients that an optimizer will use.
+
+    It stands between backward and step. Gradients that are not finite spread to all processes, so
+    that a loss scaler skips the step on all of them.
+
+    Args:
+        optimizer: its parameters have gradients on all processes, or on none.
+        modules: the running statistics of their batch norm are averaged too, so that all processes
+            evaluate and save the same model; None for one that a config leaves out.
+    """
+    if count() == 1:
+        return
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    tensors = [p.grad for p in parameters if p.grad is not None] + running_statistics(modules)
+    flat = torch.cat([tensor.flatten() for tensor in tensors])
+    dist.all_reduce(flat)
+    flat /= count()
+    means = flat.split([tensor.numel() for tensor in tensors])
+    torch._foreach_copy_(tensors, [m.view_as(t) for m, t in zip(means, tensors, strict=True)])
