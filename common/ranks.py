@@ -3,8 +3,8 @@
 On one process every function returns its argument, or does nothing. Process r of n has the r-th of
 n equal parts of every batch. Each computes the loss of its own rows, so that the mean of all
 gradients (`average_gradients`) is the gradient of the loss of the whole batch, if the loss is a
-mean over rows. What is no such mean takes `mean_over_ranks`, `gather` or `total` of what it is
-computed from; all processes must call these in the same order.
+mean over rows. A loss or statistic that is not takes `mean_over_ranks`, `gather` or `total` of what
+it is computed from. All processes must call these functions in the same order.
 """
 
 import contextlib

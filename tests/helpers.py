@@ -68,6 +68,7 @@ STREET_KEYS = {  # of a method on the street scenes; a script that is not named 
         "disc_hidden": 32,
     },
     "train_mmd": {"feature_layers": "[layer3, layer4]", "coral_weight": 1},
+    "train_advent": {"disc_hidden": 8},
     "train_adda": {
         "feature_layer": "layer4",
         "feature_locations": "true",

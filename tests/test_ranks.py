@@ -341,13 +341,14 @@ def test_the_end_of_one_process_ends_all(tmp_path, digits, kind):
         raise RuntimeError("the code is wrong")
 
     def prepare(number: int) -> None:
+        ranks.WAIT = 0.5  # nobody tells a reason, unless at once
         if number == 1 and kind == "error":
             at_step(5, fail)
         elif number == 1:
             send_itself(signal.SIGKILL if kind == "killed" else signal.SIGSTOP, 1)(1)
 
-    processes = start_on(2, "train_dann", digits, "process_timeout=4", prepare=prepare)
-    codes = processes.wait(12)
+    processes = start_on(2, "train_dann", digits, "process_timeout=3", prepare=prepare)
+    codes = processes.wait(8)
     assert codes == [1, 1 if kind == "error" else -signal.SIGKILL]
     error = errors_of(processes)
     if kind == "error":

@@ -147,9 +147,8 @@ MAPS = "{backbone: mobilenet_v2, output_stride: 16, aux_weight: 0.1, bn: frozen}
 def test_advent_moves_one_network_at_a_time(tmp_path, task):
     """The model's update leaves the discriminator, and that one's update leaves the model."""
     model = {"classification": "{bn: frozen}", "segmentation": MAPS}[task]
-    config = config_of(
-        task, tmp_path, "train_advent", model=model, optim="{lr: 0.02, weight_decay: 0}"
-    )
+    lines = {"model": model, "optim": "{lr: 0.02, weight_decay: 0}"}
+    config = config_of(task, tmp_path, "train_advent", **lines)
     day = {"classification": "drawn_digits", "segmentation": "drawn_street"}[task]
     crop = ", crop: [64, 64]" if task == "segmentation" else ""
     runs = {
@@ -174,6 +173,7 @@ def test_advent_moves_one_network_at_a_time(tmp_path, task):
     for name in runs.keys() - {"source", "other_disc", "other_target"}:
         assert differing(state["source"]["discriminators"], state[name]["discriminators"]) == 0
         assert differing(state["source"]["model"], state[name]["model"]) > 100
+    config = config_of(task, tmp_path, "train_source", **lines)
     assert train("train_source", config, "steps=1", f"out_dir={tmp_path}/plain") == 0
     for name, value in weights(tmp_path / "plain", "checkpoints/step_00000001.pt")["model"].items():
         torch.testing.assert_close(state["source"]["model"][name], value, rtol=1e-5, atol=1e-6)
