@@ -871,6 +871,20 @@ def test_a_real_run(tmp_path, capfd, monkeypatch):
     assert "runs/config_method_seed3: finished already" in capfd.readouterr().out
 
 
+def test_several_processes_name_their_own_error(folder, capfd):
+    """Not the last line of the launcher that started them."""
+    entry = load_config(reproduce.Suite, "suite.yaml").runs[0]
+    for processes, reason in ((1, "torchrun ends"), (2, "error: no image")):
+        job = reproduce.Job(entry, 4, processes)
+        job.log.parent.mkdir(exist_ok=True)
+        job.log.write_text("error: no image\ntorchrun ends\n")
+        assert reproduce.report_end(job, 1, 2.0, stopping=False)
+        assert f"failed after 2 s with exit code 1: {reason}" in capfd.readouterr().out
+    with pytest.raises(UserError, match="--nproc must be positive, not 0"):
+        reproduce.main(["suite.yaml", "--nproc", "0"])
+
+
+@pytest.mark.slow
 def test_a_real_run_of_several_processes(tmp_path, capfd, monkeypatch):
     tiny_config(tmp_path, out_dir="null", steps=2)
     write_suite(f"method: source, script: {ROOT}/train_source.py, config: config.yaml")
@@ -880,14 +894,6 @@ def test_a_real_run_of_several_processes(tmp_path, capfd, monkeypatch):
     out = capfd.readouterr().out
     assert cells(out, "source")[2] == "1"
     assert "; on 2 processes, each on 1 of 2 cores" in footer(out)
-    entry = load_config(reproduce.Suite, "suite.yaml").runs[0]
-    for processes, reason in ((1, "torchrun ends"), (2, "error: no image")):
-        job = reproduce.Job(entry, 4, processes)
-        job.log.write_text("error: no image\ntorchrun ends\n")
-        assert reproduce.report_end(job, 1, 2.0, stopping=False)
-        assert f"failed after 2 s with exit code 1: {reason}" in capfd.readouterr().out
-    with pytest.raises(UserError, match="--nproc must be positive, not 0"):
-        reproduce.main(["suite.yaml", "--nproc", "0"])
 
 
 def test_the_caption_of_targets_without_labels():
