@@ -6,7 +6,9 @@
 Two tables. The first is of train_dann.py as it is, on one thread per process (CPU) or one GPU each:
 milliseconds per step, steps per second relative to one process, and the share of the time that
 process 0 spends in the functions of common/ranks.py, which includes waiting for the others. Several
-processes share the batch of the config. The second compares `average_gradients` with torch's
+processes share the batch of the config. `apart` is the same for as many single processes that train
+at the same time on their share of the batch and know nothing of each other: what cores and memory
+allow without any communication. The second compares `average_gradients` with torch's
 DistributedDataParallel on a plain step of the same network: forward, cross-entropy, backward, SGD,
 in turns of `--steps` steps; the median of `--rounds` rounds.
 """
@@ -45,8 +47,11 @@ def clock() -> float:
     return time.perf_counter()
 
 
-def time_script(files: list[str], steps: int) -> dict[str, float]:
-    """Milliseconds per step of train_dann.py in this process, and those in communication."""
+def time_script(files: list[str], steps: int, batch: int | None) -> dict[str, float]:
+    """Milliseconds per step of train_dann.py in this process, and those in communication.
+
+    `batch` is in place of the config's, if not None.
+    """
     spent, marks = [0.0], []
 
     def timed(function):
@@ -72,7 +77,8 @@ def time_script(files: list[str], steps: int) -> dict[str, float]:
     total = WARM_UP + steps
     with tempfile.TemporaryDirectory() as folder:
         lengths = [f"{key}={total}" for key in ("steps", "eval_every", "save_every", "log_every")]
-        train_dann.main(["--config", *files, *lengths, f"out_dir={folder}/run"])
+        overrides = [] if batch is None else [f"data.batch={batch}"]
+        train_dann.main(["--config", *files, *lengths, *overrides, f"out_dir={folder}/run"])
     (begin, spent_before), (end, spent_after) = marks[WARM_UP - 1], marks[-1]
     step = 1000 * (end - begin) / steps
     return {"step": step, "communication": 1000 * (spent_after - spent_before) / steps}
@@ -110,15 +116,38 @@ def time_plain(files: list[str], steps: int, rounds: int) -> dict[str, float]:
     return {name: statistics.median(values[1:]) for name, values in times.items()}
 
 
+def start(
+    launcher: list, what: str, file: str, args: argparse.Namespace, *more
+) -> subprocess.Popen:
+    """Start workers that write the figures of process 0 to `file`."""
+    options = ["--worker", what, file, "--steps", args.steps, "--rounds", args.rounds]
+    words = [*launcher, __file__, *options, *more, "--config", *args.config]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen([sys.executable, *map(str, words)], env=environment)
+
+
+def end(worker: subprocess.Popen) -> None:
+    if worker.wait() != 0:
+        sys.exit("a measurement failed, as printed above")
+
+
 def measure(processes: int, what: str, args: argparse.Namespace) -> dict[str, float]:
-    """The figures of process 0 of `processes`."""
+    """The figures of process 0 of `processes` that train together."""
     with tempfile.NamedTemporaryFile("r", suffix=".json") as file:
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
-        options = ["--worker", what, file.name, "--steps", args.steps, "--rounds", args.rounds]
-        words = [*launcher, processes, __file__, *options, "--config", *args.config]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        subprocess.run([sys.executable, *map(str, words)], env=environment, check=True)
+        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
+        end(start(launcher, what, file.name, args))
         return json.load(file)
+
+
+def measure_apart(processes: int, args: argparse.Namespace) -> float:
+    """Milliseconds per step of as many single processes, each on its share of the batch."""
+    batch = load_run_config(train_dann.Config, args.config).data.batch // processes
+    with tempfile.TemporaryDirectory() as folder:
+        files = [Path(folder, f"{number}.json") for number in range(processes)]
+        workers = [start([], "script", str(file), args, "--batch", batch) for file in files]
+        for worker in workers:
+            end(worker)
+        return statistics.mean(json.loads(file.read_text())["step"] for file in files)
 
 
 def main() -> None:
@@ -131,24 +160,27 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--batch", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         what, file = args.worker
         if what == "script":
-            figures = time_script(args.config, args.steps)
+            figures = time_script(args.config, args.steps, args.batch)
         else:
             figures = time_plain(args.config, args.steps, args.rounds)
         if ranks.is_first():
             Path(file).write_text(json.dumps(figures))
         return
     scripts = {n: measure(n, "script", args) for n in args.processes}
+    apart = {n: measure_apart(n, args) for n in args.processes}
     plain = {n: measure(n, "plain", args) for n in args.processes if n > 1}
     first = next(iter(scripts.values()))["step"]
-    print("\n| processes | ms per step | steps per second, relative | communication, % |")
-    print("|---|---|---|---|")
-    for n, figures in scripts.items():
-        step, share = figures["step"], figures["communication"]
-        print(f"| {n} | {step:.1f} | {first / step:.2f} | {100 * share / step:.1f} |")
+    columns = "ms per step", "steps per second, relative", "communication, %", "apart, relative"
+    print(f"\n| processes | {' | '.join(columns)} |\n|---|---|---|---|---|")
+    for n, measured in scripts.items():
+        step, share = measured["step"], measured["communication"]
+        figures = f"{step:.1f} | {first / step:.2f} | {100 * share / step:.1f}"
+        print(f"| {n} | {figures} | {first / apart[n]:.2f} |")
     print("\n| processes | average_gradients, ms | DistributedDataParallel, ms | ratio |")
     print("|---|---|---|---|")
     for n, figures in plain.items():

@@ -29,6 +29,7 @@ T = TypeVar("T")
 LOST = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe", "timed out")
 FAILURE = "failure"  # the key under which the first process that fails tells the reason
 WAIT = 5.0  # s; how long a process that lost another waits for the reason
+BUCKET = 1_000_000  # values that are sent at once
 TURN = 1.0  # s; how long another process waits for process 0 to print a reason
 
 _store: dist.Store | None = None
@@ -271,6 +272,26 @@ def running_statistics(modules: tuple[nn.Module | None, ...]) -> list[torch.Tens
     return [buffer for m in norms for buffer in (m.running_mean, m.running_var)]
 
 
+def in_memory_order(x: torch.Tensor) -> torch.Tensor:
+    """A view whose dimensions are in the order of memory, so that flattening does not permute.
+
+    The gradients of convolutions are channels-last where the model is.
+    """
+    return x.permute(sorted(range(x.dim()), key=x.stride, reverse=True))
+
+
+def buckets(tensors: list[torch.Tensor]) -> list[list[torch.Tensor]]:
+    """The tensors in order, in groups of at least `BUCKET` values; the last one may have fewer."""
+    groups, size = [], BUCKET
+    for tensor in tensors:
+        if size >= BUCKET:
+            groups.append([])
+            size = 0
+        groups[-1].append(tensor)
+        size += tensor.numel()
+    return groups
+
+
 @torch.no_grad()
 def average_gradients(optimizer: torch.optim.Optimizer, *modules: nn.Module | None) -> None:
     """Take the mean over all processes of the gradients that an optimizer will use.
@@ -287,8 +308,13 @@ def average_gradients(optimizer: torch.optim.Optimizer, *modules: nn.Module | No
         return
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     tensors = [p.grad for p in parameters if p.grad is not None] + running_statistics(modules)
-    flat = torch.cat([tensor.flatten() for tensor in tensors])
-    dist.all_reduce(flat)
-    flat /= count()
-    means = flat.split([tensor.numel() for tensor in tensors])
-    torch._foreach_copy_(tensors, [m.view_as(t) for m, t in zip(means, tensors, strict=True)])
+    works = []
+    for bucket in buckets([in_memory_order(tensor) for tensor in tensors]):
+        # The copying of one bucket overlaps with the communication of those before.
+        flat = torch.cat([tensor.flatten() for tensor in bucket])
+        works.append((bucket, flat, dist.all_reduce(flat, async_op=True)))
+    for bucket, flat, work in works:
+        work.wait()
+        flat /= count()
+        means = flat.split([tensor.numel() for tensor in bucket])
+        torch._foreach_copy_(bucket, [m.view_as(t) for m, t in zip(means, bucket, strict=True)])

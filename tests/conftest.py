@@ -61,7 +61,7 @@ def drawn_once():
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(drawn, "draw", once)
-        patch.setattr(drawn, "COUNT", {"train": 200, "test": 60})
+        patch.setattr(drawn, "COUNT", {"train": 200, "test": 30})
         patch.setattr(drawn_street, "draw", functools.cache(drawn_street.draw))
         patch.setattr(drawn_street, "COUNT", {"train": 12, "test": 5})
         yield

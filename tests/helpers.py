@@ -49,7 +49,7 @@ def tiny_config(folder: Path, **changes) -> Path:
         "save_every": 5,
         "log_every": 4,
         "data": "{source: {name: drawn_digits}, target: {name: drawn_digits_shifted}, "
-        "batch: 8, eval_batch: 40, select_images: 60, "
+        "batch: 8, eval_batch: 20, select_images: 30, "
         f"root: {folder}/images, cache: {folder}/cache, "
         "augment: {affine: {degrees: 10, scale: [0.9, 1.1]}, "
         "photometric: {gain: [0.5, 1.5], noise: 0.1}}}",

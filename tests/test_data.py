@@ -1477,7 +1477,7 @@ def test_own_test_splits_are_used():
     domains = open_domains(data_config(), 0)
     assert [
         len(s) for s in (domains.source, domains.source_val, domains.target, domains.target_test)
-    ] == [200, 60] * 2
+    ] == [200, 30] * 2
     assert domains.target_test_note == "the target's own test split"
 
 

@@ -524,7 +524,7 @@ def test_resume_is_exact_after_a_stop_within_an_evaluation(tmp_path, monkeypatch
 
 @pytest.mark.parametrize("stop", [None, 3], ids=["at the start", "after a resume"])
 def test_a_signal_while_features_are_computed_saves_and_leaves(tmp_path, monkeypatch, stop):
-    config, keys = finetune_config(tmp_path), ["data.augment={}"]
+    config, keys = finetune_config(tmp_path), ["data.augment={}", "data.eval_batch=40"]
     assert train("finetune", config, *keys, f"out_dir={tmp_path}/whole") == 0
     if stop:
         with monkeypatch.context() as patch:

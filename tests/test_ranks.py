@@ -60,7 +60,7 @@ RELATIVE = {
     "weighting": "confident_fraction",
 }
 FEW = "{source: {name: drawn_digits}, target: {name: drawn_digits_shifted}, target_labeled: 2, "
-FEW += "batch: 8, target_batch: 4, eval_batch: 40, select_images: 60}"
+FEW += "batch: 8, target_batch: 4, eval_batch: 20, select_images: 30}"
 CASES = {
     "source": ("train_source", {}),
     "few_labels": ("train_source", {"data": FEW}),
@@ -210,6 +210,30 @@ def test_the_gradient_is_that_of_the_whole_batch(tmp_path, name):
         assert torch.equal(parts[0], parts[1])
         difference = float((parts[0] - whole).abs().max() / whole.abs().max())
         assert difference > 1e-3 if alone else difference < 1e-6, difference
+
+
+def test_gradients_of_any_layout_are_averaged_in_several_buckets(tmp_path):
+    shapes = (3, 4, 2, 2), (5, 6), (1, 8, 1, 1), ()
+    values = [1 + torch.arange(math.prod(shape)).float().reshape(shape) for shape in shapes]
+
+    def average(number: int) -> None:
+        ranks.BUCKET = 20
+        ranks.join(60)
+        parameters = [nn.Parameter(torch.zeros(shape)) for shape in shapes]
+        for parameter, value in zip(parameters, values, strict=True):
+            parameter.grad = value * (number + 1)
+        parameters[0].grad = parameters[0].grad.contiguous(memory_format=torch.channels_last)
+        parameters[1].grad = parameters[1].grad.t().contiguous().t()
+        ranks.average_gradients(torch.optim.SGD(parameters))
+        torch.save([p.grad for p in parameters], tmp_path / f"{number}.pt")
+
+    processes = Processes(2, average, tmp_path)
+    assert processes.wait() == [0, 0], processes.printed(0)
+    for number in range(2):
+        grads = torch.load(tmp_path / f"{number}.pt")
+        assert all(torch.equal(g, 1.5 * v) for g, v in zip(grads, values, strict=True))
+        assert grads[0].is_contiguous(memory_format=torch.channels_last)
+    assert ranks.buckets([]) == []
 
 
 # --- checkpoints and signals

@@ -271,8 +271,8 @@ def test_control_lost_centroids_are_seen(tmp_path, monkeypatch):
 
 
 def test_a_signal_while_centroids_are_computed_saves_and_leaves(tmp_path, monkeypatch):
-    config = shot_config(tmp_path)
-    assert train("train_shot", config, f"out_dir={tmp_path}/whole") == 0
+    config, key = shot_config(tmp_path), "data.eval_batch=40"
+    assert train("train_shot", config, key, f"out_dir={tmp_path}/whole") == 0
     target_pass = data.domains.Domains.target_pass
 
     def interrupted(self):
@@ -293,10 +293,10 @@ def test_a_signal_while_centroids_are_computed_saves_and_leaves(tmp_path, monkey
     passes = []
     with monkeypatch.context() as patch:
         patch.setattr(data.domains.Domains, "target_pass", lambda self: Pass(self))
-        assert train("train_shot", config) == 143
+        assert train("train_shot", config, key) == 143
     assert len(passes) == 22  # the rest of the pass is not waited for
     assert (tmp_path / "run/checkpoints/step_00000008.pt").is_file()
-    assert train("train_shot", config, "--resume") == 0
+    assert train("train_shot", config, key, "--resume") == 0
     whole, resumed = (weights(tmp_path / run, LAST) for run in ("whole", "run"))
     assert differing(whole["model"], resumed["model"]) == 0
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "run")

@@ -30,7 +30,7 @@ from common.errors import exit_with
 from data import drawn
 from training.log import Log
 
-drawn.COUNT.update(train=200, test=60)
+drawn.COUNT.update(train=200, test=30)
 """
 KILLED_ONCE = """
 add, seen = Log.add, []

@@ -60,7 +60,7 @@ def test_every_trainable_parameter_moves(tmp_path, script, arguments):
 
 
 # float16 is emulated on a CPU: ten seconds per script.
-EMULATED = ["train_dann", "train_advent", "train_pseudo"]
+EMULATED = ["train_dann"]
 
 
 @pytest.mark.parametrize(
@@ -348,6 +348,7 @@ def collapsing(folder) -> list[str]:
     assert train("train_source", config, *source, f"out_dir={folder}/source") == 0
     keys = ["adv_weight=0", "ent_weight=4", "optim.lr=0.01", "data.batch=16", "steps=60"]
     keys += ["eval_every=10", "select=neg_entropy", f"init_from={folder}/source"]
+    keys += ["data.select_images=60"]  # of fewer it is not sure that a class has vanished
     return [str(config), *keys]
 
 

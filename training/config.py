@@ -170,6 +170,18 @@ def load_run_config(cls, files: str | Sequence[str], overrides: Sequence[str] = 
 
 
 class _Parser(argparse.ArgumentParser):
+    """Its help ends with the keys of the config class `cls`."""
+
+    def __init__(self, cls, description: str):
+        super().__init__(
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        self.cls = cls
+
+    def format_help(self) -> str:
+        self.epilog = "keys of the config, the method's own first:\n" + describe(self.cls)
+        return super().format_help()
+
     def error(self, message: str):
         raise UserError(f"{message}; --help lists options and keys")
 
@@ -225,11 +237,7 @@ def parse_args(cls, description: str, argv: Sequence[str] | None = None):
         (config, arguments): an instance of `cls`, and the flags; `command` is the command itself.
     """
     ranks.silence()
-    parser = _Parser(
-        description=description,
-        epilog="keys of the config, the method's own first:\n" + describe(cls),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = _Parser(cls, description)
     files_help = "yaml files, of which later ones win; see configs/"
     parser.add_argument("--config", nargs="+", action="extend", metavar="FILE", help=files_help)
     override_help = "override a key of the config"
