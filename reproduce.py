@@ -500,8 +500,9 @@ def report(suite: Suite, results: list[dict[int, dict]], seeds: list[int], argv:
     parts = [
         f"**{suite.title}**",
         table.markdown(),
-        f"{table.caption(summaries)} {paired}"
-        f"{selection(pairs)} Seconds are the mean over the runs.",
+        f"{table.caption(summaries)} {paired}{selection(pairs)} Seconds are the mean over the runs."
+        if summaries
+        else "No run has finished.",
         *([suite.note.strip()] if suite.note else []),
         f"Written by `{shlex.join(['python', 'reproduce.py', *argv])}`: "
         f"seeds {' '.join(map(str, seeds))}; "

@@ -253,7 +253,7 @@ class Hints:
 
         def likeness(other: str) -> float:
             """In full, or by the last word."""
-            pairs = ((key, other, 0.0), (last_word, other.rsplit(".", 1)[-1], 0.05))
+            pairs = ((key, other, 0.0), (last_word, other.rsplit(".", 1)[-1], 0.01))
             return max(difflib.SequenceMatcher(None, a, b).ratio() - less for a, b, less in pairs)
 
         nearest = max(self.keys, key=likeness)
@@ -307,7 +307,9 @@ def build(cls, tree, hints: Hints, mistakes: list[str], prefix: str = ""):
         elif section and not (value is None and types.NoneType in typing.get_args(hint)):
             values[spec.name] = build(section, value, hints, mistakes, name + ".")
         elif (converted := _convert(hint, value)) is _WRONG:
-            mistakes.append(f"{name} must be {_type_name(hint)}, not {shorten(value)}")
+            one = typing.get_origin(hint) is list and isinstance(value, (str, int, float))
+            remedy = f"; write [{shorten(value)}]" if one else ""
+            mistakes.append(f"{name} must be {_type_name(hint)}, not {shorten(value)}{remedy}")
             # The default replaces the value, and rules that name the key are not reported.
             wrong.append(spec.name)
             complete &= not required

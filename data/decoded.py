@@ -403,7 +403,10 @@ class Decoded:
         try:
             return self.decode(self.paths[i])
         except UserError as error:
-            raise UserError(f"{error} (--dry-run --all names all such files)") from None
+            raise UserError(
+                f"{error} (--dry-run --all with a new out_dir names all such files; a run cannot "
+                "go on without one of its images, and starts again)"
+            ) from None
 
     def _item(self, i: int) -> torch.Tensor:
         if self.store is not None:

@@ -137,15 +137,11 @@ class Domains:
         return None if self.source is None else self.source.label_shares(LABEL_SAMPLE)
 
     def evaluation(self) -> EvaluationSets:
-        """The sets of an evaluation."""
-
-        def loader(images: ImageSet | None) -> Loader | None:
-            return None if images is None else eval_loader(images, self.config)
-
+        """The sets of an evaluation; in a dry run one batch of each."""
         return EvaluationSets(
-            source_val=loader(self.source_val),
-            target_train=loader(self.criteria),
-            target_test=loader(self.target_test),
+            source_val=self._pass(self.source_val),
+            target_train=self._pass(self.criteria),
+            target_test=self._pass(self.target_test),
             classes=self.classes,
             measure=task_module(self.config).measure(self.config, self.classes),
             val_loss=isinstance(self.config, LabeledDataConfig),
@@ -164,13 +160,19 @@ class Domains:
 
         Every process sees all of them.
         """
-        images = self.target_labeled
-        images = _first_batch(images, self.config) if self.dry_run else images
-        return eval_loader(images, self.config, shared=False)
+        return self._pass(self.target_labeled, shared=False)
 
     def target_pass(self) -> Loader:
         """Every unlabeled target image once, not augmented; in a dry run one batch of them."""
-        return eval_loader(self.criteria if self.dry_run else self.target, self.config)
+        return self._pass(self.target)
+
+    def _pass(self, images: ImageSet | None, shared: bool = True) -> Loader | None:
+        """Every image once, or the first batch of them in a dry run; None for None."""
+        if images is None:
+            return None
+        if self.dry_run:
+            images = images.subset(torch.arange(min(len(images), self.config.eval_batch)))
+        return eval_loader(images, self.config, shared=shared)
 
     def fingerprints(self) -> dict[str, torch.Tensor]:
         """The fingerprint of each set by its role."""
@@ -237,7 +239,7 @@ def open_domains(
 ) -> Domains:
     """Open both domains, match their classes by name and make the splits.
 
-    In a dry run nothing is written and every evaluation set is one batch.
+    In a dry run nothing is written and every pass is one batch.
 
     Args:
         config: the section `data`.
@@ -277,10 +279,6 @@ def open_domains(
                 "give fewer labels"
             )
     target = target.unlabeled()
-    evaluated = [source_val, _criteria(target, config, seed), target_test]
-    if dry_run:
-        evaluated = [_first_batch(images, config) for images in evaluated]
-    source_val, criteria, target_test = evaluated
     return Domains(
         config=config,
         seed=seed,
@@ -292,7 +290,7 @@ def open_domains(
         target_labeled=target_labeled,
         target_test=target_test,
         target_test_note=note,
-        criteria=criteria,
+        criteria=_criteria(target, config, seed),
         lists=lists,
         dry_run=dry_run,
     )
@@ -498,7 +496,7 @@ def _open_labeled_target(config: LabeledDataConfig, seed: int, dry_run: bool) ->
         seed=seed,
         classes=train.classes,
         target_labeled=train,
-        target_test=_first_batch(val, config) if dry_run else val,
+        target_test=val,
         target_test_note=note,
         lists=lists,
         dry_run=dry_run,
@@ -509,12 +507,6 @@ def _criteria(target: ImageSet, config: DataConfig, seed: int) -> ImageSet:
     """The images of the label-free criteria: a sample of the target's training images by `seed`."""
     order = torch.randperm(len(target), generator=generator(seed, "criteria"))
     return target.subset(order[: config.select_images].sort().values)
-
-
-def _first_batch(images: ImageSet | None, config: DataConfig) -> ImageSet | None:
-    if images is None:
-        return None
-    return images.subset(torch.arange(config.eval_batch)[: len(images)])
 
 
 def _check_absent_classes(config: DataConfig, classes: list[str]) -> None:

@@ -598,7 +598,7 @@ def test_an_out_dir_that_is_no_run_folder(config, outcome, tmp_path):
         (["out_dir=config.yaml"], "out_dir: config.yaml is a file; choose another out_dir"),
         (["out_dir=config.yaml/run"], "out_dir"),
         (["out_dir=full"], "out_dir: full is used"),
-        (["out_dir=full", "--resume"], "out_dir: full has no config.yaml"),
+        (["out_dir=full", "--resume"], "out_dir: full is used, and has no config.yaml"),
     ):
         code, _, lines = outcome("train_source", config, *arguments)
         assert code in (2, 5)
@@ -637,7 +637,7 @@ def test_a_dry_run_leaves_a_used_folder_alone(config, finished, outcome, tmp_pat
     ("out_dir", "code", "message"),
     [
         ("config.yaml/run", 2, "out_dir: config.yaml is a file; choose another out_dir"),
-        ("full", 2, "out_dir: full is used; add --resume to go on with it, or choose another"),
+        ("full", 2, "out_dir: full is used, and has no config.yaml, so it is not a run folder"),
         ("n" * 300, 2, f"out_dir: {'n' * 300} cannot be used (File name too long); choose another"),
         ("gone", 2, "out_dir: gone is a file; choose another out_dir"),
         ("locked/run", 5, "out_dir: locked cannot be written to; choose another out_dir"),
@@ -732,7 +732,7 @@ def test_the_real_command_ends_when_a_worker_meets_an_unreadable_image(config, c
         image.write_bytes(image.read_bytes()[:150])  # its header can be read
     code, _, err = command("train_dann", "--config", config, "data.workers=2")
     assert code == 2
-    match = r"error: images/photo/cat/\d+\.png: cannot be read as an image \(.*\); .*files\)\n"
+    match = r"error: images/photo/cat/\d+\.png: cannot be read as an image \(.*\); .*again\)\n"
     assert re.fullmatch(match, err)
 
 

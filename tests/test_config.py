@@ -114,7 +114,10 @@ def test_a_whole_number_is_a_number_but_no_other_type_is_another():
         ("optim.lr=true", "optim.lr must be number, not True"),
         ("optim.lr=[1]", "optim.lr must be number, not [1]"),
         ("out_dir=3", "out_dir must be text | null, not 3"),
-        ("feature_layers=pooled", "feature_layers must be list of text, not 'pooled'"),
+        (
+            "feature_layers=pooled",
+            "feature_layers must be list of text, not 'pooled'; write ['pooled']",
+        ),
         ("layer_weights=[1, x]", "layer_weights must be list of number, not [1, 'x']"),
         ("amp=fp16", "amp must be float32 | float16 | bfloat16, not 'fp16'"),
         ("model.bottleneck=1.5", "model.bottleneck must be int | null, not 1.5"),
@@ -640,6 +643,18 @@ class Minimized(Config):
         return {"neg_entropy"}
 
 
+def test_frozen_statistics_of_untrained_weights_are_warned_of(capsys):
+    load()
+    command = ["--config", "config.yaml", "select=last"]
+    parse_args(Config, "", [*command, "model.bn=frozen"])
+    assert "warning: model.bn: frozen keeps the statistics" in capsys.readouterr().out
+    parse_args(Config, "", command)
+    parse_args(Config, "", [*command, "model.bn=frozen", "model.batch_norm=false"])
+    weights = ["model.backbone=resnet18", "model.weights=file.pth"]
+    parse_args(Config, "", [*command, "model.bn=frozen", *weights])
+    assert capsys.readouterr().out == ""
+
+
 def test_a_criterion_that_is_trained_on_is_warned_of(capsys):
     load()
     config, args = parse_args(Minimized, "", ["--config", "config.yaml", "select=neg_entropy"])
@@ -697,6 +712,7 @@ def test_overrides_are_recognized_wherever_they_stand():
         (["--disc-hidden", "3"], "keys are set without dashes: disc_hidden=VALUE"),
         (["--resme"], r"'--resme': there is no such option; did you mean --resume\?"),
         (["--qqq"], "'--qqq': there is no such option; --help lists all"),
+        (["--config", "config.yaml", "steps", "=", "3"], "write key=value without spaces around"),
     ],
 )
 def test_an_option_that_does_not_exist(words, hint):
@@ -717,6 +733,10 @@ def test_words_that_are_no_override_are_files():
     folder.mkdir()
     write(folder / "c.yaml", MINIMAL)
     assert parse_args(Config, "", ["--config", "./lr=0.1/c.yaml"])[0].out_dir == "run"
+    with pytest.raises(
+        UserError, match=r"^--config is missing; write --config 'a\.yaml' 'b\.yml'$"
+    ):
+        parse_args(Config, "", ["a.yaml", "b.yml", "seed=3"])
     for words in ([], ["--config"], ["seed=3"], ["--config", "seed=3"]):
         with pytest.raises(UserError, match=r"^[^\n]*--config[^\n]*--help lists[^\n]*$"):
             parse_args(Config, "", words)

@@ -1619,15 +1619,18 @@ def test_without_target_labels_there_are_no_target_figures(pictures, tmp_path):
     assert 0 <= result["source_val"]["accuracy"] <= 100
 
 
+def images_of(batch) -> torch.Tensor:
+    return batch if isinstance(batch, torch.Tensor) else batch[0]
+
+
 def test_a_dry_run_evaluates_one_batch_and_keeps_nothing(pictures, tmp_path):
     pictures("photo", {"cat": 20, "dog": 20})
     pictures("sketch", {"cat": 9, "dog": 9})
     domains = open_domains(folder_config(eval_batch=3, cache_gb=0.0), 0, dry_run=True)
-    assert [len(s) for s in (domains.source_val, domains.criteria, domains.target_test)] == [
-        3,
-        3,
-        3,
-    ]
+    sets = domains.evaluation()
+    passes = sets.source_val, sets.target_train, sets.target_test, domains.target_pass()
+    assert [sum(map(len, map(images_of, x))) for x in passes] == [3, 3, 3, 3]
+    assert len(domains.target_test) == 18  # control: the set itself
     assert (len(domains.source), len(domains.target)) == (36, 18)
     domains.source.images[torch.arange(4)]
     assert not (tmp_path / "cache").exists()

@@ -40,6 +40,7 @@ from training.config import load_run_config
 
 STEPS = 6
 RELAX = "an override such as threshold=0.1 or a shorter warm-up after --config starts it earlier"
+PARTED = 1e-5  # rounding moves no weight by as much in these steps
 LAST = f"checkpoints/step_{STEPS:08d}.pt"
 
 
@@ -221,6 +222,24 @@ def test_two_processes_train_one_model(ready, tmp_path):
     assert codes == [0, 0], (
         f"two processes, as torchrun starts them, do not train one model: {printed}\n"
         "(docs/run.md, Several processes; docs/new_method.md)"
+    )
+
+
+def test_two_processes_train_what_one_trains(ready, tmp_path):
+    """Without batch norm and dropout, whose statistics and draws are those of a process."""
+    keys = ["model.bn=frozen", "model.bn_running=both", "model.dropout=0", "optim.name=sgd"]
+    keys += ["disc_norm=none"] if hasattr(ready.load(), "disc_norm") else []
+    assert ready.run(tmp_path / "one", *keys) == 0
+    processes = Processes(2, lambda number: ready.run(tmp_path / "two", *keys), tmp_path)
+    codes = processes.wait()
+    assert codes == [0, 0], "\n".join(map(processes.printed, (0, 1)))
+    one, two = (tensors(tmp_path / name)["model"] for name in ("one", "two"))
+    floats = [name for name in one if one[name].is_floating_point()]
+    difference = max(float((one[name] - two[name]).abs().max()) for name in floats)
+    assert difference < PARTED, (
+        f"weights that two processes train are up to {difference:.1e} from those of one: a loss or "
+        "a statistic that is no mean over images is computed from the rows of one process "
+        "(common/ranks.py; docs/new_method.md, Several processes)"
     )
 
 

@@ -62,6 +62,12 @@ def test_gradients_that_are_not_averaged_are_found(broken, tmp_path):
         kit.test_two_processes_train_one_model(broken((line, "")), tmp_path)
 
 
+def test_a_loss_of_the_rows_of_one_process_is_found(broken, tmp_path):
+    alone = '            losses["mcc_loss"] = out_t.logits.mean(0).square().sum()\n'
+    with pytest.raises(AssertionError, match="computed from the rows of one process"):
+        kit.test_two_processes_train_what_one_trains(broken((LOSS, alone)), tmp_path)
+
+
 def test_two_classes_give_no_false_alarm(broken, tmp_path, pictures, monkeypatch):
     """Two balanced classes and a target_test: shifted twice, labels would be what they were."""
     for name in ("photo", "sketch", "test"):

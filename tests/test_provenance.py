@@ -37,6 +37,10 @@ def test_a_clean_and_a_changed_tree(repository):
     assert re.fullmatch(r"[0-9a-f]{10}", clean)
     (repository / "new.txt").write_text("not under version control")
     assert code_version() == clean
+    (repository / "train_new.py").write_text("x = 1\n")
+    assert code_version() == f"{clean}-dirty"
+    (repository / "train_new.py").unlink()
+    assert code_version() == clean
     (repository / "common" / "provenance.py").write_text("x = 2\n")
     assert code_version() == f"{clean}-dirty"
     git(repository, "commit", "--quiet", "--all", "--message", "second")

@@ -186,8 +186,12 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; --help lists options and keys")
 
 
-def _check_words(unknown: list[str], options: Sequence[str], cls, files: list[str] | None) -> None:
+def _check_words(
+    words: list[str], unknown: list[str], options: Sequence[str], cls, files: list[str] | None
+) -> None:
     """Raise `UserError` for an option that does not exist, and where no config file is named."""
+    if "=" in words:
+        raise UserError("write key=value without spaces around the equals sign")
     if unknown:
         option = unknown[0].partition("=")[0]
         hint = "--help lists all"
@@ -197,6 +201,9 @@ def _check_words(unknown: list[str], options: Sequence[str], cls, files: list[st
             hint = f"keys are set without dashes: {near}=VALUE"
         raise UserError(f"{shorten(option)}: there is no such option; {hint}")
     if not files:
+        files = [word for word in words if word.endswith((".yaml", ".yml"))]
+        if files:
+            raise UserError(f"--config is missing; write --config {' '.join(map(shorten, files))}")
         raise UserError(
             "--config is missing; name yaml files, as --config configs/demo/digits.yaml "
             "(--help lists all options and keys)"
@@ -225,6 +232,23 @@ def _check_processes(config) -> None:
                 f"data.{key}: {batch} images cannot be shared out evenly among {ranks.count()} "
                 f"processes; use a multiple of {ranks.count()}, or another number of processes"
             )
+
+
+def _warn(config) -> None:
+    """Tell what the config allows and few want."""
+    model = config.model
+    untrained = model.weights is None and config.init_from is None
+    if untrained and model.batch_norm and model.bn == "frozen":
+        print(
+            "warning: model.bn: frozen keeps the statistics of untrained weights, with which a "
+            "deep network hardly learns; name model.weights or init_from, or set model.bn=concat"
+        )
+    if config.select in config.trained_criteria():
+        print(
+            f"warning: select: {config.select} is part of the training loss and does not measure "
+            "it independently; read the figure of the last step, or set select: last "
+            "(docs/selection.md)"
+        )
 
 
 def parse_args(cls, description: str, argv: Sequence[str] | None = None):
@@ -257,7 +281,7 @@ def parse_args(cls, description: str, argv: Sequence[str] | None = None):
     overrides = [word for word in words if re.match(r"\w[\w.-]*=", word)]
     others = [word for word in words if word not in overrides]
     args, unknown = parser.parse_known_intermixed_args([*overrides, *others])
-    _check_words(unknown, re.findall(r"--[\w-]+", parser.format_usage()), cls, args.config)
+    _check_words(words, unknown, re.findall(r"--[\w-]+", parser.format_usage()), cls, args.config)
     if args.allow_change and not args.resume:
         raise UserError("--allow-change goes with --resume")
     if args.all and not args.dry_run:
@@ -271,10 +295,5 @@ def parse_args(cls, description: str, argv: Sequence[str] | None = None):
     )
     if not (args.resume and Path(config.out_dir, "checkpoints").is_dir()):
         _check_start(config, args.config)
-    if config.select in config.trained_criteria():
-        print(
-            f"warning: select: {config.select} is part of the training loss and does not measure "
-            "it independently; read the figure of the last step, or set select: last "
-            "(docs/selection.md)"
-        )
+    _warn(config)
     return config, args

@@ -176,15 +176,15 @@ class Run:
             )
         if folder.has_failed_early(status):
             self.resume = True  # as good as an empty folder
+        if not folder.has_config():
+            raise UserError(
+                f"out_dir: {self.folder} is used, and has no config.yaml, so it is not a run "
+                "folder; choose another out_dir"
+            )
         if not self.resume:
             raise UserError(
                 f"out_dir: {self.folder} is used; add --resume to go on with it, "
                 "or choose another with out_dir=..."
-            )
-        if not folder.has_config():
-            raise UserError(
-                f"out_dir: {self.folder} has no config.yaml, so it is not a run folder; "
-                "choose another out_dir"
             )
         if folder.is_finished():
             before = load_config(type(config), str(self.folder / "config.yaml"))
