@@ -74,7 +74,7 @@ def _as_user_error(error: Exception) -> UserError | None:
     reason = (last_line(error) or type(error).__name__).splitlines()[0].rstrip(".")
     if _is_memory_error(error):
         reason = ". ".join(reason.split(". ")[:2])  # the rest is advice on torch's own settings
-        sizes = f" with {_observer.sizes()}" if _observer else ""
+        sizes = f" with {sizes}" if _observer and (sizes := _observer.sizes()) else ""
         return UserError(
             f"out of memory{sizes} ({reason}); lower data.batch or data.eval_batch, "
             "or use smaller images or crops"
@@ -143,8 +143,7 @@ def _fail(code: int, reason: str) -> str | None:
     """Tell the run that it fails. Returns the reason, or None if another process prints it."""
     if _observer is not None:
         return _observer.failed(code, reason)
-    # Before the processes have met, all of them make the same mistake.
-    return reason if os.environ.get("RANK", "0") == "0" else None
+    return reason
 
 
 def exit_with(main) -> None:

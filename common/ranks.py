@@ -13,6 +13,8 @@ import hashlib
 import json
 import os
 import sys
+import time
+import uuid
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -21,7 +23,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm as BatchNorm
 
-from common.errors import UserError
+from common.errors import UserError, observe
 
 T = TypeVar("T")
 
@@ -29,10 +31,13 @@ T = TypeVar("T")
 LOST = ("gloo", "nccl", "connection closed", "connection reset", "broken pipe", "timed out")
 FAILURE = "failure"  # the key under which the first process that fails tells the reason
 WAIT = 5.0  # s; how long a process that lost another waits for the reason
+ASK = 0.02  # s; how often process 0 looks for questions of the others
+CONNECT = 600.0  # s; how long a process waits for the launcher
 BUCKET = 1_000_000  # values that are sent at once
 TURN = 1.0  # s; how long another process waits for process 0 to print a reason
 
-_store: dist.Store | None = None
+_launcher: dist.Store | None = None  # outlives a restart
+_store: dist.Store | None = None  # of the processes that run now
 
 
 def count() -> int:
@@ -65,6 +70,34 @@ def rows(batch: int) -> slice:
     return slice(number() * share, (number() + 1) * share)
 
 
+class _Starting:
+    """What `exit_with` knows of this process before it has a run."""
+
+    def sizes(self) -> str:
+        return ""
+
+    def failed(self, code: int, reason: str) -> str | None:
+        return announce(code, reason)
+
+    def explain(self, error: Exception) -> UserError | None:
+        return None
+
+
+def start() -> None:
+    """Let process 0 alone print, and each mistake that several processes make be printed once."""
+    global _launcher, _store
+    if count() == 1:
+        return
+    if not is_first():
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, it stays open to the end
+    if _launcher is None:
+        limit = datetime.timedelta(seconds=CONNECT)
+        with _cannot_meet():
+            _launcher, _, _ = next(dist.rendezvous("env://", timeout=limit))
+        _store = dist.PrefixStore(f"restart {restarts()}", _launcher)
+    observe(_Starting())
+
+
 def join(timeout: float) -> None:
     """Meet the other processes.
 
@@ -77,33 +110,62 @@ def join(timeout: float) -> None:
     global _store
     if count() == 1 or dist.is_initialized():
         return
+    start()
     limit = datetime.timedelta(seconds=timeout)
     backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    with _cannot_meet():
+        store = dist.PrefixStore(f"start {_start_number(timeout)}", _launcher)
+        rank = {"rank": number(), "world_size": count()}
+        dist.init_process_group(backend, store=store, timeout=limit, **rank)
+        _store = store
+
+
+@contextlib.contextmanager
+def _cannot_meet():
     try:
-        store, rank, size = next(dist.rendezvous("env://", timeout=limit))
-        # The launcher's store outlives a restart, and with it the addresses of processes that died.
-        _store = dist.PrefixStore(f"restart {restarts()}", store)
-        dist.init_process_group(backend, store=_store, rank=rank, world_size=size, timeout=limit)
+        yield
     except (RuntimeError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
             f"process {number()} of {count()} cannot meet the others ({reason}); "
             "start all of them by one torchrun command per machine (docs/run.md)"
         ) from None
 
 
-def silence() -> None:
-    """Let process 0 alone print."""
+def _start_number(timeout: float) -> int:
+    """The number of this start of the processes; the same on all of them.
+
+    The launcher's store outlives a restart, and with it the addresses of processes that died, and
+    each machine's launcher counts the restarts that it has asked for itself. So process 0 counts
+    the starts. It answers the questions of the others, old ones too, until all have confirmed this
+    number; a process that died asks, but confirms nothing.
+    """
+    store = dist.PrefixStore("starts", _launcher)
     if not is_first():
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115, it stays open to the end
+        question = uuid.uuid4().hex
+        store.set(f"question of {number()}", question)
+        store.wait([question], datetime.timedelta(seconds=timeout))
+        store.set(f"{store.get(question).decode()} confirmed by {number()}", "")
+        return int(store.get(question))
+    begin, this, missing = time.monotonic(), store.add("count", 1), set(range(1, count()))
+    while missing:
+        if time.monotonic() - begin > timeout:
+            raise RuntimeError(f"process {min(missing)} did not come within {timeout:.0f} s")
+        for other in list(missing):
+            if store.check([f"{this} confirmed by {other}"]):
+                missing.remove(other)
+            elif store.check([f"question of {other}"]):
+                store.set(store.get(f"question of {other}").decode(), str(this))
+        time.sleep(ASK)
+    return this
 
 
 def leave() -> None:
     """End the connection to the other processes."""
-    global _store
+    global _launcher, _store
     if count() > 1 and dist.is_initialized():
         dist.destroy_process_group()
-    _store = None
+    _launcher = _store = None
 
 
 def announce(code: int, reason: str) -> str | None:
@@ -257,12 +319,19 @@ class Agreement:
             self.work.wait()
 
 
-def check_same(value, what: str) -> None:
-    """Raise `UserError`, which begins with `what`, unless `value` is the same on all processes."""
-    values = gather_objects(value)
-    if len(set(values)) > 1:
-        shown = ", ".join(map(str, values))
-        raise UserError(f"{what}: {shown}); use a folder that all machines share")
+def check_same(values: dict[str, object], remedy: str) -> None:
+    """Raise `UserError` if a value is not the same on all processes.
+
+    Args:
+        values: by the name that the message gives them; numbers and texts.
+        remedy: the end of the message.
+    """
+    everywhere = gather_objects({name: str(value) for name, value in values.items()})
+    for name in everywhere[0]:
+        seen = [other.get(name, "nothing") for other in everywhere]
+        if len(set(seen)) > 1:
+            shown = ", ".join(seen if max(map(len, seen)) < 60 else sorted(set(seen))[:2])
+            raise UserError(f"{name} differs between the processes ({shown:.300}); {remedy}")
 
 
 def running_statistics(modules: tuple[nn.Module | None, ...]) -> list[torch.Tensor]:

@@ -229,24 +229,24 @@ def cache_features(
     Returns:
         The features; None, and prints why, if they need more than `limit_gb` GiB.
     """
-    count, done = len(batches.dataset.set), 0
-    store: dict[str, torch.Tensor] = {}
-    size: tuple[int, ...] = ()
-    for x, y in batches:
+
+    def parts_of(x: torch.Tensor, y: torch.Tensor) -> dict[str, torch.Tensor]:
         inputs = model.head_inputs(model.backbone(model.normalize(x.to(device, non_blocking=True))))
-        parts = {**inputs, "labels": y.to(device, non_blocking=True)}
-        if not store:
-            size = x.shape[2:]
-            bytes_each = sum(part.element_size() * part[0].numel() for part in parts.values())
-            needed = bytes_each * count / 2**30
-            if needed > limit_gb:
-                print(
-                    f"features of {count} images need {needed:.1f} GiB, more than feature_gb: "
-                    "computed anew in each step"
-                )
-                return None
-            store = {name: part.new_empty(count, *part.shape[1:]) for name, part in parts.items()}
-        for name, part in parts.items():
+        return {**inputs, "labels": y.to(device, non_blocking=True)}
+
+    count, done = len(batches.dataset.set), 0
+    x, y = batches.dataset[0]
+    size, one = x.shape[2:], parts_of(x[:1], y[:1])
+    needed = count * sum(part.element_size() * part.numel() for part in one.values()) / 2**30
+    if needed > limit_gb:
+        print(
+            f"features of {count} images need {needed:.1f} GiB, more than feature_gb: "
+            "computed anew in each step"
+        )
+        return None
+    store = {name: part.new_empty(count, *part.shape[1:]) for name, part in one.items()}
+    for x, y in batches:
+        for name, part in parts_of(x, y).items():
             store[name][done : done + len(part)] = part
         done += len(x)
     labels = store.pop("labels")

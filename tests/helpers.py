@@ -5,6 +5,7 @@ import json
 import os
 import re
 import signal
+import socket
 import sys
 import time
 import traceback
@@ -244,17 +245,26 @@ class Processes:
 
     def __init__(self, count: int, function: Callable[[int], int | None], folder: Path):
         self.folder, self.pids = folder, []
-        self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        place = socket.create_server(("127.0.0.1", 0), backlog=128)
+        port = place.getsockname()[1]
         for number in range(count):
             pid = os.fork()
             if pid == 0:
                 os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"  # it is the launcher's
                 os.environ["MASTER_ADDR"] = "127.0.0.1"
-                os.environ["MASTER_PORT"] = str(self.store.port)
+                os.environ["MASTER_PORT"] = str(port)
                 os.environ["RANK"] = os.environ["LOCAL_RANK"] = str(number)
                 os.environ["WORLD_SIZE"] = str(count)
                 _end_as(partial(function, number), folder / f"process_{number}.log")
             self.pids.append(pid)
+        # After the forks: a thread of the server that holds a lock would leave it locked in them.
+        self.store = TCPStore(
+            "127.0.0.1",
+            port,
+            is_master=True,
+            wait_for_workers=False,
+            master_listen_fd=place.detach(),
+        )
 
     def wait(self, seconds: float = 60) -> list[int]:
         """Their exit codes. Those that do not end in time are killed."""

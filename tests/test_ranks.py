@@ -1,9 +1,12 @@
 """Several processes train the same thing as one."""
 
 import contextlib
+import dataclasses
 import math
 import os
+import shutil
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,11 +14,27 @@ import pytest
 import torch
 from torch import nn
 
+import training.config
 from common import averages, ranks
+from common import metrics as counters
+from common.errors import UserError
+from data import segmentation
 from losses import cdan, coral, entropy, mcc, mmd, pseudo_label, supervised
 from models import gradient_reversal
-from tests.helpers import Processes, any_config, differing, start_on, status, train, train_on
-from training import evaluation, log
+from models.network import Network
+from tests.helpers import (
+    ROOT,
+    Processes,
+    any_config,
+    differing,
+    load_script,
+    metrics,
+    start_on,
+    status,
+    train,
+    train_on,
+)
+from training import collapse, device, evaluation, log, run
 
 # Without batch norm and dropout, whose statistics and draws are those of a process.
 PLAIN = "{batch_norm: false}"
@@ -50,6 +69,16 @@ def largest_difference(a: dict, b: dict) -> float:
     return max(float((a[name].double() - b[name].double()).abs().max()) for name in a)
 
 
+def assert_equal_runs(one: Path, two: Path) -> None:
+    """Weights, statistics and all that is logged differ by rounding only."""
+    assert largest_difference(last_state(one), last_state(two)) < 1e-5
+    for line, other in zip(metrics(one), metrics(two), strict=True):
+        assert line.keys() == other.keys()
+        for name, value in line.items():
+            rounded = isinstance(value, float)
+            assert other[name] == (pytest.approx(value, 1e-4, 1e-7) if rounded else value), name
+
+
 # --- runs
 
 PSEUDO = {"threshold": 0.1, "div_weight": 0.1}
@@ -69,6 +98,10 @@ CASES = {
     "mmd": ("train_mmd", {}),
     "coral": ("train_mmd", {"mmd_weight": 0, "coral_weight": 100}),
     "dann": ("train_dann", {"disc_norm": "none"}),
+    "dann_bounded": (
+        "train_dann",
+        {"disc_norm": "none", "reversal_bound": 0.01, "reversal_schedule": "constant"},
+    ),
     "dann_unbounded": ("train_dann", {"disc_norm": "none", "reversal_bound": "null"}),
     "cdan_e": ("train_dann", {"disc_norm": "none", "conditional": "cdan_e"}),
     "advent": ("train_advent", {"adv_weight": 0.1, "div_weight": 0.1, "ent_weight": 0.1}),
@@ -81,6 +114,16 @@ CASES = {
 }
 
 
+@pytest.fixture(scope="module")
+def learned(tmp_path_factory) -> Path:
+    """A source model that tells the digits apart; an untrained one gives all images one output."""
+    folder = tmp_path_factory.mktemp("learned")
+    config = any_config("train_source", folder, model=PLAIN, optim="{lr: 0.1}")
+    keys = "steps=80", "eval_every=80", "save_every=80", "data.batch=32"
+    assert train("train_source", config, *keys) == 0
+    return folder / "run"
+
+
 QUICK = ("dann", "relative", "shot")  # the others take minutes together
 
 
@@ -88,23 +131,24 @@ QUICK = ("dann", "relative", "shot")  # the others take minutes together
     "case",
     [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
 )
-def test_two_processes_are_one(tmp_path, case):
+def test_two_processes_are_one(tmp_path, learned, case):
     script, changes = CASES[case]
     # Ties of ReLU and pooling multiply the rounding in the MMD.
     steps = 5 if case == "mmd" else 20
     lines = {"model": PLAIN, "steps": steps, "eval_every": 10, "save_every": steps, **changes}
+    lines |= {} if script == "train_shot" else {"init_from": learned}
     config = any_config(script, tmp_path, **lines)
     assert train(script, config, f"out_dir={tmp_path}/one") == 0
     train_on(2, script, config, f"out_dir={tmp_path}/two")
-    one, two = last_state(tmp_path / "one"), last_state(tmp_path / "two")
-    assert largest_difference(one, two) < 1e-5
+    assert_equal_runs(tmp_path / "one", tmp_path / "two")
 
 
 FROZEN = "{backbone: mobilenet_v2, output_stride: 16, aux_weight: 0.1, bn: frozen}"
 STREETS = {
     "train_source": {},
+    "train_mcc": {},
     # Deeper features of an untrained network, with frozen statistics, differ by rounding alone.
-    "train_mmd": {"optim": "{lr: 0.0002}", "feature_layers": "[layer1]"},
+    "train_mmd": {"optim": "{lr: 0.0001}", "feature_layers": "[layer1]"},
     "train_dann": {"disc_norm": "none"},
     "train_advent": {"adv_weight": 0.1, "div_weight": 0.1, "ent_weight": 0.1},
     "train_pseudo": RELATIVE,
@@ -114,19 +158,79 @@ STREETS = {
 }
 
 
+@pytest.fixture
+def unequal_voids(monkeypatch):
+    """The masks of the built-in street scenes are void in a part that differs between them."""
+    open_street = segmentation.open_street
+
+    def voided(name, train_split):
+        images = open_street(name, train_split)
+        labels = images.labels.clone()
+        for number, mask in enumerate(labels):
+            mask[: 7 * number % 60] = 255
+        return dataclasses.replace(images, labels=labels)
+
+    monkeypatch.setattr(segmentation, "open_street", voided)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("script", STREETS)
-def test_two_processes_are_one_in_segmentation(tmp_path, script):
+def test_two_processes_are_one_in_segmentation(tmp_path, script, unequal_voids):
     changes = {"model": FROZEN, "steps": 5, "eval_every": 2, **STREETS[script]}
     config = any_config(script, tmp_path, "segmentation", **changes)
     assert train(script, config, f"out_dir={tmp_path}/one") == 0
     train_on(2, script, config, f"out_dir={tmp_path}/two")
-    one, two = last_state(tmp_path / "one"), last_state(tmp_path / "two")
-    assert largest_difference(one, two) < 1e-5
+    assert_equal_runs(tmp_path / "one", tmp_path / "two")
     pictures = [
         (tmp_path / run / "pictures/step_00000005.png").read_bytes() for run in ("one", "two")
     ]
     assert pictures[0] == pictures[1]
+
+
+# What a case of the tests above shares between the processes; "street": of the street scenes.
+SHARED = [
+    ("source", ranks, "average_gradients"),
+    ("source", ranks, "total"),  # the confusion matrices
+    ("source", counters, "total"),  # the label-free criteria
+    ("source", ranks, "mean_over_ranks"),  # the log
+    ("street", supervised, "mean_over_ranks"),
+    ("dann_bounded", ranks, "norm_over_ranks"),
+    ("cdan_e", cdan, "mean_over_ranks"),
+    ("mmd", mmd, "gather"),
+    ("coral", coral, "gather"),
+    ("mcc", mcc, "mean_over_ranks"),
+    ("advent", averages, "mean_over_ranks"),
+    ("relative", pseudo_label, "mean_over_ranks"),
+    ("class_balanced", pseudo_label, "total"),
+    ("pseudo", collapse, "total"),
+    ("pseudo", collapse, "mean_over_ranks"),
+    ("shot", ranks, "total"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("case", "module", "name"), SHARED)
+def test_control_alone_they_train_something_else(
+    tmp_path, learned, case, module, name, unequal_voids
+):
+    """The tests above fail without what is shared."""
+    script, changes = CASES.get(case, ("train_source", {"model": FROZEN}))
+    task = "segmentation" if case == "street" else "classification"
+    lines = {"model": PLAIN, "steps": 5, "eval_every": 5, "save_every": 5, **changes}
+    lines |= {} if case in ("street", "shot") else {"init_from": learned}
+    config = any_config(script, tmp_path, task, **lines)
+    assert train(script, config, f"out_dir={tmp_path}/one") == 0
+    local = (lambda x: x.detach().norm()) if name == "norm_over_ranks" else (lambda x, *others: x)
+
+    def alone(number: int) -> None:
+        setattr(module, name, local)
+
+    processes = start_on(2, script, config, f"out_dir={tmp_path}/two", prepare=alone)
+    if processes.wait() == [0, 0]:
+        with pytest.raises(AssertionError):
+            assert_equal_runs(tmp_path / "one", tmp_path / "two")
+    else:
+        assert "differs between the processes" in processes.printed(0)
 
 
 # --- losses
@@ -451,3 +555,98 @@ def test_a_signal_within_an_evaluation_stops_all(tmp_path, digits):
     }
     train_on(2, "train_dann", digits, "data.eval_batch=10", "--resume")
     assert largest_difference(last_state(tmp_path / "through"), last_state(tmp_path / "run")) < 1e-5
+
+
+def test_a_signal_to_one_process_does_not_wait_for_a_pass_of_the_others(tmp_path, digits):
+    """The other one would need longer for the evaluation than this one waits."""
+
+    def prepare(number: int) -> None:
+        measure, seen = evaluation.confusion_matrix, []
+
+        def slow(*arguments):
+            seen.append(1)
+            if number == 1 and len(seen) == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.5 if number == 0 else 0)
+            return measure(*arguments)
+
+        evaluation.confusion_matrix = slow
+
+    keys = "data.eval_batch=1", "process_timeout=3"
+    processes = start_on(2, "train_dann", digits, *keys, prepare=prepare)
+    assert processes.wait() == [143, 143], processes.printed(0)
+    assert status(tmp_path / "run")["state"] == "stopped"
+
+
+def test_a_signal_to_one_process_while_features_are_computed(tmp_path):
+    config = any_config("finetune", tmp_path, feature_gb=0)
+
+    def prepare(number: int) -> None:
+        if number == 1:
+            normalize, seen = Network.normalize, []
+
+            def stopped(self, images):
+                seen.append(1)
+                if len(seen) == 1:
+                    os.kill(os.getpid(), signal.SIGTERM)
+                return normalize(self, images)
+
+            Network.normalize = stopped
+
+    processes = start_on(2, "finetune", config, prepare=prepare)
+    assert processes.wait() == [143, 143], processes.printed(0)
+
+
+def test_a_mistake_of_one_process_is_told_by_it(tmp_path, digits):
+    """Such as a machine with fewer GPUs than processes. torchrun then ends the others."""
+
+    def prepare(number: int) -> None:
+        def absent(name: str):
+            raise UserError("device: there is no second GPU")
+
+        if number == 1:
+            device.get_device = absent
+            for module in (run, training.config):
+                module.get_device = absent
+
+    processes = start_on(2, "train_dann", digits, "process_timeout=2", prepare=prepare)
+    assert processes.wait() == [2, 2]
+    assert errors_of(processes) == [
+        "error: process 0 of 2 cannot meet the others (process 1 did not come within 2 s); "
+        "start all of them by one torchrun command per machine (docs/run.md)",
+        "error: process 1: device: there is no second GPU",
+    ]
+
+
+@pytest.mark.parametrize("key", ["eval_every=3", "seed=1", "data.size=32"])
+def test_processes_of_different_commands_are_refused(tmp_path, digits, key):
+    def main(number: int) -> int:
+        words = ["--config", str(digits), *([key] if number == 1 else [])]
+        return load_script(ROOT / "train_dann.py").main(words)
+
+    processes = Processes(2, main, tmp_path)
+    assert processes.wait() == [2, 2]
+    (error,) = errors_of(processes)
+    name, value = key.split("=")
+    assert error.startswith(f"error: {name} differs between the processes (")
+    assert f", {value}); start all of them by the same command" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_processes_of_different_images_are_refused(tmp_path, pictures):
+    for name in ("photo", "art"):
+        pictures(f"a/{name}", {"cat": 6, "dog": 6})
+    shutil.copytree(tmp_path / "images/a", tmp_path / "images/b")
+    (tmp_path / "images/b/art/dog/005.png").unlink()
+    data = "{source: {name: folder, path: photo}, target: {name: folder, path: art}, size: 16,"
+    data += f" batch: 4, root: {tmp_path}/images/a, cache: {tmp_path}/cache}}"
+    config = any_config("train_dann", tmp_path, data=data)
+
+    def main(number: int) -> int:
+        root = f"data.root={tmp_path}/images/{'ab'[number]}"
+        return load_script(ROOT / "train_dann.py").main(["--config", str(config), root])
+
+    processes = Processes(2, main, tmp_path)
+    assert processes.wait() == [2, 2]
+    (error,) = errors_of(processes)
+    assert error.startswith("error: data.target differs between the processes (")

@@ -164,16 +164,17 @@ def test_a_signal_within_a_pass_ends_the_run_as_after_the_step_before(tmp_path, 
     file = tiny_config(tmp_path, save_every=save_every)
     counting, seen = Counting(file), []
 
-    def batches():
-        for number in range(5):
-            if number == 2:
-                signal.raise_signal(signal.SIGTERM)
-            yield number
+    class Batches(list):
+        def __iter__(self):
+            for number in super().__iter__():
+                if number == 2:
+                    signal.raise_signal(signal.SIGTERM)
+                yield number
 
     def during(step):
         if step == 4:
             seen.extend(counting.run.watch((10, 11), 3))  # control: without a signal all pass
-            for number in counting.run.watch(batches(), 3):
+            for number in counting.run.watch(Batches(range(5)), 3):
                 seen.append(number)
 
     with pytest.raises(SystemExit) as stop:

@@ -287,6 +287,9 @@ def test_a_signal_while_centroids_are_computed_saves_and_leaves(tmp_path, monkey
         def __init__(self, domains):
             self.domains = domains
 
+        def __len__(self):
+            return len(target_pass(self.domains))
+
         def __iter__(self):
             return interrupted(self.domains)
 

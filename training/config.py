@@ -260,7 +260,7 @@ def parse_args(cls, description: str, argv: Sequence[str] | None = None):
     Returns:
         (config, arguments): an instance of `cls`, and the flags; `command` is the command itself.
     """
-    ranks.silence()
+    ranks.start()
     parser = _Parser(cls, description)
     files_help = "yaml files, of which later ones win; see configs/"
     parser.add_argument("--config", nargs="+", action="extend", metavar="FILE", help=files_help)

@@ -8,6 +8,7 @@ target_labeled.txt, train.txt, val.txt  where images were drawn by the seed
 """
 
 import contextlib
+import hashlib
 import json
 import math
 import os
@@ -21,7 +22,7 @@ from pathlib import Path
 import torch
 
 from common import files, ranks
-from common.config import dump, flatten, load_config
+from common.config import dump, flat_values, flatten, load_config
 from common.errors import UserError, observe
 from common.provenance import code_version
 from data import Domains, EvaluationSets, check_files, open_domains
@@ -45,7 +46,13 @@ from training.summary import print_summary, summarize
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # the run saves and leaves
 PAIR = 1.0  # seconds within which a second signal counts as the same one, sent to us twice
+# The keys that may differ between the machines of several processes.
+OF_A_MACHINE = ("data.root", "data.cache", "data.cache_gb", "data.workers")
 LOADERS = ("source_val", "target_train", "target_test")  # of an evaluation
+
+
+def _hash(x: torch.Tensor) -> str:
+    return hashlib.sha256(x.cpu().numpy().tobytes()).hexdigest()[:16]
 
 
 class Interrupted(Exception):
@@ -53,7 +60,9 @@ class Interrupted(Exception):
 
 
 class Watched:
-    """A loader of a pass that may be left before each batch, and while it waits for one.
+    """A loader of a pass that a signal may end before each batch, and while it waits for one.
+
+    Of several processes all leave it together, so the caller takes every batch.
 
     Args:
         loader: the loader.
@@ -81,21 +90,24 @@ class Watched:
         if isinstance(self.loader, Loader):
             self.loader.on_wait = self._check
         batches = iter(self.loader)
-        stopped = False
-        while not stopped:
-            try:
-                batch = next(batches)
-                self._check()
-            except StopIteration:
+        agreement, stopped = ranks.Agreement(), False
+        # Of several processes one may have a batch less; all take as many turns, and leave in one.
+        for _ in range(int(ranks.most(torch.tensor(len(self.loader))))):
+            batch = None
+            if not stopped:
+                try:
+                    batch = next(batches, None)
+                    self._check()
+                except Interrupted:
+                    batch, stopped = None, True
+                except WorkerError:
+                    self.save()
+                    raise
+            if agreement.reached(stopped):
                 break
-            except Interrupted:
-                stopped = True
-            except WorkerError:
-                self.save()
-                raise
-            else:
+            if batch is not None:
                 yield batch
-        # All processes meet here, since their parts of the pass may differ in length.
+        agreement.end()
         if ranks.agree(stopped):
             self.leave()
 
@@ -126,11 +138,14 @@ class Run:
 
     def __init__(self, config, args):
         ranks.join(config.process_timeout)
+        shared = {key: x for key, x in flat_values(config).items() if key not in OF_A_MACHINE}
+        ranks.check_same(shared, "start all of them by the same command")
         seed_everything(config.seed)
         warn_of_slow_precision(get_device(config.device), config.amp)
         self.config, self.folder, self.dry_run = config, Path(config.out_dir), args.dry_run
         self.writes = ranks.is_first() and not args.dry_run
-        self.resume, self.read_all, self.command = args.resume, args.all, args.command
+        self.resume = ranks.agree(args.resume)  # torchrun may restart one machine only
+        self.read_all, self.command = args.all, args.command
         self.history: list[dict] = []
         self.examples: list[tuple] = []
         self.seconds, self.signal, self.saved = 0.0, None, None
@@ -242,9 +257,7 @@ class Run:
                     self._restore_selected()
             elif self.resume:
                 print(f"{self.folder}: no checkpoint yet, starting at step 0")
-            ranks.check_same(
-                step, f"out_dir: {self.folder} is not the same folder on all machines (step"
-            )
+            self._check_same(step)
             if self.writes:
                 lists = self.domains.lists
                 self.run_folder.open(step, self.command, self.config_text, lists)
@@ -259,6 +272,13 @@ class Run:
             self.step = step
             return step - 1
         return step
+
+    def _check_same(self, step: int) -> None:
+        """Raise `UserError` if the processes have other images, or are not at the same step."""
+        images = {f"data.{role}": _hash(x) for role, x in self.fingerprints.items()}
+        ranks.check_same(images, "all machines must have the same images and lists")
+        folder = {f"out_dir: the step in {self.folder}": step}
+        ranks.check_same(folder, "use a folder that all machines share")
 
     def _on_signal(self, number, frame) -> None:
         if self.signal is None:
