@@ -270,7 +270,8 @@ def report_end(job: Job, code: int, seconds: float, stopping: bool) -> bool:
     end = "finished" if finished else "stopped" if stopping else "failed"
     line = f"{job.folder}: {end} after {seconds:.0f} s"
     if end == "failed":
-        lines = job.log.read_text(errors="replace").strip().splitlines()
+        log = job.log.read_text(errors="replace")
+        lines = log[log.rfind("\n$ ") + 1 :].strip().splitlines()  # of the last start
         errors = [line for line in lines if line.startswith("error: ")]  # before torchrun's report
         last_line = errors[-1] if job.processes > 1 and errors else lines[-1]
         reason = last_line if code else "no summary.json of this config without a change"
@@ -548,7 +549,7 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     )
     jobs_help = "number of runs at once, which share the cores; default: 1"
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help=jobs_help)
-    nproc_help = "processes per run, by torchrun, on GPUs of their own; default: 1"
+    nproc_help = "processes per run, by torchrun; on GPUs with --jobs 1 only; default: 1"
     parser.add_argument("--nproc", type=int, default=1, metavar="N", help=nproc_help)
     out_help = "write the table into this file, between the suite's markers"
     parser.add_argument("--out", type=Path, metavar="FILE", help=out_help)

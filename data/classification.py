@@ -184,7 +184,7 @@ def _three_channels(images: torch.Tensor) -> torch.Tensor:
 class TrainBatches(Dataset):
     """Batch `step` (from 0) of the endless, shuffled, augmented set: images, and labels if any.
 
-    Of several processes each has its rows of it.
+    Each process loads its rows of it (`ranks.rows`).
 
     Attributes:
         batch: images in the entire batch.

@@ -203,7 +203,7 @@ def _train_size(images: ImageSet) -> str:
 class TrainBatches(Dataset):
     """Batch `step` (from 0) of the endless, shuffled, augmented set: images, and masks if any.
 
-    Of several processes each has its rows of it.
+    Each process loads its rows of it (`ranks.rows`).
 
     Attributes:
         batch: images in the entire batch.

@@ -19,7 +19,7 @@ class ModelConfig:
     bn: Literal["concat", "separate", "frozen"] = "concat"  # one forward on both | one each | fixed
     bn_running: Literal["both", "target"] = "both"  # bn: separate: whose statistics evaluate
     bn_affine: Literal["train", "frozen"] = "train"  # scale and shift of batch norm
-    bn_sync: bool = False  # several GPUs: statistics of the whole batch, not of each process
+    bn_sync: bool = False  # several GPUs: the network normalizes by the whole batch
     channels_last: bool = False  # memory layout; speed only
     bottleneck: int | None = positive(None, most=100_000)  # Linear + BN + ReLU of this width
     bottleneck_relu: bool = True  # false: without the ReLU, as in SHOT

@@ -9,6 +9,7 @@ import torch
 import torchvision
 from torch import nn
 
+from common import ranks
 from common.errors import UserError
 from common.files import load_tensors, trained_classes
 
@@ -74,7 +75,8 @@ def _read_weights(name: str, weights: str, root: str) -> dict:
             f"there are {names}"
         )
     try:
-        return enum[weights].get_state_dict(progress=True, check_hash=True)
+        download = enum[weights].get_state_dict
+        return ranks.first_on_machine(lambda: download(progress=ranks.is_first(), check_hash=True))
     except OSError as error:
         raise UserError(
             f"model.weights: {weights} of {name} cannot be downloaded ({error}); "

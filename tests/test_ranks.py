@@ -20,7 +20,7 @@ from common import metrics as counters
 from common.errors import UserError
 from data import segmentation
 from losses import cdan, coral, entropy, mcc, mmd, pseudo_label, supervised
-from models import gradient_reversal
+from models import build_model, gradient_reversal
 from models.network import Network
 from tests.helpers import (
     ROOT,
@@ -35,6 +35,7 @@ from tests.helpers import (
     train_on,
 )
 from training import collapse, device, evaluation, log, run
+from training.config import load_run_config
 
 # Without batch norm and dropout, whose statistics and draws are those of a process.
 PLAIN = "{batch_norm: false}"
@@ -124,13 +125,7 @@ def learned(tmp_path_factory) -> Path:
     return folder / "run"
 
 
-QUICK = ("dann", "relative", "shot")  # the others take minutes together
-
-
-@pytest.mark.parametrize(
-    "case",
-    [case if case in QUICK else pytest.param(case, marks=pytest.mark.slow) for case in CASES],
-)
+@pytest.mark.parametrize("case", CASES)
 def test_two_processes_are_one(tmp_path, learned, case):
     script, changes = CASES[case]
     # Ties of ReLU and pooling multiply the rounding in the MMD.
@@ -173,7 +168,6 @@ def unequal_voids(monkeypatch):
     monkeypatch.setattr(segmentation, "open_street", voided)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("script", STREETS)
 def test_two_processes_are_one_in_segmentation(tmp_path, script, unequal_voids):
     changes = {"model": FROZEN, "steps": 5, "eval_every": 2, **STREETS[script]}
@@ -208,7 +202,6 @@ SHARED = [
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("case", "module", "name"), SHARED)
 def test_control_alone_they_train_something_else(
     tmp_path, learned, case, module, name, unequal_voids
@@ -502,6 +495,29 @@ def test_synchronized_batch_norm_needs_a_gpu(tmp_path, digits, monkeypatch):
     assert processes.wait() == [2, 2]
     (error,) = errors_of(processes)
     assert "model.bn_sync: torch has synchronized batch norm on CUDA devices only" in error
+
+
+@pytest.mark.parametrize("affine", ["train", "frozen"])
+def test_synchronized_batch_norm_is_the_same_network(digits, monkeypatch, affine):
+    """On a CPU it can be made, but not used."""
+    keys = ["model.bn_sync=true", f"model.bn_affine={affine}"]
+    config = load_run_config(load_script(ROOT / "train_dann.py").Config, [str(digits)], keys)
+    classes = [str(number) for number in range(10)]
+    networks = []
+    for processes in ("1", "2"):
+        monkeypatch.setenv("WORLD_SIZE", processes)
+        torch.manual_seed(0)
+        networks.append(build_model(config, classes).train())
+    plain, synchronized = networks
+    kinds = [{type(m) for m in network.modules()} for network in networks]
+    assert [nn.SyncBatchNorm in kind for kind in kinds] == [False, True]
+    assert not kinds[1] & {nn.BatchNorm1d, nn.BatchNorm2d}
+    assert differing(dict(plain.state_dict()), dict(synchronized.state_dict())) == 0
+    trained = [[p.requires_grad for p in network.parameters()] for network in networks]
+    assert trained[0] == trained[1]
+    assert False in trained[0] if affine == "frozen" else False not in trained[0]
+    statistics = [len(ranks.running_statistics((network,))) for network in networks]
+    assert statistics[0] == statistics[1] > 0
 
 
 def test_the_cache_of_decoded_images_is_shared(tmp_path, pictures):

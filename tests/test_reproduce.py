@@ -909,3 +909,16 @@ def test_the_caption_of_targets_without_labels():
     assert caption([labeled]) == plain
     assert caption([labeled, unlabeled]) == plain + " `-`: the target has no labels."
     assert "on -:" in caption([])
+
+
+def test_the_reason_is_that_of_the_last_start(tmp_path, capsys):
+    log = tmp_path / "run.log"
+    log.write_text("$ torchrun x\nerror: the first\n$ torchrun x\nValueError: the second\n")
+    job = types.SimpleNamespace(folder="run", log=log, processes=2, summary=lambda: None)
+    assert reproduce.report_end(job, 1, 3.0, False)
+    assert (
+        "failed after 3 s with exit code 1: ValueError: the second (log" in capsys.readouterr().out
+    )
+    log.write_text("$ torchrun x\nerror: the first\nRootCause\n")  # control
+    reproduce.report_end(job, 1, 3.0, False)
+    assert "exit code 1: error: the first (log" in capsys.readouterr().out

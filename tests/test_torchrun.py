@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -11,12 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.distributed import TCPStore
 
 from tests.helpers import ROOT, any_config, differing, status, train_on, weights
 from tests.test_laws import commands
 
-pytestmark = pytest.mark.slow
 LAUNCHER = [sys.executable, "-m", "torch.distributed.run"]
 # train_dann.py on few images, as in the other tests.
 SCRIPT = """
@@ -33,12 +32,13 @@ from training.log import Log
 drawn.COUNT.update(train=200, test=30)
 """
 KILLED_ONCE = """
+VICTIM = 1
 add, seen = Log.add, []
 
 def add_and_die(self, **values):
     add(self, **values)
     seen.append(1)
-    if len(seen) == 7 and ranks.number() == 1 and not Path("killed").exists():
+    if len(seen) == 7 and ranks.number() == VICTIM and not Path("killed").exists():
         Path("killed").write_text("")
         os.kill(os.getpid(), signal.SIGKILL)
 
@@ -93,18 +93,32 @@ def test_a_restart_goes_on_by_itself(tmp_path, digits):
     assert lines[0] == lines[1]
 
 
-def test_two_machines_train_the_same(tmp_path, digits):
-    """Two launchers, each with one process, meet as two machines do."""
-    train_on(2, "train_dann", digits, f"out_dir={tmp_path}/one_machine")
-    place = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    port = place.port
-    del place
+def two_machines(folder: Path, *words) -> list[subprocess.Popen]:
+    """Two launchers, each with one process, that meet as two machines do."""
+    with socket.create_server(("127.0.0.1", 0)) as place:
+        port = place.getsockname()[1]
     options = "--nnodes", 2, "--nproc-per-node", 1, "--rdzv-backend", "c10d", "--rdzv-id", "run"
     options += "--rdzv-endpoint", f"127.0.0.1:{port}"
-    words = script(tmp_path), "--config", digits
-    machines = [launch(tmp_path, *options, *words) for _ in range(2)]
+    return [launch(folder, *options, *words) for _ in range(2)]
+
+
+def test_two_machines_train_the_same(tmp_path, digits):
+    train_on(2, "train_dann", digits, f"out_dir={tmp_path}/one_machine")
+    machines = two_machines(tmp_path, script(tmp_path), "--config", digits)
     for code, output in map(end, machines):
         assert code == 0, output
+    assert differing(weights(tmp_path / "one_machine"), weights(tmp_path / "run")) == 0
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_two_machines_restart_together(tmp_path, digits, victim):
+    """Each launcher counts its own restarts only."""
+    train_on(2, "train_dann", digits, f"out_dir={tmp_path}/one_machine")
+    killed = script(tmp_path, KILLED_ONCE.replace("VICTIM = 1", f"VICTIM = {victim}"))
+    machines = two_machines(tmp_path, "--max-restarts", 1, killed, "--config", digits)
+    for code, output in map(end, machines):
+        assert code == 0, output
+    assert (tmp_path / "killed").exists()
     assert differing(weights(tmp_path / "one_machine"), weights(tmp_path / "run")) == 0
 
 
@@ -125,3 +139,19 @@ def test_a_signal_to_the_launcher_saves(tmp_path):
     file = tmp_path / f"run/checkpoints/step_{stopped['step']:08d}.pt"
     assert torch.load(file, weights_only=True)["step"] == stopped["step"]
     assert json.loads(metrics.read_text().splitlines()[-1])["step"] <= stopped["step"]
+
+
+def test_a_run_that_the_launcher_stopped_goes_on_exactly(tmp_path, digits):
+    keys = "steps=300", "eval_every=300", "save_every=300"
+    train_on(2, "train_dann", digits, *keys, f"out_dir={tmp_path}/through")
+    options = "--standalone", "--nproc-per-node", 2, script(tmp_path), "--config", digits
+    launcher = launch(tmp_path, *options, *keys)
+    metrics = tmp_path / "run/metrics.jsonl"
+    while launcher.poll() is None and not (metrics.exists() and len(metrics.read_bytes()) > 2000):
+        time.sleep(0.02)
+    launcher.send_signal(signal.SIGTERM)
+    _, output = end(launcher)
+    assert status(tmp_path / "run")["state"] == "stopped", output
+    train_on(2, "train_dann", digits, *keys, "--resume")
+    assert differing(weights(tmp_path / "through"), weights(tmp_path / "run")) == 0
+    assert metrics.read_text() == (tmp_path / "through/metrics.jsonl").read_text()

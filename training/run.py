@@ -535,7 +535,8 @@ class Run:
             raise UserError(
                 f"step {step}: {different} differs between the processes; call average_gradients "
                 "before each step of an optimizer, with every module whose batch norm trains, and "
-                "take what no mean over rows is from all processes (common/ranks.py)",
+                "compute what is not a mean over images from the rows of all processes "
+                "(common/ranks.py)",
                 1,
             )
 
