@@ -47,10 +47,10 @@ def clock() -> float:
     return time.perf_counter()
 
 
-def time_script(files: list[str], steps: int, batch: int | None) -> dict[str, float]:
+def time_script(files: list[str], steps: int, batch: int | None, run: Path) -> dict[str, float]:
     """Milliseconds per step of train_dann.py in this process, and those in communication.
 
-    `batch` is in place of the config's, if not None.
+    `batch` is in place of the config's, if not None; `run` is the folder of the run.
     """
     spent, marks = [0.0], []
 
@@ -75,10 +75,9 @@ def time_script(files: list[str], steps: int, batch: int | None) -> dict[str, fl
     train_dann.average_gradients = ranks.average_gradients
     Log.add = add_and_mark
     total = WARM_UP + steps
-    with tempfile.TemporaryDirectory() as folder:
-        lengths = [f"{key}={total}" for key in ("steps", "eval_every", "save_every", "log_every")]
-        overrides = [] if batch is None else [f"data.batch={batch}"]
-        train_dann.main(["--config", *files, *lengths, *overrides, f"out_dir={folder}/run"])
+    lengths = [f"{key}={total}" for key in ("steps", "eval_every", "save_every", "log_every")]
+    overrides = [] if batch is None else [f"data.batch={batch}"]
+    train_dann.main(["--config", *files, *lengths, *overrides, f"out_dir={run}"])
     (begin, spent_before), (end, spent_after) = marks[WARM_UP - 1], marks[-1]
     step = 1000 * (end - begin) / steps
     return {"step": step, "communication": 1000 * (spent_after - spent_before) / steps}
@@ -133,10 +132,11 @@ def end(worker: subprocess.Popen) -> None:
 
 def measure(processes: int, what: str, args: argparse.Namespace) -> dict[str, float]:
     """The figures of process 0 of `processes` that train together."""
-    with tempfile.NamedTemporaryFile("r", suffix=".json") as file:
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "figures.json")
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
-        end(start(launcher, what, file.name, args))
-        return json.load(file)
+        end(start(launcher, what, str(file), args))
+        return json.loads(file.read_text())
 
 
 def measure_apart(processes: int, args: argparse.Namespace) -> float:
@@ -165,7 +165,7 @@ def main() -> None:
     if args.worker:
         what, file = args.worker
         if what == "script":
-            figures = time_script(args.config, args.steps, args.batch)
+            figures = time_script(args.config, args.steps, args.batch, Path(file).with_suffix(""))
         else:
             figures = time_plain(args.config, args.steps, args.rounds)
         if ranks.is_first():
