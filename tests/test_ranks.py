@@ -404,6 +404,40 @@ def test_another_number_of_processes_goes_on(tmp_path, before, after):
     assert "was trained on" in (tmp_path / "process_0.log").read_text()
 
 
+def test_each_process_has_noise_of_its_own_in_each_step(tmp_path, digits):
+    def prepare(number: int) -> None:
+        add = log.Log.add
+
+        def add_and_write(self, **values):
+            add(self, **values)
+            with open(tmp_path / f"noise_{number}.txt", "a") as file:
+                print(torch.initial_seed(), file=file)
+
+        log.Log.add = add_and_write
+
+    train_on(2, "train_dann", digits, prepare=prepare)
+    seeds = [(tmp_path / f"noise_{number}.txt").read_text().split() for number in range(2)]
+    assert [len(drawn) for drawn in seeds] == [10, 10]
+    assert len({*seeds[0], *seeds[1]}) == 20
+
+
+def test_the_first_process_of_a_machine_goes_first(tmp_path):
+    def main(number: int) -> None:
+        def download() -> str:
+            time.sleep(0.3 if number == 0 else 0)
+            with open(tmp_path / "order.txt", "a") as file:
+                print(number, file=file)
+            return f"of {number}"
+
+        ranks.join(60)
+        assert ranks.first_on_machine(download) == f"of {number}"
+
+    processes = Processes(3, main, tmp_path)
+    assert processes.wait() == [0, 0, 0], processes.printed(0)
+    first, *others = (tmp_path / "order.txt").read_text().split()
+    assert (first, sorted(others)) == ("0", ["1", "2"])
+
+
 def test_processes_that_part_are_reported(tmp_path, digits):
     def part(number: int) -> None:
         ranks.average_gradients = lambda *arguments: None
