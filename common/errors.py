@@ -141,9 +141,7 @@ sys.excepthook = _silence_interrupt
 
 def _fail(code: int, reason: str) -> str | None:
     """Tell the run that it fails. Returns the reason, or None if another process prints it."""
-    if _observer is not None:
-        return _observer.failed(code, reason)
-    return reason
+    return reason if _observer is None else _observer.failed(code, reason)
 
 
 def exit_with(main) -> None:

@@ -122,6 +122,7 @@ def join(timeout: float) -> None:
 
 @contextlib.contextmanager
 def _cannot_meet():
+    """Raise `UserError` in place of torch's errors when the processes cannot connect."""
     try:
         yield
     except (RuntimeError, ValueError, KeyError) as error:

@@ -235,7 +235,7 @@ def _check_processes(config) -> None:
 
 
 def _warn(config) -> None:
-    """Tell what the config allows and few want."""
+    """Print warnings of what is allowed but seldom meant."""
     model = config.model
     untrained = model.weights is None and config.init_from is None
     if untrained and model.batch_norm and model.bn == "frozen":

@@ -52,6 +52,7 @@ LOADERS = ("source_val", "target_train", "target_test")  # of an evaluation
 
 
 def _hash(x: torch.Tensor) -> str:
+    """A short text that differs if a value of the tensor does."""
     return hashlib.sha256(x.cpu().numpy().tobytes()).hexdigest()[:16]
 
 
