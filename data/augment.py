@@ -27,7 +27,6 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torchvision import tv_tensors
 from torchvision.transforms.v2 import functional as F
 
 from common.config import cut, shorten
@@ -131,19 +130,35 @@ def crop(images, size, draws, scale: Range = (0.08, 1.0), ratio: Range = (3 / 4,
     width = (area * aspect).sqrt().round().clamp(1, side).long()
     top = (draws.uniform() * (side - height + 1)).long()
     left = (draws.uniform() * (side - width + 1)).long()
-    boxes = torch.stack([top, left, height, width], 1).tolist()
-    return torch.stack(
-        [
-            F.resized_crop(image, *box, [size, size], antialias=True)
-            for image, box in zip(images, boxes, strict=True)
-        ]
+    boxes = torch.stack([left, top, width, height], 1).tolist()
+    images = images.contiguous(memory_format=torch.channels_last)
+    cropped = images.new_empty(len(images), size, size, images.shape[1]).movedim(-1, 1)
+    for image, box, out in zip(images, boxes, cropped, strict=True):
+        _resize(_cut(image, *box), out)
+    return cropped
+
+
+def _cut(image: torch.Tensor, left: int, top: int, width: int, height: int) -> torch.Tensor:
+    """A view of a box of an image (..., H, W)."""
+    return image[..., top : top + height, left : left + width]
+
+
+def _resize(image: torch.Tensor, out: torch.Tensor) -> None:
+    """Resize a uint8 image (C, H, W) bilinearly with antialiasing to the size of `out`.
+
+    Both have their channels last in memory, as torch resizes images and their views fastest.
+    """
+    # torch.nn.functional.interpolate has no `out`.
+    torch.ops.aten._upsample_bilinear2d_aa.out(
+        image[None], list(out.shape[1:]), False, None, None, out=out[None]
     )
 
 
 def flip(images, size, draws, probability: float = 0.5):
     """Horizontal flip, with a `probability` per image."""
-    flipped = draws.uniform() < probability
-    return torch.where(flipped.view(-1, 1, 1, 1), images.flip(3), images)
+    for i in (draws.uniform() < probability).nonzero()[:, 0].tolist():
+        images[i] = images[i].flip(2)
+    return images
 
 
 def jitter(
@@ -326,7 +341,7 @@ class Augment:
         size: px of the square that `crop` resizes to.
 
     Shapes: uint8 (N, C, S, S) and `Draws` -> uint8 (N, C, S', S'). The operations of
-        `IN_PLACE` take images of any height and width.
+        `IN_PLACE` take images of any height and width. The images given may be overwritten.
     """
 
     def __init__(self, spec: dict, size: int):
@@ -363,8 +378,7 @@ class JointAugment:
     def __call__(
         self, image: torch.Tensor, mask: torch.Tensor | None, draws: Draws
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        image = tv_tensors.Image(image)
-        mask = None if mask is None else tv_tensors.Mask(mask)
+        image = image.movedim(0, -1).contiguous().movedim(-1, 0)  # as `_resize` needs it
         for _ in range(1 + self.REDRAWS):
             crop, crop_mask = self._crop(image, mask, draws)
             if crop_mask is None or (crop_mask != IGNORE_INDEX).any():
@@ -372,14 +386,14 @@ class JointAugment:
         for name, parameters in self.spec.items():
             if name == "flip":
                 if draws.uniform() < parameters.get("probability", 0.5):
-                    crop = F.horizontal_flip(crop)
-                    crop_mask = None if crop_mask is None else F.horizontal_flip(crop_mask)
+                    crop = crop.flip(2)
+                    crop_mask = None if crop_mask is None else crop_mask.flip(1)
             elif name != "zoom":
                 operation = OPERATIONS["segmentation"][name]
                 crop = operation(crop[None], None, draws, **parameters)[0]
         return crop, crop_mask
 
-    def _crop(self, image: tv_tensors.Image, mask: tv_tensors.Mask | None, draws: Draws):
+    def _crop(self, image: torch.Tensor, mask: torch.Tensor | None, draws: Draws):
         """A random crop of image and mask: a box is cut out and resized to the size of the crop."""
         height, width = image.shape[-2:]
         size = self.crop or (height, width)
@@ -390,14 +404,15 @@ class JointAugment:
             )
         factor = zoom(image[None], None, draws, **self.spec.get("zoom", {})).item()
         factor = max(factor, size[0] / height, size[1] / width)
-        box, corner = [], []
+        sides, corner = [], []
         places = draws.uniform(0, 1, 2)[0].tolist()
         for side, image_side, place in zip(size, (height, width), places, strict=True):
             box_side = min(max(round(side / factor), 1), image_side)
-            box.append(box_side)
+            sides.append(box_side)
             corner.append(int(place * (image_side - box_side + 1)))
-        crop, crop_mask = (None if x is None else F.crop(x, *corner, *box) for x in (image, mask))
-        if tuple(box) == tuple(size):
+        box = (*corner[::-1], *sides[::-1])
+        crop, crop_mask = (None if x is None else _cut(x, *box) for x in (image, mask))
+        if tuple(sides) == tuple(size):
             return crop, crop_mask
         if mask is not None:
             # v2 resizes masks by "nearest", which is half a pixel off the image.
@@ -405,4 +420,6 @@ class JointAugment:
                 crop_mask[None, None], size=list(size), mode="nearest-exact"
             )
             crop_mask = resized[0, 0]
-        return F.resize(crop, list(size), antialias=True), crop_mask
+        resized = crop.new_empty(*size, len(crop)).movedim(-1, 0)
+        _resize(crop, resized)
+        return resized, crop_mask

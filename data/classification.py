@@ -178,7 +178,7 @@ def describe_sizes(sets: dict[str, ImageSet], config: DataConfig) -> str:
 
 
 def _three_channels(images: torch.Tensor) -> torch.Tensor:
-    return images.expand(-1, 3, -1, -1).contiguous()
+    return images if images.shape[1] == 3 else images.expand(-1, 3, -1, -1).contiguous()
 
 
 class TrainBatches(Dataset):

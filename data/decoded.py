@@ -8,11 +8,13 @@ import sys
 import weakref
 import zlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import ExifTags, Image, ImageOps
+from torch.utils.data import get_worker_info
 from tqdm import tqdm
 
 from common import ranks
@@ -23,7 +25,7 @@ from data.order import generator
 Size = tuple[int, int]  # height, width
 
 # Of the cache files: raise it if the same files become other pixels, or are stored in another way.
-VERSION = 2
+VERSION = 3
 CHECKSUM = 4  # bytes before each image of a cache file
 SHOWN = 20  # files or numbers that one message names
 
@@ -261,7 +263,9 @@ class Decoded:
     A file is decoded when it is first requested. A small set is then stored in the memory of this
     process; a set of more than `limit` bytes, or one that several workers read, is stored in a file
     in `folder`, which later runs use too. There each image follows its checksum. It is compared
-    whenever the image is read, so that a damaged or truncated file is decoded again.
+    when a process reads the image for the first time, so that a damaged image is decoded again; so
+    is one that is cut short later. Images are stored with their channels last, and so they are
+    delivered.
 
     The headers of all files are read at once, unless a cache file shows that they were before.
 
@@ -289,7 +293,9 @@ class Decoded:
         self.shapes = [(*decode.channels, *size) for size in sizes]
         self.starts = [0, *itertools.accumulate(math.prod(shape) for shape in self.shapes)]
         self.bytes = self.starts[-1]
-        self.store = self.filled = self.file = None
+        self.store = self.file = None
+        # Images that this process has stored in its memory, or seen undamaged in the file.
+        self.ready = np.zeros(len(paths), bool)
         self.told = False
         if folder is not None and (self.bytes > limit or shared):
             self._choose_file(folder)
@@ -299,7 +305,6 @@ class Decoded:
             self._open_file()
         elif folder is not None:
             self.store = self._allocate()
-            self.filled = torch.zeros(len(paths), dtype=torch.bool)
 
     def _allocate(self) -> torch.Tensor:
         try:
@@ -373,22 +378,26 @@ class Decoded:
         """The place of image i in the cache file, where its checksum begins."""
         return self.starts[i] + CHECKSUM * i
 
-    def _read(self, i: int) -> torch.Tensor | None:
-        """An image of the cache file; None if it is not there yet, or is damaged."""
-        checksum, pixels = bytearray(CHECKSUM), np.empty(self.shapes[i], np.uint8)
+    def _read(self, i: int, pixels: np.ndarray) -> bool:
+        """Read an image of the cache file into `pixels`; False if it is not there, or damaged."""
+        checksum = bytearray(CHECKSUM)
         try:
             # Not mapped into memory: there a file that is cut short would kill the process.
-            os.preadv(self.descriptor, [checksum, pixels], self._offset(i))
+            count = os.preadv(self.descriptor, [checksum, pixels], self._offset(i))
         except OSError as error:
             raise UserError(
                 f"data.cache: {self.file} cannot be read ({error.strerror}); remove it"
             ) from None
-        if checksum == _checksum(pixels):
-            return torch.from_numpy(pixels)
+        complete = any(checksum) and count == CHECKSUM + pixels.nbytes
+        if complete and self.ready[i]:
+            return True
+        if complete and checksum == _checksum(pixels):
+            self.ready[i] = True
+            return True
         if any(checksum) and not self.told:
             self.told = True
             print(f"warning: {self.file}: has damaged images; they are decoded again", flush=True)
-        return None
+        return False
 
     def _write(self, i: int, pixels: np.ndarray) -> None:
         try:
@@ -408,22 +417,57 @@ class Decoded:
                 "go on without one of its images, and starts again)"
             ) from None
 
-    def _item(self, i: int) -> torch.Tensor:
-        if self.store is not None:
-            stored = self.store[self.starts[i] : self.starts[i + 1]].view(self.shapes[i])
-            if not self.filled[i]:
-                stored.copy_(self._decode(i))
-                self.filled[i] = True
-            return stored
-        stored = None if self.file is None else self._read(i)
-        if stored is None:
-            stored = self._decode(i)
-            if self.file is not None:
-                self._write(i, stored.contiguous().numpy())
-        return stored
+    def _stored(self, i: int) -> np.ndarray:
+        """The place of image i in the memory of this process."""
+        stored = self.store[self.starts[i] : self.starts[i + 1]]
+        return stored.view(_in_memory(self.shapes[i])).numpy()
+
+    def _copy(self, i: int, pixels: np.ndarray) -> bool:
+        """Copy a stored image into `pixels`; False if it must be decoded first."""
+        if self.file is not None:
+            return self._read(i, pixels)
+        if self.store is None or not self.ready[i]:
+            return False
+        pixels[:] = self._stored(i)
+        return True
+
+    def _decode_into(self, i: int, pixels: np.ndarray) -> None:
+        """Decode a file into `pixels`, and store it."""
+        decoded = self._decode(i)
+        pixels[:] = decoded.movedim(0, -1) if decoded.dim() == 3 else decoded
+        if self.file is not None:
+            self._write(i, pixels)
+        elif self.store is not None:
+            self._stored(i)[:] = pixels
+            self.ready[i] = True
 
     def __getitem__(self, index: torch.Tensor) -> torch.Tensor:
-        return torch.stack([self._item(i) for i in index.tolist()])
+        numbers = index.tolist()
+        if self.store is not None and self.decode.size and self.ready[numbers].all():
+            images = self.store.view(len(self), *_in_memory(self.shapes[0]))
+            batch = images.index_select(0, index)
+        else:
+            batch = torch.from_numpy(self._fill(numbers))
+        return batch.movedim(-1, 1) if batch.dim() == 4 else batch
+
+    def _fill(self, numbers: list[int]) -> np.ndarray:
+        """Images of one size in the order of memory: (n, H, W, C), or masks (n, H, W)."""
+        (shape,) = {_in_memory(self.shapes[i]) for i in numbers}
+        batch = np.empty((len(numbers), *shape), np.uint8)
+        places: dict[int, list[np.ndarray]] = {}  # in the batch; an image may have several
+        for i, pixels in zip(numbers, batch, strict=True):
+            places.setdefault(i, []).append(pixels)
+        missing = [i for i, rows in places.items() if not self._copy(i, rows[0])]
+        if len(missing) == 1:
+            self._decode_into(missing[0], places[missing[0]][0])
+        elif missing:
+            # Decoding releases the interpreter's lock, so that threads use several cores.
+            with ThreadPoolExecutor(_threads()) as pool:
+                list(pool.map(lambda i: self._decode_into(i, places[i][0]), missing))
+        for first, *others in places.values():
+            for row in others:
+                row[:] = first
+        return batch
 
     def describe(self) -> str:
         """The size of the decoded set and where it is stored."""
@@ -432,6 +476,18 @@ class Decoded:
         else:
             where = "not stored" if self.store is None else "in memory"
         return f"{self.bytes / 2**20:.0f} MiB decoded, {where}"
+
+
+def _in_memory(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape of an image in memory, (H, W, C), as resizing is fastest; or of a mask, (H, W)."""
+    return (*shape[1:], shape[0]) if len(shape) == 3 else shape
+
+
+def _threads() -> int:
+    """How many files this process decodes at once: the processes of a machine share its cores."""
+    worker = get_worker_info()
+    processes = ranks.local_count() * (worker.num_workers if worker else 1)
+    return max(len(os.sched_getaffinity(0)) // processes, 1)
 
 
 def _checksum(pixels: np.ndarray) -> bytes:

@@ -184,7 +184,7 @@ class TwoViews(Dataset):
     def __getitem__(self, step: int):
         weak = self.batches[step]
         random = generator(self.batches.seed, self.batches.role, "strong", step)
-        return weak, self.strong(weak, Draws(random, self.batches.batch, self.batches.rows))
+        return weak, self.strong(weak.clone(), Draws(random, self.batches.batch, self.batches.rows))
 
 
 def train_loader(
