@@ -26,6 +26,7 @@ import inspect
 import math
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torchvision.transforms.v2 import functional as F
 
@@ -152,6 +153,21 @@ def _resize(image: torch.Tensor, out: torch.Tensor) -> None:
     torch.ops.aten._upsample_bilinear2d_aa.out(
         image[None], list(out.shape[1:]), False, None, None, out=out[None]
     )
+
+
+def _resize_mask(mask: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """Resize class numbers (H, W) to `size` by nearest neighbor.
+
+    It is "nearest-exact" of torch, in a third of its time. v2 resizes masks by "nearest", which is
+    half a pixel off the image.
+    """
+    places = []
+    for new, old in zip(size, mask.shape, strict=True):
+        centers = np.arange(new, dtype=np.float32) + np.float32(0.5)
+        place = (centers * (np.float32(old) / np.float32(new))).astype(np.int64)
+        places.append(np.minimum(place, old - 1))
+    rows, columns = places
+    return torch.from_numpy(mask.numpy().take(columns, 1).take(rows, 0))
 
 
 def flip(images, size, draws, probability: float = 0.5):
@@ -381,7 +397,7 @@ class JointAugment:
         image = image.movedim(0, -1).contiguous().movedim(-1, 0)  # as `_resize` needs it
         for _ in range(1 + self.REDRAWS):
             crop, crop_mask = self._crop(image, mask, draws)
-            if crop_mask is None or (crop_mask != IGNORE_INDEX).any():
+            if crop_mask is None or crop_mask.min() != IGNORE_INDEX:  # which is the largest number
                 break
         for name, parameters in self.spec.items():
             if name == "flip":
@@ -415,11 +431,7 @@ class JointAugment:
         if tuple(sides) == tuple(size):
             return crop, crop_mask
         if mask is not None:
-            # v2 resizes masks by "nearest", which is half a pixel off the image.
-            resized = torch.nn.functional.interpolate(
-                crop_mask[None, None], size=list(size), mode="nearest-exact"
-            )
-            crop_mask = resized[0, 0]
+            crop_mask = _resize_mask(crop_mask, size)
         resized = crop.new_empty(*size, len(crop)).movedim(-1, 0)
         _resize(crop, resized)
         return resized, crop_mask

@@ -450,6 +450,13 @@ class Decoded:
             batch = torch.from_numpy(self._fill(numbers))
         return batch.movedim(-1, 1) if batch.dim() == 4 else batch
 
+    def one(self, i: int) -> torch.Tensor:
+        """An image, or a mask; a view where it is in memory."""
+        if self.store is None or not self.ready[i]:
+            return self[torch.tensor([i])][0]
+        pixels = torch.from_numpy(self._stored(i))
+        return pixels.movedim(-1, 0) if pixels.dim() == 3 else pixels
+
     def _fill(self, numbers: list[int]) -> np.ndarray:
         """Images of one size in the order of memory: (n, H, W, C), or masks (n, H, W)."""
         (shape,) = {_in_memory(self.shapes[i]) for i in numbers}

@@ -10,6 +10,11 @@ import torch
 from common.errors import UserError
 
 
+def one(images: object, i: int) -> torch.Tensor:
+    """`images[[i]][0]`, for the `images` or masks of a set; a view where they are in memory."""
+    return images.one(i) if hasattr(images, "one") else images[i]
+
+
 class Joined:
     """The `images` or `labels` of several sets, one after the other: `joined[index]`.
 
@@ -21,13 +26,16 @@ class Joined:
         self.starts = [0, *itertools.accumulate(lengths)]
         self.shapes = [s for part, n in zip(parts, lengths, strict=True) for s in _shapes(part, n)]
 
+    def one(self, i: int) -> torch.Tensor:
+        number = bisect.bisect_right(self.starts, i) - 1
+        item = one(self.parts[number], i - self.starts[number])
+        return item.expand(3, -1, -1) if item.dim() == 3 else item
+
     def __getitem__(self, index: torch.Tensor) -> torch.Tensor:
-        items = []
-        for i in index.tolist():
-            number = bisect.bisect_right(self.starts, i) - 1
-            item = self.parts[number][torch.tensor([i - self.starts[number]])][0]
-            items.append(item.expand(3, -1, -1) if item.dim() == 3 else item)
-        return torch.stack(items)
+        items = [self.one(i) for i in index.tolist()]
+        if items[0].dim() == 2:
+            return torch.stack(items)
+        return torch.stack([item.movedim(0, -1) for item in items]).movedim(-1, 1)
 
 
 def _shapes(images: object, count: int) -> list[tuple[int, ...]]:
@@ -51,8 +59,14 @@ class Renumbered:
     def shapes(self) -> list[tuple[int, ...]]:
         return self.masks.shapes
 
+    def one(self, i: int) -> torch.Tensor:
+        return self._renumbered(one(self.masks, i))
+
     def __getitem__(self, index: torch.Tensor) -> torch.Tensor:
-        return self.table[self.masks[index].long()]
+        return self._renumbered(self.masks[index])
+
+    def _renumbered(self, masks: torch.Tensor) -> torch.Tensor:
+        return self.table.index_select(0, masks.flatten().int()).view(masks.shape)
 
 
 @dataclass(frozen=True)

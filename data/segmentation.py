@@ -17,7 +17,7 @@ from data.decoded import Decoded, MaskDecoder, check_sizes, decoded_images
 from data.drawn_street import open_street
 from data.folder import Pairs, read_mask_list, scan_masks
 from data.id_maps import id_map
-from data.image_set import ImageSet, image_set
+from data.image_set import ImageSet, image_set, one
 from data.order import Draws, Order, generator
 
 LABELS = "masks and ids"  # what labels look like, for messages
@@ -228,14 +228,14 @@ class TrainBatches(Dataset):
             )
         images, masks = [], []
         for row in range(self.batch)[self.rows]:
-            i = index[row : row + 1]
-            mask = None if self.set.labels is None else self.set.labels[i][0]
+            i = int(index[row])
+            mask = None if self.set.labels is None else one(self.set.labels, i)
             # Of its own, since a crop may be drawn again.
             random = generator(self.seed, self.role, "augment", first + row)
-            image, mask = self.augment(self.set.images[i][0], mask, Draws(random, 1))
-            images.append(image)
+            image, mask = self.augment(one(self.set.images, i), mask, Draws(random, 1))
+            images.append(image.movedim(0, -1))
             masks.append(mask)
-        images = torch.stack(images)
+        images = torch.stack(images).movedim(-1, 1)
         return images if self.set.labels is None else (images, torch.stack(masks).long())
 
 

@@ -9,7 +9,7 @@ import data.decoded
 from common.errors import UserError
 from common.metrics import IGNORE_INDEX
 from data import drawn_street, eval_loader, open_domains, train_loader
-from data.augment import JointAugment
+from data.augment import JointAugment, _resize_mask
 from data.config import DataConfig, DomainConfig
 from data.decoded import decoded_images
 from data.folder import read_mask_list, scan_masks
@@ -509,6 +509,16 @@ def test_zoom_moves_both_and_never_mixes_mask_numbers():
         assert off.float().mean() < 0.01
         shares.append(float((out_mask == 200).float().mean()))
     assert max(shares) > 2 * min(s for s in shares if s > 0)
+
+
+def test_masks_are_resized_to_the_nearest_pixel_as_torch_does():
+    random = np.random.default_rng(0)
+    for old, new in random.integers(1, 1500, (300, 2)).tolist():
+        mask = torch.arange(old).remainder(251).to(torch.uint8).expand(3, old)
+        nearest = {"size": [2, new], "mode": "nearest-exact"}
+        expected = torch.nn.functional.interpolate(mask[None, None], **nearest)[0, 0]
+        assert torch.equal(_resize_mask(mask, (2, new)), expected)
+        assert torch.equal(_resize_mask(mask.T, (new, 2)), expected.T)
 
 
 def test_colours_change_the_image_only():
