@@ -25,6 +25,7 @@ from common.config import not_negative, positive
 from common.errors import exit_with
 from common.ranks import average_gradients
 from data import LabeledDataConfig
+from data.views import to_views
 from losses.supervised import supervised_loss
 from models import build_model, cache_features
 from training.config import RunConfig, parse_args
@@ -126,7 +127,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             trained, done = optimizer, step - 1 - stages.switch
             lr = set_rates(trained, finetune_optim, done, config.steps - stages.switch)
-        x, y = (part.to(device, non_blocking=True) for part in next(batches))
+        x, y = to_views(next(batches), device)
 
         with autocast:
             loss, _ = supervised_loss(model(x), y, config.model)

@@ -25,6 +25,7 @@ import torch
 from common.config import positive
 from common.errors import exit_with
 from common.ranks import average_gradients
+from data.views import to_views
 from losses.domain import SOURCE, discriminator_accuracy, domain_loss, one_domain_loss
 from losses.supervised import supervised_loss
 from models import DomainDiscriminator, build_model, feature_vectors
@@ -115,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
 
     # --- train
     for step in run.steps(start):
-        x_s, y_s = (x.to(device, non_blocking=True) for x in next(source))
+        x_s, y_s = to_views(next(source), device)
 
         if step <= source_steps:
             rates = {"lr": set_rates(source_optimizer, config.optim, step - 1, source_steps)}
@@ -131,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
                 model.load_state_dict(source_model.state_dict())
         else:
             rates = {"lr": config.target_lr, "disc_lr": config.disc_lr}
-            x_t = next(target).to(device, non_blocking=True)
+            x_t = to_views(next(target), device)
             source_model.eval()
 
             # the discriminator, on the features of both encoders at once, as its batch norm needs
@@ -162,7 +163,7 @@ def main(argv: list[str] | None = None) -> int:
                 losses = {"adv_loss": loss, "disc_loss": disc_loss}
                 losses["domain_accuracy"] = domain_accuracy
                 if labeled:
-                    x_l, y_l = (x.to(device, non_blocking=True) for x in next(labeled))
+                    x_l, y_l = to_views(next(labeled), device)
                     target_cls_loss, _ = supervised_loss(model(x_l), y_l, config.model)
                     losses["target_cls_loss"] = target_cls_loss
                     loss = loss + target_cls_loss

@@ -27,6 +27,7 @@ from torch import nn
 from common.config import not_negative, positive
 from common.errors import exit_with
 from common.ranks import average_gradients
+from data.views import to_views
 from losses.domain import SOURCE, discriminator_accuracy, domain_loss, one_domain_loss
 from losses.entropy import diversity_loss, entropy_loss, information_map
 from losses.supervised import nll_loss, supervised_loss
@@ -113,8 +114,8 @@ def main(argv: list[str] | None = None) -> int:
     for step in run.steps(start):
         lr = set_rates(optimizer, config.optim, step - 1, config.steps)
         disc_lr = set_rates(disc_optimizer, disc_optim, step - 1, config.steps)
-        x_s, y_s = (x.to(device, non_blocking=True) for x in next(source))
-        x_t = next(target).to(device, non_blocking=True)
+        x_s, y_s = to_views(next(source), device)
+        x_t = to_views(next(target), device)
 
         # the model, with the discriminators held fixed
         discriminators.requires_grad_(False)
@@ -137,7 +138,7 @@ def main(argv: list[str] | None = None) -> int:
                 losses |= {head.name + name: part for name, part in parts.items()}
                 predictions.append((log_p_s.detach(), information_t.detach()))
             if labeled:
-                x_l, y_l = (x.to(device, non_blocking=True) for x in next(labeled))
+                x_l, y_l = to_views(next(labeled), device)
                 target_cls_loss, _ = supervised_loss(model(x_l), y_l, config.model)
                 losses["target_cls_loss"] = target_cls_loss
                 loss = loss + target_cls_loss

@@ -25,6 +25,7 @@ from torch import nn
 from common.config import not_negative, positive
 from common.errors import exit_with
 from common.ranks import average_gradients, norm_over_ranks
+from data.views import to_views
 from losses.cdan import MultilinearMap, entropy_weights
 from losses.domain import discriminator_accuracy, domain_loss
 from losses.supervised import supervised_loss
@@ -105,8 +106,7 @@ def main(argv: list[str] | None = None) -> int:
     multilinear.to(device)
     discriminators = nn.ModuleList(
         DomainDiscriminator(width, config.disc_hidden, config.disc_norm) for width in widths
-    )
-    discriminators.to(device)
+    ).to(device)
     layers = list(zip(config.feature_layers, config.layer_weights, discriminators, strict=True))
     disc_lr_scale = 1.0 if config.disc_lr is None else config.disc_lr / config.optim.lr
     disc_group = {"params": list(discriminators.parameters()), "lr_scale": disc_lr_scale}
@@ -132,8 +132,8 @@ def main(argv: list[str] | None = None) -> int:
         reversal_coeff = reversal_coefficient(
             config.reversal_schedule, p, config.reversal_max, config.reversal_gamma
         )
-        x_s, y_s = (x.to(device, non_blocking=True) for x in next(source))
-        x_t = next(target).to(device, non_blocking=True)
+        x_s, y_s = to_views(next(source), device)
+        x_t = to_views(next(target), device)
 
         with autocast:
             out_s, out_t = forward_domains(model, x_s, x_t, config.model)
@@ -172,7 +172,7 @@ def main(argv: list[str] | None = None) -> int:
             losses["reversal_applied"] = applied
             loss = loss + config.adv_weight * adv_loss
             if labeled:
-                x_l, y_l = (x.to(device, non_blocking=True) for x in next(labeled))
+                x_l, y_l = to_views(next(labeled), device)
                 target_cls_loss, _ = supervised_loss(model(x_l), y_l, config.model)
                 losses["target_cls_loss"] = target_cls_loss
                 loss = loss + target_cls_loss

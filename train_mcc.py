@@ -16,6 +16,7 @@ import torch
 from common.config import not_negative, positive
 from common.errors import exit_with
 from common.ranks import average_gradients
+from data.views import to_views
 from losses.mcc import mcc_loss
 from losses.supervised import supervised_loss
 from models import build_model, forward_domains
@@ -58,8 +59,8 @@ def main(argv: list[str] | None = None) -> int:
     # --- train
     for step in run.steps(start):
         lr = set_rates(optimizer, config.optim, step - 1, config.steps)
-        x_s, y_s = (x.to(device, non_blocking=True) for x in next(source))
-        x_t = next(target).to(device, non_blocking=True)
+        x_s, y_s = to_views(next(source), device)
+        x_t = to_views(next(target), device)
 
         with autocast:
             out_s, out_t = forward_domains(model, x_s, x_t, config.model)
@@ -67,7 +68,7 @@ def main(argv: list[str] | None = None) -> int:
             losses["mcc_loss"] = mcc_loss(out_t.logits, config.temperature)
             loss = loss + config.mcc_weight * losses["mcc_loss"]
             if labeled:
-                x_l, y_l = (x.to(device, non_blocking=True) for x in next(labeled))
+                x_l, y_l = to_views(next(labeled), device)
                 target_cls_loss, _ = supervised_loss(model(x_l), y_l, config.model)
                 losses["target_cls_loss"] = target_cls_loss
                 loss = loss + target_cls_loss

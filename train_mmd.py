@@ -23,6 +23,7 @@ import torch
 from common.config import not_negative
 from common.errors import exit_with
 from common.ranks import average_gradients
+from data.views import to_views
 from losses.coral import coral_loss
 from losses.mmd import mmd_loss
 from losses.supervised import supervised_loss
@@ -77,8 +78,8 @@ def main(argv: list[str] | None = None) -> int:
     # --- train
     for step in run.steps(start):
         lr = set_rates(optimizer, config.optim, step - 1, config.steps)
-        x_s, y_s = (x.to(device, non_blocking=True) for x in next(source))
-        x_t = next(target).to(device, non_blocking=True)
+        x_s, y_s = to_views(next(source), device)
+        x_t = to_views(next(target), device)
 
         with autocast:
             out_s, out_t = forward_domains(model, x_s, x_t, config.model)
@@ -96,7 +97,7 @@ def main(argv: list[str] | None = None) -> int:
                 losses["coral_loss"] = sum(coral_loss(*pair) for pair in pairs)
                 loss = loss + config.coral_weight * losses["coral_loss"]
             if labeled:
-                x_l, y_l = (x.to(device, non_blocking=True) for x in next(labeled))
+                x_l, y_l = to_views(next(labeled), device)
                 target_cls_loss, _ = supervised_loss(model(x_l), y_l, config.model)
                 losses["target_cls_loss"] = target_cls_loss
                 loss = loss + target_cls_loss

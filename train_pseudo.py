@@ -31,6 +31,7 @@ from common.errors import exit_with
 from common.ranks import average_gradients
 from data.classmix import classmix
 from data.order import generator
+from data.views import to_views
 from losses.entropy import diversity_loss
 from losses.pseudo_label import (
     PredictionStatistics,
@@ -123,8 +124,8 @@ def main(argv: list[str] | None = None) -> int:
         lr = set_rates(optimizer, config.optim, step - 1, config.steps)
         p = progress(step - 1, config.steps)
         pseudo_weight = config.pseudo_weight * warm_up(p, config.pseudo_warmup)
-        x_s, y_s = (x.to(device, non_blocking=True) for x in next(source))
-        x_weak, x_strong = (x.to(device, non_blocking=True) for x in next(target))
+        x_s, y_s = to_views(next(source), device)
+        x_weak, x_strong = to_views(next(target), device)
 
         # pseudo-labels of the weak view
         eval_mode(labeler, batch_statistics=own_bn)
@@ -169,7 +170,7 @@ def main(argv: list[str] | None = None) -> int:
                 aux_loss = losses["aux_cls_loss"] + pseudo_weight * losses["aux_pseudo_loss"]
                 loss = loss + config.model.aux_weight * aux_loss
             if labeled:
-                x_l, y_l = (x.to(device, non_blocking=True) for x in next(labeled))
+                x_l, y_l = to_views(next(labeled), device)
                 target_cls_loss, _ = supervised_loss(model(x_l), y_l, config.model)
                 losses["target_cls_loss"] = target_cls_loss
                 loss = loss + target_cls_loss

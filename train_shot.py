@@ -30,6 +30,7 @@ from common.config import not_negative, positive
 from common.errors import exit_with
 from common.ranks import average_gradients, total
 from data import TargetDataConfig
+from data.views import to_views
 from losses.entropy import diversity_loss, entropy_loss, information_map
 from losses.shot import (
     CentroidMemory,
@@ -99,7 +100,7 @@ def compute_centroids(
     counts = torch.zeros(shape[0], dtype=torch.int64, device=device)
     for x_t in batches:
         with autocast:
-            out = model(x_t.to(device, non_blocking=True))
+            out = model(to_views(x_t, device))
         features = unit_features(out.features[layer])
         p = at_features(out.logits.float().log_softmax(1).exp(), features)
         if previous is not None:
@@ -136,7 +137,7 @@ def main(argv: list[str] | None = None) -> int:
     # --- train
     for step in run.steps(start):
         lr = set_rates(optimizer, config.optim, step - 1, config.steps)
-        x_weak, x_strong = (x.to(device, non_blocking=True) for x in next(target))
+        x_weak, x_strong = to_views(next(target), device)
 
         # pseudo-labels of the weak view
         model.eval()
@@ -170,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
             loss = math.log(domains.num_classes) * information + config.pseudo_weight * pseudo_loss
             losses = {"ent_loss": ent_loss, "div_loss": div_loss, "pseudo_loss": pseudo_loss}
             if labeled:
-                x_l, y_l = (x.to(device, non_blocking=True) for x in next(labeled))
+                x_l, y_l = to_views(next(labeled), device)
                 target_cls_loss, _ = supervised_loss(model(x_l), y_l, config.model)
                 losses["target_cls_loss"] = target_cls_loss
                 loss = loss + target_cls_loss

@@ -20,6 +20,7 @@ import torch
 
 from common.errors import exit_with
 from common.ranks import average_gradients
+from data.views import to_views
 from losses.supervised import supervised_loss
 from models import build_model
 from training.config import RunConfig, parse_args
@@ -58,13 +59,13 @@ def main(argv: list[str] | None = None) -> int:
     # --- train
     for step in run.steps(start):
         lr = set_rates(optimizer, config.optim, step - 1, config.steps)
-        x_s, y_s = (x.to(device, non_blocking=True) for x in next(source))
+        x_s, y_s = to_views(next(source), device)
 
         with autocast:
             out_s = model(x_s)
             loss, losses = supervised_loss(out_s, y_s, config.model)
             if labeled:
-                x_l, y_l = (x.to(device, non_blocking=True) for x in next(labeled))
+                x_l, y_l = to_views(next(labeled), device)
                 target_cls_loss, _ = supervised_loss(model(x_l), y_l, config.model)
                 losses["target_cls_loss"] = target_cls_loss
                 loss = loss + target_cls_loss

@@ -4,6 +4,7 @@ from data.check import check_files
 from data.config import DataConfig, LabeledDataConfig, TargetDataConfig
 from data.domains import Domains, EvaluationSets, open_domains
 from data.loaders import eval_loader, train_loader
+from data.views import to_views
 
 __all__ = [
     "DataConfig",
@@ -14,5 +15,6 @@ __all__ = [
     "check_files",
     "eval_loader",
     "open_domains",
+    "to_views",
     "train_loader",
 ]

@@ -11,7 +11,7 @@ from torchvision.transforms.v2 import functional as F
 from common import ranks
 from common.errors import UserError
 from common.metrics import accuracies
-from data.augment import Augment
+from data.augment import Augment, three_channels
 from data.config import FILES, DataConfig, DomainConfig
 from data.decoded import Decoded, decoded_images
 from data.digits import open_digits
@@ -19,7 +19,8 @@ from data.drawn import open_drawn
 from data.folder import Files, read_labeled, read_list, scan_folder, scan_unlabeled
 from data.image_set import ImageSet, image_set
 from data.labeled import hold_out_of_each
-from data.order import Draws, Order, generator
+from data.order import generator
+from data.views import ViewBatches
 
 LABELS = "a folder per class, or `path label` lines"  # what labels look like, for messages
 CLASSES_DIFFER = (  # what to do if the classes of the target are not those of the source
@@ -177,39 +178,28 @@ def describe_sizes(sets: dict[str, ImageSet], config: DataConfig) -> str:
     return f"3x{config.size}x{config.size}"
 
 
-def _three_channels(images: torch.Tensor) -> torch.Tensor:
-    return images if images.shape[1] == 3 else images.expand(-1, 3, -1, -1).contiguous()
+class TrainBatches(ViewBatches):
+    """Batches of images, and labels if any; see data/views.py."""
 
+    def __init__(
+        self,
+        images: ImageSet,
+        config: DataConfig,
+        seed: int,
+        role: str,
+        strong: dict | None = None,
+        parts: int = 1,
+        raw: bool = False,
+    ):
+        weak = Augment(config.augment_of(role), config.size)
+        further = None if strong is None else Augment(strong, config.size)
+        super().__init__(images, config, seed, role, weak, further, parts, raw)
 
-class TrainBatches(Dataset):
-    """Batch `step` (from 0) of the endless, shuffled, augmented set: images, and labels if any.
-
-    Each process loads its rows of it (`ranks.rows`).
-
-    Attributes:
-        batch: images in the entire batch.
-        rows: those of this process.
-    """
-
-    def __init__(self, images: ImageSet, config: DataConfig, seed: int, role: str):
-        self.set, self.config, self.seed, self.role = images, config, seed, role
-        self.batch = config.batch_of(role)
-        self.rows = ranks.rows(self.batch)
-        self.order = Order(seed, role, len(images))
-        self.augment = Augment(config.augment_of(role), config.size)
-
-    def __getitem__(self, step: int):
-        positions = self.order.positions(step * self.batch, self.batch)[self.rows]
-        index = self.set.indices[positions]
+    def load(self, index, positions):
         images = self.set.images[index]
         if images.shape[-1] < self.config.size:
             images = F.center_crop(images, [self.config.size])  # pads with zeros
-        random = generator(self.seed, self.role, "augment", step)
-        images = self.augment(images, Draws(random, self.batch, self.rows))
-        if images.shape[-1] > self.config.size:
-            images = F.center_crop(images, [self.config.size])
-        images = _three_channels(images)
-        return images if self.set.labels is None else (images, self.set.labels[index])
+        return images, None if self.set.labels is None else self.set.labels[index]
 
 
 class EvalBatches(Dataset):
@@ -224,5 +214,5 @@ class EvalBatches(Dataset):
     def __getitem__(self, k: int):
         batch = self.config.eval_batch
         index = self.set.indices[k * batch : (k + 1) * batch]
-        images = _three_channels(F.center_crop(self.set.images[index], [self.config.size]))
+        images = three_channels(F.center_crop(self.set.images[index], [self.config.size]))
         return images if self.set.labels is None else (images, self.set.labels[index])

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from common import ranks
 from common.errors import UserError
 from common.files import trained_classes
 from data.config import DataConfig, LabeledDataConfig
@@ -15,7 +14,7 @@ from data.decoded import Decoded
 from data.fingerprint import fingerprint
 from data.image_set import ImageSet, join
 from data.labeled import draw_labeled, list_labeled, without
-from data.loaders import Loader, eval_loader, train_loader
+from data.loaders import CPU, Loader, eval_loader, train_loader
 from data.order import Order, generator
 from data.tasks import task_module
 
@@ -64,6 +63,8 @@ class Domains:
         criteria: unlabeled training images for model selection.
         lists: the text of each list of images drawn by the seed, by file name.
         dry_run: whether a pass is one batch only.
+        device: of the run. CUDA devices compute the views of training images.
+        parts: batches of `batches` per step of the run; together they are one of `data.batch`.
         on_wait: called about once per second while a batch of `batches` is awaited from the
             workers; it may raise.
     """
@@ -81,6 +82,8 @@ class Domains:
     criteria: ImageSet | None = None
     lists: dict[str, str]
     dry_run: bool = False
+    device: torch.device = CPU
+    parts: int = 1
     on_wait: Callable[[], None] = lambda: None
     _opened: weakref.WeakValueDictionary = field(
         default_factory=weakref.WeakValueDictionary, init=False, repr=False
@@ -102,14 +105,15 @@ class Domains:
             strong: a mapping as `data.augment`; then a batch is (weak view, strong view).
 
         Returns:
-            An iterator over uint8 images (batch, 3, H, W), with int64 labels where the set has
-            them; None where there is no such set.
+            An iterator over batches for `to_views`, of images, with labels where the set has them;
+            `parts` of them for each step. None where there is no such set.
         """
         images = getattr(self, role)
         if images is None:
             return None
         place = self.config, self.seed, role, start, steps
-        batches = iter(train_loader(images, *place, strong, self._wait))
+        how = strong, self.parts, self.device, self._wait
+        batches = iter(train_loader(images, *place, *how))
         self._opened[role] = batches
         return batches
 
@@ -126,11 +130,11 @@ class Domains:
 
         In a dry run they are numbers of the images of one evaluation batch, as in `labeled_pass`.
         """
-        size, batch = len(getattr(self, role)), self.config.batch_of(role)
+        size, batch = len(getattr(self, role)), self.config.batch_of(role) // self.parts
         if self.dry_run:
             size = min(size, self.config.eval_batch)
-        order, rows = Order(self.seed, role, size), ranks.rows(batch)
-        return tuple(order.positions(step * batch, batch)[rows] for step in range(start, steps))
+        order = Order(self.seed, role, size, batch)
+        return tuple(order.rows(k)[1] for k in range(start * self.parts, steps * self.parts))
 
     def source_shares(self) -> list[float] | None:
         """The share of each class in the source labels, of masks from a sample; None without."""
@@ -172,7 +176,7 @@ class Domains:
             return None
         if self.dry_run:
             images = images.subset(torch.arange(min(len(images), self.config.eval_batch)))
-        return eval_loader(images, self.config, shared=shared)
+        return eval_loader(images, self.config, shared, self.device)
 
     def fingerprints(self) -> dict[str, torch.Tensor]:
         """The fingerprint of each set by its role."""

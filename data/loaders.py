@@ -12,14 +12,13 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from common import ranks
 from common.errors import UserError
-from data.augment import Augment
 from data.config import DataConfig
 from data.image_set import ImageSet
-from data.order import Draws, generator
 from data.tasks import task_module
 
 # The main process saves on these, and then ends its workers.
 STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+CPU = torch.device("cpu")
 POLL = 1  # s between looks at the workers while a batch is awaited
 
 
@@ -43,10 +42,17 @@ def _to_shared_memory(batch):
     the main process would wait for a batch that never comes.
     """
     if get_worker_info() is not None:
-        for part in batch if isinstance(batch, (tuple, list)) else (batch,):
-            if isinstance(part, torch.Tensor):
-                part.share_memory_()
+        for tensor in _tensors(batch):
+            tensor.share_memory_()
     return batch
+
+
+def _tensors(batch) -> Iterator[torch.Tensor]:
+    if isinstance(batch, torch.Tensor):
+        yield batch
+    elif isinstance(batch, (tuple, list)):
+        for part in batch:
+            yield from _tensors(part)
 
 
 class Loader(DataLoader):
@@ -57,6 +63,7 @@ class Loader(DataLoader):
         numbers: of the batches, in order.
         config: the section `data`.
         name: of the set, for messages.
+        device: of the run; for CUDA devices batches lie in page-locked memory.
         on_wait: called about once per second while a batch from the workers is awaited; it may
             raise.
     """
@@ -67,6 +74,7 @@ class Loader(DataLoader):
         numbers: range,
         config: DataConfig,
         name: str,
+        device: torch.device = CPU,
         on_wait: Callable[[], None] | None = None,
     ):
         super().__init__(
@@ -76,7 +84,7 @@ class Loader(DataLoader):
             num_workers=config.workers,
             collate_fn=_to_shared_memory,
             timeout=POLL if config.workers else 0,
-            pin_memory=torch.cuda.is_available(),
+            pin_memory=device.type == "cuda",
             generator=torch.Generator(),  # so that iter() leaves the global stream alone
         )
         self.name, self.seconds, self.on_wait = name, config.worker_timeout, on_wait
@@ -172,21 +180,6 @@ class Batches:
         )
 
 
-class TwoViews(Dataset):
-    """(weak view, strong view) of unlabeled batches.
-
-    The strong view is the weak one, augmented further by the operations of `strong`.
-    """
-
-    def __init__(self, batches: Dataset, strong: dict):
-        self.batches, self.strong = batches, Augment(strong, batches.config.size)
-
-    def __getitem__(self, step: int):
-        weak = self.batches[step]
-        random = generator(self.batches.seed, self.batches.role, "strong", step)
-        return weak, self.strong(weak.clone(), Draws(random, self.batches.batch, self.batches.rows))
-
-
 def train_loader(
     images: ImageSet,
     config: DataConfig,
@@ -195,9 +188,11 @@ def train_loader(
     start: int,
     steps: int,
     strong: dict | None = None,
+    parts: int = 1,
+    device: torch.device = CPU,
     on_wait: Callable[[], None] | None = None,
 ) -> Loader:
-    """Batches start .. steps - 1 of a domain.
+    """The batches of a domain; those of CUDA devices are `Raw`, others are views.
 
     Args:
         images: the set; a batch has int64 labels where the set has them.
@@ -207,17 +202,20 @@ def train_loader(
         start: steps done.
         steps: steps of the run.
         strong: a mapping as `data.augment`; then a batch is a pair of a weak and a strong view.
-        on_wait: see `Loader`.
+        parts: batches per step.
+        device, on_wait: see `Loader`.
 
-    Shapes: images uint8 (batch, 3, H, W); labels (batch,) or (batch, H, W).
+    Shapes: images uint8 (batch, 3, H, W); labels int64 (batch,) or uint8 (batch, H, W).
     """
-    batches = task_module(config).TrainBatches(images, config, seed, role)
-    if strong is not None:
-        batches = TwoViews(batches, strong)
-    return Loader(batches, range(start, steps), config, f"data.{role} ({images.name})", on_wait)
+    raw = device.type == "cuda"
+    batches = task_module(config).TrainBatches(images, config, seed, role, strong, parts, raw)
+    numbers = range(start * parts, steps * parts)
+    return Loader(batches, numbers, config, f"data.{role} ({images.name})", device, on_wait)
 
 
-def eval_loader(images: ImageSet, config: DataConfig, shared: bool = True) -> Loader:
+def eval_loader(
+    images: ImageSet, config: DataConfig, shared: bool = True, device: torch.device = CPU
+) -> Loader:
     """Every image of the set once, in order.
 
     Of several processes each has every `ranks.count()`-th batch; all batches, unless `shared`.
@@ -226,4 +224,4 @@ def eval_loader(images: ImageSet, config: DataConfig, shared: bool = True) -> Lo
     numbers = range(len(batches))
     if shared:
         numbers = numbers[ranks.number() :: ranks.count()]
-    return Loader(batches, numbers, config, f"evaluation of {images.name}")
+    return Loader(batches, numbers, config, f"evaluation of {images.name}", device)

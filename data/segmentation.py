@@ -11,14 +11,15 @@ from torch.utils.data import Dataset
 from common import ranks
 from common.errors import UserError
 from common.metrics import ious
-from data.augment import JointAugment
+from data.augment import IN_PLACE, Augment, Crops
 from data.config import FILES, DataConfig, DomainConfig
 from data.decoded import Decoded, MaskDecoder, check_sizes, decoded_images
 from data.drawn_street import open_street
 from data.folder import Pairs, read_mask_list, scan_masks
 from data.id_maps import id_map
 from data.image_set import ImageSet, image_set, one
-from data.order import Draws, Order, generator
+from data.order import generator
+from data.views import ViewBatches
 
 LABELS = "masks and ids"  # what labels look like, for messages
 CLASSES_DIFFER = "; name the same classes in the ids of both"  # what to do then
@@ -200,43 +201,41 @@ def _train_size(images: ImageSet) -> str:
     return f"3x{size[0]}x{size[1]}"
 
 
-class TrainBatches(Dataset):
-    """Batch `step` (from 0) of the endless, shuffled, augmented set: images, and masks if any.
+class TrainBatches(ViewBatches):
+    """Batches of images, and masks if any; see data/views.py.
 
-    Each process loads its rows of it (`ranks.rows`).
-
-    Attributes:
-        batch: images in the entire batch.
-        rows: those of this process.
+    They are cropped when they are loaded; what remains to be done does not move pixels.
     """
 
-    def __init__(self, images: ImageSet, config: DataConfig, seed: int, role: str):
-        self.set, self.config, self.seed, self.role = images, config, seed, role
-        self.batch = config.batch_of(role)
-        self.rows = ranks.rows(self.batch)
-        self.order = Order(seed, role, len(images))
-        self.augment = JointAugment(config.augment_of(role), images.crop)
+    def __init__(
+        self,
+        images: ImageSet,
+        config: DataConfig,
+        seed: int,
+        role: str,
+        strong: dict | None = None,
+        parts: int = 1,
+        raw: bool = False,
+    ):
+        spec = config.augment_of(role)
+        self.crops = Crops(spec, images.crop)
+        in_place = {name: parameters for name, parameters in spec.items() if name in IN_PLACE}
+        further = None if strong is None else Augment(strong, None)
+        super().__init__(images, config, seed, role, Augment(in_place, None), further, parts, raw)
 
-    def __getitem__(self, step: int):
-        first = step * self.batch
-        index = self.set.indices[self.order.positions(first, self.batch)]
-        sizes = {(_shape(self.set.images, i) or ())[-2:] for i in index.tolist()}
+    def load(self, index, positions):
+        numbers = index.tolist()
+        sizes = {(_shape(self.set.images, i) or ())[-2:] for i in numbers}
         if self.set.crop is None and len(sizes) > 1:
             raise UserError(
                 f"{self.set.name}: its images differ in size, and a batch has one size; set "
                 f"data.{self.role.removesuffix('_labeled')}.crop or resize, or data.batch: 1"
             )
-        images, masks = [], []
-        for row in range(self.batch)[self.rows]:
-            i = int(index[row])
-            mask = None if self.set.labels is None else one(self.set.labels, i)
-            # Of its own, since a crop may be drawn again.
-            random = generator(self.seed, self.role, "augment", first + row)
-            image, mask = self.augment(one(self.set.images, i), mask, Draws(random, 1))
-            images.append(image.movedim(0, -1))
-            masks.append(mask)
-        images = torch.stack(images).movedim(-1, 1)
-        return images if self.set.labels is None else (images, torch.stack(masks).long())
+        images = [one(self.set.images, i) for i in numbers]
+        masks = None
+        if self.set.labels is not None:
+            masks = [one(self.set.labels, i) for i in numbers]
+        return self.crops(images, masks, self.draws(positions, "crop"))
 
 
 class EvalBatches(Dataset):
@@ -261,7 +260,7 @@ class EvalBatches(Dataset):
     def __getitem__(self, k: int):
         index = torch.tensor(self.batches[k])
         images = self.set.images[index]
-        return images if self.set.labels is None else (images, self.set.labels[index].long())
+        return images if self.set.labels is None else (images, self.set.labels[index])
 
 
 def _shape(images: object | None, index: int) -> tuple[int, ...] | None:

@@ -215,7 +215,7 @@ def test_images_are_cropped_or_padded_at_the_centre(side):
 
 STRONG = {
     "blur": {"sigma": [0.5, 3.0]},
-    "cutout": {},
+    "cutout": {"side": 0.9},
     "affine": {"degrees": 30, "translate": 0.2, "scale": [0.7, 1.3], "shear": 20},
     "photometric": {
         "gain": [0.5, 1.5],
@@ -239,9 +239,9 @@ def smooth(n: int, side: int = 32) -> torch.Tensor:
 def apply(
     name: str, images: torch.Tensor, seed: int = 0, size: int | None = None, **parameters
 ) -> torch.Tensor:
-    out = Augment({name: parameters}, size or images.shape[-1])(
-        images.clone(), Draws(generator(seed), len(images))
-    )
+    draw, compute = OPERATIONS[name]
+    numbers = draw(Draws(torch.arange(len(images)), seed), **parameters)
+    out = compute(images.clone(), numbers, size or images.shape[-1])
     assert out.dtype == torch.uint8
     return out
 
@@ -449,12 +449,6 @@ def test_a_probability_is_drawn_for_each_image(name):
     everything = apply(name, images, **SOMETIMES[name])
     assert torch.equal(out[~unchanged], everything[~unchanged])
     assert torch.equal(apply(name, images, probability=0.0, **SOMETIMES[name]), images)
-    # control: with 1 no number is drawn, so that the next operation finds the same stream
-    for given, same in (({}, True), ({"probability": 1}, True), ({"probability": 0.99}, False)):
-        random, plain = generator(0), generator(0)
-        Augment({name: {**SOMETIMES[name], **given}}, 32)(images[:2], Draws(random, 2))
-        Augment({name: SOMETIMES[name]}, 32)(images[:2], Draws(plain, 2))
-        assert torch.equal(random.get_state(), plain.get_state()) == same
 
 
 @pytest.mark.parametrize(
@@ -467,13 +461,17 @@ def test_each_process_augments_its_rows_as_one_process_does(name):
         "jitter": {"brightness": 0.4, "gamma": [0.5, 2.0], "probability": 0.5},
         "blur": {"sigma": [0.5, 2.0], "probability": 0.5},
     }
-    augment, images = Augment({name: parameters.get(name, {}), "flip": {}}, 32), smooth(6)
-    whole = augment(images.clone(), Draws(generator(1), 6))
-    rows = [slice(0, 3), slice(3, 6)]
-    parts = [augment(images[r].clone(), Draws(generator(1), 6, r)) for r in rows]
-    assert torch.equal(torch.cat(parts), whole)
-    alone = [augment(images[r], Draws(generator(1), 3)) for r in rows]  # control
-    assert not torch.equal(torch.cat(alone), whole)
+    augment = Augment({name: parameters.get(name, {}), "flip": {}}, 32)
+
+    def views(*positions: int, seed: int = 1) -> torch.Tensor:
+        images = smooth(len(positions))
+        return augment.apply(images, augment.draw(Draws(torch.tensor(positions), seed)))
+
+    batch = views(*range(6))
+    assert torch.equal(torch.cat([views(0, 1, 2), views(3, 4, 5)]), batch)
+    assert torch.equal(views(5, 0, 70)[:2], batch[[5, 0]])  # whatever else is in the batch
+    assert not torch.equal(views(6, 7, 8, 9, 10, 11), batch)  # control
+    assert not torch.equal(views(*range(6), seed=2), batch)
 
 
 def test_blur_keeps_the_mass_and_spreads_it():

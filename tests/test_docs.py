@@ -210,7 +210,7 @@ def wrong_augmentation(text: str) -> list[str]:
     wrong = []
     operations = OPERATIONS["classification"] | OPERATIONS["segmentation"]
     for name, operation in operations.items():
-        for key, parameter in inspect.signature(operation).parameters.items():
+        for key, parameter in inspect.signature(operation.draw).parameters.items():
             if parameter.default is not parameter.empty:
                 text = shown(key, parameter.default)
                 wrong += [] if text in table.get(name, "") else [f"{name}: {text}"]

@@ -63,7 +63,7 @@ def test_gradients_that_are_not_averaged_are_found(broken, tmp_path):
 
 
 def test_a_loss_of_the_rows_of_one_process_is_found(broken, tmp_path):
-    alone = '            losses["mcc_loss"] = out_t.logits.mean(0).square().sum()\n'
+    alone = '            losses["mcc_loss"] = 10 * out_t.logits.mean(0).square().sum()\n'
     with pytest.raises(AssertionError, match="computed from the rows of one process"):
         kit.test_two_processes_train_what_one_trains(broken((LOSS, alone)), tmp_path)
 

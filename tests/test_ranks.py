@@ -97,7 +97,7 @@ CASES = {
     "few_labels_dann": ("train_dann", {"data": FEW, "disc_norm": "none"}),
     "mcc": ("train_mcc", {}),
     "mmd": ("train_mmd", {}),
-    "coral": ("train_mmd", {"mmd_weight": 0, "coral_weight": 100}),
+    "coral": ("train_mmd", {"mmd_weight": 0, "coral_weight": 10}),
     "dann": ("train_dann", {"disc_norm": "none"}),
     "dann_bounded": (
         "train_dann",
@@ -128,8 +128,9 @@ def learned(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("case", CASES)
 def test_two_processes_are_one(tmp_path, learned, case):
     script, changes = CASES[case]
-    # Ties of ReLU and pooling multiply the rounding in the MMD.
-    steps = 5 if case == "mmd" else 20
+    # Ties of ReLU and pooling multiply the rounding in the MMD, and a confidence may lie on the
+    # border of a bin.
+    steps = 5 if case in ("mmd", "class_balanced") else 20
     lines = {"model": PLAIN, "steps": steps, "eval_every": 10, "save_every": steps, **changes}
     lines |= {} if script == "train_shot" else {"init_from": learned}
     config = any_config(script, tmp_path, **lines)

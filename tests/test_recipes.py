@@ -374,8 +374,8 @@ def test_the_recipes_of_shot_fit_each_other(monkeypatch):
     images = torch.arange(3 * 256 * 256).view(1, 3, 256, 256).remainder(251).to(torch.uint8)
     crops = {"crop": shot.data.augment["crop"]}
     for seed in range(3):
-        random = torch.Generator().manual_seed(seed)
-        (x,) = Augment(crops, 224)(images, Draws(random, 1))
+        augment = Augment(crops, 224)
+        (x,) = augment.apply(images, augment.draw(Draws(torch.tensor([seed]), "crop")))
         places = [(x[0, 0, 0] == images[0, 0, :33, :33]).nonzero()]
         same = [torch.equal(x, images[0, :, i : i + 224, j : j + 224]) for i, j in places[0]]
         assert x.shape == (3, 224, 224)

@@ -9,7 +9,7 @@ import data.decoded
 from common.errors import UserError
 from common.metrics import IGNORE_INDEX
 from data import drawn_street, eval_loader, open_domains, train_loader
-from data.augment import JointAugment, _resize_mask
+from data.augment import Crops, resize_mask
 from data.config import DataConfig, DomainConfig
 from data.decoded import decoded_images
 from data.folder import read_mask_list, scan_masks
@@ -484,14 +484,20 @@ def numbered_mask(height: int = 24, width: int = 32) -> tuple[torch.Tensor, torc
     return torch.stack([mask, mask // 2, 255 - mask]), mask
 
 
+def crop_of(image, mask, spec: dict, size, seed: int = 0):
+    """A crop of the image, as a batch of one."""
+    crops, masks = Crops(spec, size)([image], [mask], Draws(torch.tensor([seed]), "crop"))
+    return crops[0], masks[0]
+
+
 @pytest.mark.parametrize("spec", [{}, {"flip": {}}, {"flip": {"probability": 1}}])
 def test_mask_goes_where_the_image_goes(spec):
     image, mask = numbered_mask()
-    augment, corners = JointAugment(spec, (16, 16)), set()
+    corners = set()
     for seed in range(20):
-        out, out_mask = augment(image, mask, Draws(generator(seed), 1))
+        out, out_mask = crop_of(image, mask, spec, (16, 16), seed)
         assert out.shape == (3, 16, 16)
-        assert torch.equal(torch.as_tensor(out)[0], torch.as_tensor(out_mask))
+        assert torch.equal(out[0], out_mask)
         corners.add(int(out_mask[0, 0]))
     assert len(corners) > 5  # control: crops differ
 
@@ -500,12 +506,12 @@ def test_zoom_moves_both_and_never_mixes_mask_numbers():
     image, mask = torch.zeros(3, 40, 60, dtype=torch.uint8), torch.zeros(40, 60, dtype=torch.uint8)
     mask[10:30, 20:40] = 200
     image[:, 10:30, 20:40] = 200
-    augment, shares = JointAugment({"zoom": {"scale": [0.5, 2.0]}}, (30, 40)), []
+    shares = []
     for seed in range(30):
-        out, out_mask = augment(image, mask, Draws(generator(seed), 1))
+        out, out_mask = crop_of(image, mask, {"zoom": {"scale": [0.5, 2.0]}}, (30, 40), seed)
         assert out.shape == (3, 30, 40)
         assert set(out_mask.unique().tolist()) <= {0, 200}
-        off = (torch.as_tensor(out)[0].float() - torch.as_tensor(out_mask).float()).abs() > 100
+        off = (out[0].float() - out_mask.float()).abs() > 100
         assert off.float().mean() < 0.01
         shares.append(float((out_mask == 200).float().mean()))
     assert max(shares) > 2 * min(s for s in shares if s > 0)
@@ -517,45 +523,57 @@ def test_masks_are_resized_to_the_nearest_pixel_as_torch_does():
         mask = torch.arange(old).remainder(251).to(torch.uint8).expand(3, old)
         nearest = {"size": [2, new], "mode": "nearest-exact"}
         expected = torch.nn.functional.interpolate(mask[None, None], **nearest)[0, 0]
-        assert torch.equal(_resize_mask(mask, (2, new)), expected)
-        assert torch.equal(_resize_mask(mask.T, (new, 2)), expected.T)
+        assert torch.equal(resize_mask(mask, (2, new)), expected)
+        assert torch.equal(resize_mask(mask.T, (new, 2)), expected.T)
 
 
-def test_colours_change_the_image_only():
+def test_colors_change_the_image_only():
     image, mask = numbered_mask()
-    spec = {"jitter": {"brightness": 0.5, "gamma": [0.5, 2.0]}, "photometric": {"noise": 0.1}}
-    out, out_mask = JointAugment(spec, None)(image, mask, Draws(generator(0), 1))
-    assert torch.equal(torch.as_tensor(out_mask), mask)
-    assert not torch.equal(torch.as_tensor(out), image)
-    darker, _ = JointAugment({"jitter": {"gamma": [2.0, 2.0]}}, None)(
-        image, mask, Draws(generator(0), 1)
-    )
+    street = image_set("street", image[None], mask[None], [*"abc"])
+
+    def loaded(spec: dict):
+        return [
+            x[0] for x in TrainBatches(street, config_of(batch=1, augment=spec), 0, "source")[0]
+        ]
+
+    out, out_mask = loaded({"jitter": {"brightness": 0.5}, "photometric": {"noise": 0.1}})
+    assert torch.equal(out_mask, mask)
+    assert not torch.equal(out, image)
+    darker, _ = loaded({"jitter": {"gamma": [2.0, 2.0]}})
     expected = (image.float() / 255).square() * 255
-    assert (torch.as_tensor(darker).float() - expected).abs().max() <= 1
+    assert (darker.float() - expected).abs().max() <= 1
 
 
 def test_a_crop_of_void_alone_is_drawn_again_a_bounded_number_of_times(monkeypatch):
     image, mask = numbered_mask(40, 40)
     mask = torch.full_like(mask, IGNORE_INDEX)
     mask[:, :3] = 1
-    augment = JointAugment({}, (8, 8))
-    labeled = sum(
-        bool((augment(image, mask, Draws(generator(seed), 1))[1] == 1).any()) for seed in range(100)
-    )
-    monkeypatch.setattr(JointAugment, "REDRAWS", 0)
-    without = sum(
-        bool((augment(image, mask, Draws(generator(seed), 1))[1] == 1).any()) for seed in range(100)
-    )
-    assert labeled > 50 > 30 > without > 0
-    monkeypatch.setattr(JointAugment, "REDRAWS", 10)
+
+    def labeled() -> int:
+        return sum(bool((crop_of(image, mask, {}, (8, 8), i)[1] == 1).any()) for i in range(100))
+
+    with_redraws = labeled()
+    monkeypatch.setattr(Crops, "REDRAWS", 0)
+    assert with_redraws > 50 > 30 > labeled() > 0
+    monkeypatch.setattr(Crops, "REDRAWS", 10)
     nothing = torch.full_like(mask, IGNORE_INDEX)
-    assert (augment(image, nothing, Draws(generator(0), 1))[1] == IGNORE_INDEX).all()  # and ends
+    assert (crop_of(image, nothing, {}, (8, 8))[1] == IGNORE_INDEX).all()  # and ends
+
+
+def test_a_crop_that_is_drawn_again_changes_no_other():
+    image, mask = numbered_mask(40, 40)
+    void = torch.full_like(mask, IGNORE_INDEX)
+    draws = (Draws(torch.arange(2), "crop") for _ in range(2))
+    crops = Crops({"zoom": {"scale": [1.0, 2.0]}, "flip": {}}, (8, 8))
+    (_, beside_void), _ = crops([image, image], [void, mask], next(draws))
+    (_, beside_labeled), _ = crops([image, image], [mask, mask], next(draws))
+    assert torch.equal(beside_void, beside_labeled)
 
 
 def test_a_crop_larger_than_the_image_is_refused():
     image, mask = numbered_mask()
     with pytest.raises(UserError, match=r"crop \[25, 8\] is larger than an image of 24x32 px"):
-        JointAugment({}, (25, 8))(image, mask, Draws(generator(0), 1))
+        crop_of(image, mask, {}, (25, 8))
 
 
 # --- loaders and splits
@@ -568,7 +586,7 @@ def test_batches_with_masks_are_functions_of_seed_domain_and_step():
     config = config_of(batch=3, augment=spec)
     first = TrainBatches(street, config, 1, "source")[4]
     assert (first[0].shape, first[0].dtype) == ((3, 3, 8, 12), torch.uint8)
-    assert (first[1].shape, first[1].dtype) == ((3, 8, 12), torch.int64)
+    assert (first[1].shape, first[1].dtype) == ((3, 8, 12), torch.uint8)
     torch.manual_seed(3)
     again = TrainBatches(street, config, 1, "source")[4]
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
@@ -603,7 +621,7 @@ def test_evaluation_takes_whole_images_of_any_size(streets):
     config = config_of(target={"crop": [8, 8]}, eval_batch=4)
     batches = list(eval_loader(open_domains(config, 0).target_test, config))
     assert [tuple(x.shape) for x, _ in batches] == [(2, 3, 20, 30), (1, 3, 24, 18), (2, 3, 20, 30)]
-    assert all(x.shape[2:] == y.shape[1:] and y.dtype == torch.int64 for x, y in batches)
+    assert all(x.shape[2:] == y.shape[1:] and y.dtype == torch.uint8 for x, y in batches)
 
 
 def test_source_val_is_neighbors(streets):

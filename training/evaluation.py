@@ -12,7 +12,7 @@ from tqdm import tqdm
 from common import ranks
 from common.errors import UserError
 from common.metrics import Criteria, ValidationLoss, confusion_matrix, main_metric
-from data import EvaluationSets
+from data import EvaluationSets, to_views
 
 EXAMPLES = 4  # target images whose predictions `evaluate` returns
 BAR_AFTER = 3  # seconds of a pass over a set from which a progress bar is shown
@@ -57,11 +57,11 @@ def predict_labeled(model: nn.Module, loader: Iterable, device: torch.device) ->
     Logits are enlarged to labels of another size, never the other way round.
     """
     for images, labels in with_progress(loader):
-        logits = model(images.to(device, non_blocking=True)).logits
+        logits = model(to_views(images, device)).logits
         if logits.shape[2:] != labels.shape[1:]:
             size = labels.shape[1:]
             logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
-        yield images, logits, labels.to(device, non_blocking=True)
+        yield images, logits, to_views(labels, device)
 
 
 def source_figures(model: nn.Module, sets: EvaluationSets, device: torch.device) -> dict:
@@ -106,7 +106,7 @@ def label_free_criteria(
         return {}, {}, []
     criteria, examples = Criteria(len(sets.classes), device), Examples(sets.target_train)
     for images in with_progress(sets.target_train):
-        logits = model(images.to(device, non_blocking=True)).logits
+        logits = model(to_views(images, device)).logits
         criteria.add(logits)
         examples.add(images, logits, None)
     criteria.share()

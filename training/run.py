@@ -217,6 +217,7 @@ class Run:
         self.domains = ranks.first_on_machine(  # it may have to make files that the others read
             lambda: open_domains(self.config.data, self.config.seed, self.dry_run, trained)
         )
+        self.domains.device = get_device(self.config.device)
         print(self.domains.describe())
         shares = None if self.dry_run else self.domains.source_shares()
         names = self.domains.classes, shares, self.domains.absent_classes

@@ -1,0 +1,120 @@
+"""Views of the images of a batch: what is drawn in the loaders, and computed there or on a GPU."""
+
+from typing import NamedTuple
+
+import torch
+from torch.utils.data import Dataset
+
+from data.augment import Augment
+from data.config import DataConfig
+from data.image_set import ImageSet
+from data.order import Draws, Order
+
+
+class Raw(NamedTuple):
+    """A batch whose views are still to be computed, and all that is needed for it.
+
+    Attributes:
+        images: uint8 (N, C, H, W).
+        labels: int64 (N,), uint8 (N, H, W), or None.
+        weak, strong: an `Augment`; `strong` is applied to the weak view, or is None.
+        numbers: those that `weak` and `strong` have drawn.
+    """
+
+    images: torch.Tensor
+    labels: torch.Tensor | None
+    weak: Augment
+    strong: Augment | None
+    numbers: tuple[list[torch.Tensor], list[torch.Tensor]]
+
+    def views(self):
+        """Images, (images, labels), or of unlabeled images (weak view, strong view).
+
+        They are computed on the device that the images are on, and may overwrite them.
+        """
+        images = self.weak.apply(self.images, self.numbers[0])
+        if self.strong is not None:
+            return images, self.strong.apply(images.clone(), self.numbers[1])
+        return images if self.labels is None else (images, self.labels)
+
+
+def to_views(batch, device: torch.device):
+    """A batch of a loader on the device, with its augmentation.
+
+    Args:
+        batch: images, labels, or a tuple of them; or `Raw`, of which the device computes the views.
+            Other objects that have a method `to`, such as features, are moved as they are.
+        device: of the result.
+
+    Returns:
+        Images uint8 (N, 3, H, W); or a tuple: (images, labels) with int64 labels (N,) or (N, H, W),
+        or (weak view, strong view).
+    """
+    if isinstance(batch, Raw):
+        images, labels = (None if x is None else x.to(device, non_blocking=True) for x in batch[:2])
+        batch = batch._replace(images=images, labels=labels).views()
+    if isinstance(batch, tuple):
+        return tuple(_to_device(part, device) for part in batch)
+    return _to_device(batch, device)
+
+
+def _to_device(part, device: torch.device):
+    part = part.to(device, non_blocking=True)
+    is_mask = isinstance(part, torch.Tensor) and part.dtype == torch.uint8 and part.dim() == 3
+    # Masks travel as uint8: as int64 they would be eight times larger.
+    return part.long() if is_mask else part
+
+
+class ViewBatches(Dataset):
+    """The batches of the endless, shuffled, augmented set; item k is batch k, from 0.
+
+    Each process loads its rows of it (`ranks.rows`). A subclass has `load`.
+
+    Args:
+        images: the set.
+        config: the section `data`.
+        seed: of order and augmentation.
+        role: source, target or target_labeled; names the random streams and the augmentation.
+        weak: the `Augment` of every image.
+        strong: that of the strong view, or None; then an item is as of `Raw.views`.
+        parts: batches per step of the run.
+        raw: whether an item is a `Raw`, of which the caller computes the views.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        config: DataConfig,
+        seed: int,
+        role: str,
+        weak: Augment,
+        strong: Augment | None,
+        parts: int,
+        raw: bool,
+    ):
+        self.set, self.config, self.seed, self.role = images, config, seed, role
+        self.weak, self.strong, self.raw = weak, strong, raw
+        self.order = Order(seed, role, len(images), config.batch_of(role) // parts)
+
+    def load(
+        self, index: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The images of the set with these numbers, (n, C, H, W), and their labels, if any.
+
+        Args:
+            index: the numbers, int64 (n,).
+            positions: of the images in the endless order, (n,).
+        """
+        raise NotImplementedError
+
+    def draws(self, positions: torch.Tensor, purpose: str) -> Draws:
+        return Draws(positions, self.seed, self.role, purpose)
+
+    def __getitem__(self, number: int):
+        positions, places = self.order.rows(number)
+        images, labels = self.load(self.set.indices[places], positions)
+        weak, strong = self.weak.draw(self.draws(positions, "augment")), []
+        if self.strong is not None:
+            strong = self.strong.draw(self.draws(positions, "strong"))
+        batch = Raw(images, labels, self.weak, self.strong, (weak, strong))
+        return batch if self.raw else batch.views()
