@@ -29,7 +29,7 @@ from common.errors import exit_with
 from common.ranks import average_gradients
 from data.views import to_views
 from losses.domain import SOURCE, discriminator_accuracy, domain_loss, one_domain_loss
-from losses.entropy import diversity_loss, entropy_loss, information_map
+from losses.entropy import attached, diversity_loss, entropy_loss, information_map
 from losses.supervised import nll_loss, supervised_loss
 from models import build_discriminator, build_model, forward_domains
 from training.config import RunConfig, parse_args
@@ -128,7 +128,8 @@ def main(argv: list[str] | None = None) -> int:
                 log_p_s, log_p_t = logits_s.float().log_softmax(1), logits_t.float().log_softmax(1)
                 information_t = information_map(log_p_t)
                 cls_loss = nll_loss(log_p_s, y_s, config.model.label_smoothing)
-                ent_loss, div_loss = entropy_loss(information_t), diversity_loss(log_p_t)
+                ent_loss = entropy_loss(attached(information_t, head.ent_weight))
+                div_loss = diversity_loss(attached(log_p_t, head.div_weight))
                 loss = loss + head.cls_weight * cls_loss
                 loss = loss + head.ent_weight * ent_loss + head.div_weight * div_loss
                 parts = {"cls_loss": cls_loss, "ent_loss": ent_loss, "div_loss": div_loss}

@@ -32,7 +32,7 @@ from common.ranks import average_gradients
 from data.classmix import classmix
 from data.order import generator
 from data.views import to_views
-from losses.entropy import diversity_loss
+from losses.entropy import attached, diversity_loss
 from losses.pseudo_label import (
     PredictionStatistics,
     align_distribution,
@@ -160,7 +160,7 @@ def main(argv: list[str] | None = None) -> int:
             smoothing = config.model.label_smoothing
             cls_loss = nll_loss(log_p_s, y_s, smoothing)
             pseudo_loss = pseudo_label_loss(log_p_t, labels, weights)
-            div_loss = diversity_loss(log_p_t)
+            div_loss = diversity_loss(attached(log_p_t, config.div_weight))
             loss = cls_loss + pseudo_weight * pseudo_loss + config.div_weight * div_loss
             losses = {"cls_loss": cls_loss, "pseudo_loss": pseudo_loss, "div_loss": div_loss}
             if out_s.aux_logits is not None:

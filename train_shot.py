@@ -27,11 +27,12 @@ import torch
 import torch.nn.functional as F
 
 from common.config import not_negative, positive
+from common.counts import occurrences
 from common.errors import exit_with
 from common.ranks import average_gradients, total
 from data import TargetDataConfig
 from data.views import to_views
-from losses.entropy import diversity_loss, entropy_loss, information_map
+from losses.entropy import attached, diversity_loss, entropy_loss, information_map
 from losses.shot import (
     CentroidMemory,
     at_features,
@@ -107,7 +108,7 @@ def compute_centroids(
             nearest = nearest_centroid(features, previous)
             p = F.one_hot(nearest, p.shape[1]).movedim(-1, 1).float()
         sums += centroid_sums(features, p)
-        counts += torch.bincount(p.argmax(1).flatten(), minlength=p.shape[1])
+        counts += occurrences(p.argmax(1), p.shape[1])
     return F.normalize(total(sums)) * (total(counts) > 0)[:, None]
 
 
@@ -164,8 +165,8 @@ def main(argv: list[str] | None = None) -> int:
         with autocast:
             with model.running_statistics(fixed=two_views):
                 log_p_t = model(x_strong).logits.float().log_softmax(1)
-            ent_loss = entropy_loss(information_map(log_p_t))
-            div_loss = diversity_loss(log_p_t)
+            ent_loss = entropy_loss(attached(information_map(log_p_t), config.ent_weight))
+            div_loss = diversity_loss(attached(log_p_t, config.div_weight))
             pseudo_loss = nll_loss(log_p_t, y_t)
             information = config.ent_weight * ent_loss + config.div_weight * div_loss
             loss = math.log(domains.num_classes) * information + config.pseudo_weight * pseudo_loss

@@ -44,8 +44,12 @@ class EMATeacher(AveragedModel):
         weight = 1 - decay_at(int(self.n_averaged), self.decay)
         torch._foreach_lerp_(list(self.module.parameters()), list(model.parameters()), weight)
         if self.copy_buffers:
-            for averaged, current in zip(self.module.buffers(), model.buffers(), strict=True):
-                averaged.copy_(current)
+            for kind in {buffer.dtype for buffer in model.buffers()}:  # one kernel for each
+                averaged, current = (
+                    [buffer for buffer in module.buffers() if buffer.dtype == kind]
+                    for module in (self.module, model)
+                )
+                torch._foreach_copy_(averaged, current)
         self.n_averaged += 1
 
 

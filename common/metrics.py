@@ -4,6 +4,7 @@ import math
 
 import torch
 
+from common.counts import occurrences
 from common.ranks import total
 
 IGNORE_INDEX = 255  # the label of a pixel that is neither trained nor evaluated on
@@ -27,10 +28,10 @@ def confusion_matrix(logits: torch.Tensor, labels: torch.Tensor, num_classes: in
         labels: (N, ...); `IGNORE_INDEX` is not counted.
         num_classes: K.
     """
-    predictions, labels = logits.argmax(1).flatten(), labels.flatten()
-    counts = labeled_mask(labels, num_classes)
-    index = labels[counts] * num_classes + predictions[counts]
-    return torch.bincount(index, minlength=num_classes**2).view(num_classes, num_classes)
+    pairs = labels * num_classes + logits.argmax(1)
+    # What is not counted gets the number after the last pair.
+    pairs = pairs.where(labeled_mask(labels, num_classes), num_classes**2)
+    return occurrences(pairs, num_classes**2 + 1)[:-1].view(num_classes, num_classes)
 
 
 def accuracies(confusion: torch.Tensor) -> dict[str, float | None]:
@@ -92,38 +93,45 @@ class Criteria:
     Args:
         num_classes: K.
         device: of the logits.
+
+    Attributes:
+        sums: over all predictions, their number, the negative entropy, the probabilities (K,) and
+            the number of predictions of each class (K,). A caller may put copies in their place.
     """
 
     def __init__(self, num_classes: int, device: torch.device | str = "cpu"):
         self.num_classes = num_classes
         # Tensors from the start: a process may have no batch.
-        self.counts = torch.zeros(num_classes, dtype=torch.int64, device=device)
-        zeros = where_float64(torch.zeros((), device=device)).double()
-        self.count, self.entropy, self.mean = zeros, zeros, zeros.repeat(num_classes)
+        counts = torch.zeros(num_classes, dtype=torch.int64, device=device)
+        zero = where_float64(torch.zeros((), device=device)).double()
+        self.sums = [zero, zero, zero.repeat(num_classes), counts]
 
     def add(self, logits: torch.Tensor) -> None:
         """Add a batch of logits (N, K, ...)."""
         log_p = logits.float().log_softmax(1).transpose(0, 1).flatten(1)
         p = log_p.exp()
-        self.entropy = self.entropy - where_float64(p * log_p).sum(dtype=torch.float64)
-        self.mean = self.mean + where_float64(p).sum(1, dtype=torch.float64)
-        self.count = self.count + p.shape[1]
-        self.counts = self.counts + torch.bincount(log_p.argmax(0), minlength=self.num_classes)
+        count, entropy, probabilities, counts = self.sums
+        self.sums = [
+            count + p.shape[1],
+            entropy + where_float64(p * log_p).sum(dtype=torch.float64),
+            probabilities + where_float64(p).sum(1, dtype=torch.float64),
+            counts + occurrences(log_p.argmax(0), self.num_classes),
+        ]
 
     def share(self) -> None:
         """Add up what all processes have added."""
-        self.count, self.entropy = total(self.count), total(self.entropy)
-        self.mean, self.counts = total(self.mean), total(self.counts)
+        self.sums = [total(x) for x in self.sums]
 
     def predicted(self) -> list[int]:
         """How many predictions each class has."""
-        return self.counts.tolist()
+        return self.sums[3].tolist()
 
     def values(self) -> dict[str, float]:
-        mean = self.mean / self.count
-        entropy = float(self.entropy / self.count) / math.log(self.num_classes)
+        count, entropy, probabilities, _ = self.sums
+        mean = probabilities / count
+        negative_entropy = float(entropy / count) / math.log(self.num_classes)
         diversity = -float(torch.xlogy(mean, mean).sum()) / math.log(self.num_classes)
-        return {"neg_entropy": -entropy, "infomax": diversity - entropy}
+        return {"neg_entropy": negative_entropy, "infomax": diversity + negative_entropy}
 
 
 class ValidationLoss:
@@ -131,25 +139,30 @@ class ValidationLoss:
 
     Args:
         device: of the logits.
+
+    Attributes:
+        sums: the log-likelihood and the number of labels. A caller may put copies in their place.
     """
 
     def __init__(self, device: torch.device | str = "cpu"):
         zero = where_float64(torch.zeros((), device=device))
-        self.log_likelihood, self.count = zero.double(), zero.long()
+        self.sums = [zero.double(), zero.long()]
 
     def add(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
         """Add a batch of logits (N, K, ...) and labels (N, ...); `IGNORE_INDEX` is not counted."""
         counts = labeled_mask(labels, logits.shape[1])
         log_p = logits.float().log_softmax(1).gather(1, (labels * counts)[:, None])[:, 0]
-        self.log_likelihood = self.log_likelihood + where_float64(log_p * counts).sum(
-            dtype=torch.float64
-        )
-        self.count = self.count + where_float64(counts).sum()
+        log_likelihood, count = self.sums
+        self.sums = [
+            log_likelihood + where_float64(log_p * counts).sum(dtype=torch.float64),
+            count + where_float64(counts).sum(),
+        ]
 
     def share(self) -> None:
         """Add up what all processes have added."""
-        self.log_likelihood, self.count = total(self.log_likelihood), total(self.count)
+        self.sums = [total(x) for x in self.sums]
 
     def value(self) -> float | None:
         """The mean; None without any label."""
-        return -float(self.log_likelihood / self.count) if self.count > 0 else None
+        log_likelihood, count = self.sums
+        return -float(log_likelihood / count) if count > 0 else None

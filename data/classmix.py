@@ -6,6 +6,7 @@ Olsson et al. 2021, arXiv:2007.07936.
 import torch
 
 from common import ranks
+from common.counts import occurrences
 from common.errors import UserError
 from common.metrics import IGNORE_INDEX
 
@@ -27,8 +28,9 @@ def class_mask(labels: torch.Tensor, num_classes: int, generator: torch.Generato
     rank = rank.to(device, non_blocking=True)
     # Ignored pixels have the number after the last class.
     index = torch.where(labels != IGNORE_INDEX, labels, num_classes).flatten(1)
-    marks = torch.zeros(len(labels), num_classes + 1, device=device).scatter_(1, index, 1.0)
-    present = marks[:, :-1] > 0
+    places = (num_classes + 1) * torch.arange(len(labels), device=device)
+    counts = occurrences(index + places[:, None], len(labels) * (num_classes + 1))
+    present = counts.view(len(labels), -1)[:, :-1] > 0
     # The n classes that are present have the places 0 .. n - 1 of a random order.
     order = torch.where(present, rank, 2.0).argsort(1).argsort(1)
     chosen = order < (present.sum(1, keepdim=True) + 1) // 2

@@ -16,6 +16,14 @@ import torch
 from common.averages import class_mean
 
 
+def attached(x: torch.Tensor, weight: float) -> torch.Tensor:
+    """x, without gradient if the loss that is computed from it has weight 0.
+
+    Such a loss is logged, and costs no backward pass.
+    """
+    return x if weight > 0 else x.detach()
+
+
 def information_map(log_p: torch.Tensor) -> torch.Tensor:
     """Weighted self-information -p log p / log K of every class, of the shape of `log_p`.
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from common.averages import RunningMean, class_mean
+from common.counts import occurrences
 from common.metrics import labeled_mask
 from common.ranks import mean_over_ranks, total
 
@@ -97,9 +98,7 @@ class ConfidenceHistogram(nn.Module):
         log_odds = torch.logit(confidence.flatten().float(), eps=1e-7)
         position = (log_odds - self.LOW) * (self.bins / (self.HIGH - self.LOW))
         bins = position.long().clamp_(0, self.bins - 1)
-        index = labels.flatten() * self.bins + bins
-        new = torch.zeros(self.counts.numel(), dtype=torch.int64, device=index.device)
-        new = total(new.scatter_add_(0, index, torch.ones_like(index)))
+        new = total(occurrences(labels.flatten() * self.bins + bins, self.counts.numel()))
         self.counts.mul_(self.decay).add_(new.view_as(self.counts))
 
     @torch.no_grad()

@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from common.resize import resize_maps
+
 
 def unit_features(features: torch.Tensor) -> torch.Tensor:
     """Append a 1 to each feature, as in the authors' code, and scale it to length 1.
@@ -25,7 +27,7 @@ def at_features(p: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
     """
     if p.dim() == 2:
         return p
-    return F.interpolate(p, size=features.shape[2:], mode="bilinear", align_corners=False)
+    return resize_maps(p, features.shape[2:])
 
 
 def at_images(labels: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:

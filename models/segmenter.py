@@ -1,11 +1,11 @@
 """The segmentation networks: a dilated backbone with the heads of DeepLab-v2 or DeepLab-v3."""
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torchvision.models.segmentation.deeplabv3 import ASPP, DeepLabHead
 from torchvision.models.segmentation.fcn import FCNHead
 
+from common.resize import resize_maps
 from models.backbones import build_backbone, dilate
 from models.config import ModelConfig
 from models.network import ModelOutput, Network
@@ -80,11 +80,10 @@ class Segmenter(Network):
         self.prepare(config)
 
     def predict(self, features: dict[str, torch.Tensor], size: tuple[int, ...]) -> ModelOutput:
-        def enlarged(logits: torch.Tensor) -> torch.Tensor:
-            return F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
-
-        aux_logits = None if self.aux_head is None else enlarged(self.aux_head(features["layer3"]))
-        logits = enlarged(self.head(features["layer4"]))
+        aux_logits = None
+        if self.aux_head is not None:
+            aux_logits = resize_maps(self.aux_head(features["layer3"]), size)
+        logits = resize_maps(self.head(features["layer4"]), size)
         return ModelOutput(logits, {**features, "logits": logits}, aux_logits)
 
     def head_inputs(self, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

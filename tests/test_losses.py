@@ -10,7 +10,7 @@ from common.metrics import IGNORE_INDEX
 from losses.cdan import MultilinearMap, entropy_weights
 from losses.coral import coral_loss
 from losses.domain import SOURCE, TARGET, discriminator_accuracy, domain_loss, one_domain_loss
-from losses.entropy import diversity_loss, entropy_loss, information_map
+from losses.entropy import attached, diversity_loss, entropy_loss, information_map
 from losses.mmd import mmd_loss
 from losses.supervised import cross_entropy, nll_loss, supervised_loss
 from models import ModelOutput
@@ -400,3 +400,11 @@ def test_descent_matches_the_statistics(loss):
         (gradient,) = torch.autograd.grad(loss(x_s, x_t), x_t)
         x_t = (x_t - 20 * gradient / gradient.norm() / 20).detach().requires_grad_()
     assert float(loss(x_s, x_t.detach())) < 0.2 * first
+
+
+def test_a_loss_of_weight_0_has_no_backward_pass():
+    log_p = torch.randn(4, 3, requires_grad=True).log_softmax(1)
+    for weight in (0, 0.5):
+        loss = diversity_loss(attached(log_p, weight))
+        assert loss.requires_grad == (weight > 0)
+        assert torch.equal(loss, diversity_loss(log_p))

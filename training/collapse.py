@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from common.averages import RunningMean, class_mean
+from common.counts import occurrences
 from common.ranks import mean_over_ranks, total
 
 VANISHED = 0.05  # a class has vanished if its share is below this factor of its expected share
@@ -26,9 +27,7 @@ class AcceptedShares(nn.Module):
     @torch.no_grad()
     def add(self, labels: torch.Tensor, accepted: torch.Tensor) -> None:
         """Count pseudo-labels int64 (N, ...), of which `accepted` bool (N, ...) are accepted."""
-        index = labels.flatten() + len(self.classes) * accepted.flatten()
-        # bincount would wait for the device.
-        new = torch.zeros_like(self.counts.view(-1)).scatter_add_(0, index, torch.ones_like(index))
+        new = occurrences(labels + len(self.classes) * accepted, self.counts.numel())
         self.counts += total(new).view_as(self.counts)
 
     def report(self) -> dict[str, float | None]:
@@ -115,11 +114,8 @@ class CollapseMonitor(nn.Module):
     def add(self, logits: torch.Tensor) -> None:
         """Add the predictions of one step: logits (N, K, ...) of target images."""
         mean = class_mean(logits.float().log_softmax(1).exp())
-        top = logits.argmax(1).flatten()
-        ones = torch.ones_like(top, dtype=mean.dtype)
-        # bincount would wait for the device.
-        top_shares = torch.zeros_like(mean).scatter_add_(0, top, ones) / len(top)
-        top_shares = mean_over_ranks(top_shares)
+        top = logits.argmax(1)
+        top_shares = mean_over_ranks(occurrences(top, len(self.classes)) / top.numel())
         self.recent.update(mean)
         self.running.update(mean)
         self.recent_top.update(top_shares)

@@ -5,13 +5,14 @@ import math
 from collections.abc import Iterable, Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
 from common import ranks
 from common.errors import UserError
 from common.metrics import Criteria, ValidationLoss, confusion_matrix, main_metric
+from common.resize import resize_maps
+from common.transfer import read
 from data import EvaluationSets, to_views
 
 EXAMPLES = 4  # target images whose predictions `evaluate` returns
@@ -38,8 +39,7 @@ class Examples:
         number, self.number = self.number, self.number + ranks.count()
         due = number % self.step == 0 and number // self.step < EXAMPLES
         if due and logits.dim() > 2:
-            label = None if labels is None else labels[0].cpu()
-            row = images[0].cpu(), logits[0].argmax(0).cpu(), label
+            row = images[0], logits[0].argmax(0), None if labels is None else labels[0]
             self.numbered.append((number, row))
 
     def rows(self) -> list[tuple]:
@@ -47,7 +47,11 @@ class Examples:
 
         Shapes: uint8 image (3, H, W), prediction (H, W), label (H', W') or None.
         """
-        numbered = itertools.chain(*ranks.gather_objects(self.numbered))
+        own = [
+            (number, tuple(None if x is None else x.cpu() for x in row))
+            for number, row in self.numbered
+        ]
+        numbered = itertools.chain(*ranks.gather_objects(own))
         return [row for _, row in sorted(numbered, key=lambda pair: pair[0])]
 
 
@@ -59,59 +63,47 @@ def predict_labeled(model: nn.Module, loader: Iterable, device: torch.device) ->
     for images, labels in with_progress(loader):
         logits = model(to_views(images, device)).logits
         if logits.shape[2:] != labels.shape[1:]:
-            size = labels.shape[1:]
-            logits = F.interpolate(logits, size=size, mode="bilinear", align_corners=False)
+            logits = resize_maps(logits, labels.shape[1:])
         yield images, logits, to_views(labels, device)
 
 
-def source_figures(model: nn.Module, sets: EvaluationSets, device: torch.device) -> dict:
-    """Metrics on the held-out source images; each is None without a source."""
+def count_pairs(
+    model: nn.Module,
+    loader: Iterable | None,
+    sets: EvaluationSets,
+    device: torch.device,
+    loss: ValidationLoss | None = None,
+    examples: Examples | None = None,
+) -> torch.Tensor:
+    """The confusion matrix of a labeled set, on the device; zeros for None.
+
+    `loss` and `examples` are added to.
+    """
     k = len(sets.classes)
     confusion = torch.zeros(k, k, dtype=torch.int64, device=device)
-    held_out = () if sets.source_val is None else sets.source_val
-    for _, logits, labels in predict_labeled(model, held_out, device):
+    for images, logits, labels in predict_labeled(model, () if loader is None else loader, device):
         confusion += confusion_matrix(logits, labels, k)
-    figures = sets.measure(ranks.total(confusion))
-    if sets.source_val is not None and figures[main_metric(figures)] is None:
-        raise UserError(
-            "source_val: none of the held-out source images has a labeled pixel; "
-            "correct its masks or its ids"
-        )
-    return figures
-
-
-def target_figures(
-    model: nn.Module, sets: EvaluationSets, device: torch.device
-) -> tuple[dict, float | None, list]:
-    """(metrics, validation loss in nats or None, examples) on the labeled target images."""
-    k = len(sets.classes)
-    confusion = torch.zeros(k, k, dtype=torch.int64, device=device)
-    if sets.target_test is None:
-        return sets.measure(confusion), None, []
-    loss, examples = ValidationLoss(device), Examples(sets.target_test)
-    for images, logits, labels in predict_labeled(model, sets.target_test, device):
-        confusion += confusion_matrix(logits, labels, k)
-        examples.add(images, logits, labels)
-        if sets.val_loss:
+        if loss is not None:
             loss.add(logits, labels)
-    loss.share()
-    return sets.measure(ranks.total(confusion)), loss.value(), examples.rows()
+        if examples is not None:
+            examples.add(images, logits, labels)
+    return ranks.total(confusion)
 
 
-def label_free_criteria(
-    model: nn.Module, sets: EvaluationSets, device: torch.device
-) -> tuple[dict[str, float], dict[str, int], list]:
-    """(criteria, predictions per class, examples) on the unlabeled target images, if any."""
-    if sets.target_train is None:
-        return {}, {}, []
-    criteria, examples = Criteria(len(sets.classes), device), Examples(sets.target_train)
-    for images in with_progress(sets.target_train):
+def add_criteria(
+    model: nn.Module,
+    loader: Iterable,
+    criteria: Criteria,
+    examples: Examples | None,
+    device: torch.device,
+) -> None:
+    """Add the predictions on unlabeled images to `criteria` and `examples`."""
+    for images in with_progress(loader):
         logits = model(to_views(images, device)).logits
         criteria.add(logits)
-        examples.add(images, logits, None)
+        if examples is not None:
+            examples.add(images, logits, None)
     criteria.share()
-    predicted = dict(zip(sets.classes, criteria.predicted(), strict=True))
-    return criteria.values(), predicted, examples.rows()
 
 
 @torch.inference_mode()
@@ -131,21 +123,52 @@ def evaluate(model: nn.Module, sets: EvaluationSets) -> tuple[dict, list]:
     device = next(model.parameters()).device
     was_training = model.training
     model.eval()
-    source = source_figures(model, sets, device)
-    target, val_loss, examples = target_figures(model, sets, device)
-    label_free, predicted, unlabeled_examples = label_free_criteria(model, sets, device)
-    criteria = {} if sets.source_val is None else {"source_val": source[main_metric(source)]}
-    criteria |= label_free
+    loss, criteria = ValidationLoss(device), Criteria(len(sets.classes), device)
+    shown = sets.target_test if sets.target_test is not None else sets.target_train
+    examples = None if shown is None else Examples(shown)
+    source = count_pairs(model, sets.source_val, sets, device)
+    validation = loss if sets.val_loss else None
+    target = count_pairs(model, sets.target_test, sets, device, validation, examples)
+    loss.share()
+    if sets.target_train is not None:
+        unlabeled = None if sets.target_test is not None else examples
+        add_criteria(model, sets.target_train, criteria, unlabeled, device)
+    # Until here nothing has waited for the device.
+    source, target, *sums = read([source, target, *loss.sums, *criteria.sums])
+    loss.sums, criteria.sums = sums[:2], sums[2:]
+    model.train(was_training)
+    metrics = _figures(sets, source, target, loss, criteria)
+    return metrics, [] if examples is None else examples.rows()
+
+
+def _figures(
+    sets: EvaluationSets,
+    source_confusion: torch.Tensor,
+    target_confusion: torch.Tensor,
+    loss: ValidationLoss,
+    criteria: Criteria,
+) -> dict:
+    """The metrics that `evaluate` returns, from sums on the CPU."""
+    source, target = sets.measure(source_confusion), sets.measure(target_confusion)
+    values, predicted = {}, {}
+    if sets.source_val is not None:
+        values["source_val"] = source[main_metric(source)]
+        if values["source_val"] is None:
+            raise UserError(
+                "source_val: none of the held-out source images has a labeled pixel; "
+                "correct its masks or its ids"
+            )
+    if sets.target_train is not None:
+        values |= criteria.values()
+        predicted = dict(zip(sets.classes, criteria.predicted(), strict=True))
     if sets.val_loss:
-        if val_loss is None:
+        if loss.value() is None:
             raise UserError(
                 "target_test: none of the validation images has a labeled pixel; "
                 "correct its masks or its ids"
             )
-        criteria["neg_val_loss"] = -val_loss
-    model.train(was_training)
-    metrics = {"source_val": source, "target": target, "criteria": criteria, "predicted": predicted}
-    return metrics, examples if sets.target_test is not None else unlabeled_examples
+        values["neg_val_loss"] = -loss.value()
+    return {"source_val": source, "target": target, "criteria": values, "predicted": predicted}
 
 
 def _rank(value: float | None) -> float:

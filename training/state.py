@@ -8,6 +8,7 @@ from torch.optim import Optimizer
 
 from common import ranks
 from common.errors import UserError
+from common.transfer import read
 
 # What a run saves of its own, by name.
 OWN_STATE = {"log", "step", "history", "selected", "seconds", "commits"}
@@ -38,6 +39,15 @@ def _tensors(value, name: str) -> Iterator[tuple[str, torch.Tensor]]:
             yield from _tensors(item, f"{name}.{key}" if name else str(key))
 
 
+def _named_tensors(state: dict) -> dict[str, torch.Tensor]:
+    """The floating tensors of all objects by a phrase such as "the model's head.weight"."""
+    return {
+        f"the {name}'s {part}": tensor
+        for name, value in state.items()
+        for part, tensor in ([] if value is None else _tensors(value.state_dict(), ""))
+    }
+
+
 def first_not_finite(state: dict) -> str | None:
     """What is not finite in the first object that is to be saved and has learned such a number.
 
@@ -47,15 +57,11 @@ def first_not_finite(state: dict) -> str | None:
     Returns:
         A phrase such as "the model's head.weight", or None if every number is finite.
     """
-    for name, value in state.items():
-        named = [] if value is None else list(_tensors(value.state_dict(), ""))
-        devices = {tensor.device for _, tensor in named}
-        for device in devices:  # one synchronization for each
-            tensors = [(part, tensor) for part, tensor in named if tensor.device == device]
-            finite = torch.stack([tensor.isfinite().all() for _, tensor in tensors]).tolist()
-            if not all(finite):
-                return f"the {name}'s {tensors[finite.index(False)][0]}"
-    return None
+    named = _named_tensors(state)
+    finite: dict[str, torch.Tensor] = {name: x.isfinite().all() for name, x in named.items()}
+    # One wait for the device, whatever the number of tensors.
+    flags = zip(finite, read(list(finite.values())), strict=True)
+    return next((name for name, flag in flags if not flag), None)
 
 
 def first_that_differs(state: dict) -> str | None:
@@ -69,12 +75,7 @@ def first_that_differs(state: dict) -> str | None:
     """
     if ranks.count() == 1:
         return None
-    parts = [
-        (f"the {name}'s {part}", tensor)
-        for name, value in state.items()
-        for part, tensor in ([] if value is None else _tensors(value.state_dict(), ""))
-    ]
-    names, tensors = zip(*parts, strict=True)
+    names, tensors = zip(*_named_tensors(state).items(), strict=True)
     device = max(tensors, key=lambda tensor: tensor.is_cuda).device
     bits = (x.detach().contiguous().view(-1).view(BITS[x.element_size()]) for x in tensors)
     sums = torch.stack([x.sum(dtype=torch.int64).to(device, non_blocking=True) for x in bits])
