@@ -127,18 +127,19 @@ def main(argv: list[str] | None = None) -> int:
         else:
             trained, done = optimizer, step - 1 - stages.switch
             lr = set_rates(trained, finetune_optim, done, config.steps - stages.switch)
-        x, y = to_views(next(batches), device)
-
-        with autocast:
-            loss, _ = supervised_loss(model(x), y, config.model)
-
         trained.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
+        for _ in range(config.accumulate):
+            x, y = to_views(next(batches), device)
+
+            with autocast:
+                loss, _ = supervised_loss(model(x), y, config.model)
+            scaler.scale(loss / config.accumulate).backward()
+            run.log.add(cls_loss=loss)
+
         average_gradients(trained, model)
         scaler.step(trained)
         scaler.update()
 
-        run.log.add(cls_loss=loss)
         if run.due(step, config.log_every):
             run.log.write(step, stage=stages.number, lr=lr)
         if run.due(step, config.eval_every) or stages.due(step):

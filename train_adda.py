@@ -65,6 +65,11 @@ class Config(RunConfig):
                 self.init_from is not None or self.source_steps > 0,
                 "source_steps: 0 needs init_from, a source model to adapt",
             ),
+            (
+                self.accumulate == 1,
+                "accumulate: the discriminator is updated between two losses on the same images; "
+                "leave it out",
+            ),
         ]
 
 

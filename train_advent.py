@@ -114,66 +114,68 @@ def main(argv: list[str] | None = None) -> int:
     for step in run.steps(start):
         lr = set_rates(optimizer, config.optim, step - 1, config.steps)
         disc_lr = set_rates(disc_optimizer, disc_optim, step - 1, config.steps)
-        x_s, y_s = to_views(next(source), device)
-        x_t = to_views(next(target), device)
-
-        # the model, with the discriminators held fixed
-        discriminators.requires_grad_(False)
-        loss, losses, predictions = 0.0, {}, []
-        with autocast:
-            out_s, out_t = forward_domains(model, x_s, x_t, config.model)
-            for head, discriminator in zip(heads, discriminators, strict=True):
-                logits_s = getattr(out_s, f"{head.name}logits")
-                logits_t = getattr(out_t, f"{head.name}logits")
-                log_p_s, log_p_t = logits_s.float().log_softmax(1), logits_t.float().log_softmax(1)
-                information_t = information_map(log_p_t)
-                cls_loss = nll_loss(log_p_s, y_s, config.model.label_smoothing)
-                ent_loss = entropy_loss(attached(information_t, head.ent_weight))
-                div_loss = diversity_loss(attached(log_p_t, head.div_weight))
-                loss = loss + head.cls_weight * cls_loss
-                loss = loss + head.ent_weight * ent_loss + head.div_weight * div_loss
-                parts = {"cls_loss": cls_loss, "ent_loss": ent_loss, "div_loss": div_loss}
-                if adversarial:
-                    parts["adv_loss"] = one_domain_loss(discriminator(information_t), SOURCE)
-                    loss = loss + head.adv_weight * parts["adv_loss"]
-                losses |= {head.name + name: part for name, part in parts.items()}
-                predictions.append((log_p_s.detach(), information_t.detach()))
-            if labeled:
-                x_l, y_l = to_views(next(labeled), device)
-                target_cls_loss, _ = supervised_loss(model(x_l), y_l, config.model)
-                losses["target_cls_loss"] = target_cls_loss
-                loss = loss + target_cls_loss
-
         optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
+        disc_optimizer.zero_grad(set_to_none=True)
+        for _ in range(config.accumulate):
+            x_s, y_s = to_views(next(source), device)
+            x_t = to_views(next(target), device)
+
+            # the model, with the discriminators held fixed
+            discriminators.requires_grad_(False)
+            loss, losses, predictions = 0.0, {}, []
+            with autocast:
+                out_s, out_t = forward_domains(model, x_s, x_t, config.model)
+                for head, discriminator in zip(heads, discriminators, strict=True):
+                    logits_s = getattr(out_s, f"{head.name}logits")
+                    logits_t = getattr(out_t, f"{head.name}logits")
+                    log_p_s = logits_s.float().log_softmax(1)
+                    log_p_t = logits_t.float().log_softmax(1)
+                    information_t = information_map(log_p_t)
+                    cls_loss = nll_loss(log_p_s, y_s, config.model.label_smoothing)
+                    ent_loss = entropy_loss(attached(information_t, head.ent_weight))
+                    div_loss = diversity_loss(attached(log_p_t, head.div_weight))
+                    loss = loss + head.cls_weight * cls_loss
+                    loss = loss + head.ent_weight * ent_loss + head.div_weight * div_loss
+                    parts = {"cls_loss": cls_loss, "ent_loss": ent_loss, "div_loss": div_loss}
+                    if adversarial:
+                        parts["adv_loss"] = one_domain_loss(discriminator(information_t), SOURCE)
+                        loss = loss + head.adv_weight * parts["adv_loss"]
+                    losses |= {head.name + name: part for name, part in parts.items()}
+                    predictions.append((log_p_s.detach(), information_t.detach()))
+                if labeled:
+                    x_l, y_l = to_views(next(labeled), device)
+                    target_cls_loss, _ = supervised_loss(model(x_l), y_l, config.model)
+                    losses["target_cls_loss"] = target_cls_loss
+                    loss = loss + target_cls_loss
+            scaler.scale(loss / config.accumulate).backward()
+
+            # the discriminators, on what the model predicted
+            if adversarial:
+                discriminators.requires_grad_(True)
+                disc_loss = 0.0
+                with autocast:
+                    for head, discriminator, prediction in zip(
+                        heads, discriminators, predictions, strict=True
+                    ):
+                        log_p_s, information_t = prediction
+                        domain_logits_s = discriminator(information_map(log_p_s))
+                        domain_logits_t = discriminator(information_t)
+                        head_loss = domain_loss(domain_logits_s, domain_logits_t)
+                        accuracy = discriminator_accuracy(domain_logits_s, domain_logits_t)
+                        losses[f"{head.name}disc_loss"] = head_loss
+                        losses[f"{head.name}domain_accuracy"] = accuracy
+                        disc_loss = disc_loss + head_loss
+                scaler.scale(disc_loss / config.accumulate).backward()
+            run.log.add(**losses)
+            run.monitor.add(out_t.logits)
+
         average_gradients(optimizer, model)
         scaler.step(optimizer)
-
-        # the discriminators, on what the model predicted
         if adversarial:
-            discriminators.requires_grad_(True)
-            disc_loss = 0.0
-            with autocast:
-                for head, discriminator, prediction in zip(
-                    heads, discriminators, predictions, strict=True
-                ):
-                    log_p_s, information_t = prediction
-                    domain_logits_s = discriminator(information_map(log_p_s))
-                    domain_logits_t = discriminator(information_t)
-                    head_loss = domain_loss(domain_logits_s, domain_logits_t)
-                    accuracy = discriminator_accuracy(domain_logits_s, domain_logits_t)
-                    losses[f"{head.name}disc_loss"] = head_loss
-                    losses[f"{head.name}domain_accuracy"] = accuracy
-                    disc_loss = disc_loss + head_loss
-
-            disc_optimizer.zero_grad(set_to_none=True)
-            scaler.scale(disc_loss).backward()
             average_gradients(disc_optimizer, discriminators)
             scaler.step(disc_optimizer)
         scaler.update()
 
-        run.log.add(**losses)
-        run.monitor.add(out_t.logits)
         if run.due(step, config.log_every):
             run.log.write(step, lr=lr, disc_lr=disc_lr)
         if run.due(step, config.eval_every):

@@ -132,60 +132,59 @@ def main(argv: list[str] | None = None) -> int:
         reversal_coeff = reversal_coefficient(
             config.reversal_schedule, p, config.reversal_max, config.reversal_gamma
         )
-        x_s, y_s = to_views(next(source), device)
-        x_t = to_views(next(target), device)
-
-        with autocast:
-            out_s, out_t = forward_domains(model, x_s, x_t, config.model)
-            loss, losses = supervised_loss(out_s, y_s, config.model)
-
-            # the norm of the classifier's gradient at the features limits the reversed one's
-            bounds = [None] * len(layers)
-            if config.reversal_bound is not None:
-                read = [(out_s.joint or out_s.features)[name] for name in config.feature_layers]
-                gradients = torch.autograd.grad(scaler.scale(loss), read, retain_graph=True)
-                bounds = [config.reversal_bound * norm_over_ranks(grad) for grad in gradients]
-
-            adv_loss, domain_accuracy, weight_s, weight_t = 0.0, 0.0, None, None
-            applied = torch.zeros((), device=device)
-            for (name, layer_weight, discriminator), bound in zip(layers, bounds, strict=True):
-                coeff = layer_weight * reversal_coeff
-                features_s = gradient_reversal(out_s.features[name], coeff, bound, applied)
-                features_t = gradient_reversal(out_t.features[name], coeff, bound, applied)
-                features_s = feature_vectors(features_s, config.disc_locations)
-                features_t = feature_vectors(features_t, config.disc_locations)
-                features = torch.cat([features_s, features_t])
-                if conditional:
-                    logits = torch.cat([out_s.logits, out_t.logits]).detach()
-                    features = multilinear(features, logits.float().softmax(1))
-                if config.conditional == "cdan_e":
-                    weight_s = entropy_weights(out_s.logits)
-                    weight_t = entropy_weights(out_t.logits)
-                sizes = [len(features_s), len(features_t)]
-                domain_logits_s, domain_logits_t = discriminator(features).split(sizes)
-                adv_loss = adv_loss + domain_loss(
-                    domain_logits_s, domain_logits_t, weight_s, weight_t
-                )
-                accuracy = discriminator_accuracy(domain_logits_s, domain_logits_t)
-                domain_accuracy += accuracy / len(layers)
-            losses |= {"adv_loss": adv_loss, "domain_accuracy": domain_accuracy}
-            losses["reversal_applied"] = applied
-            loss = loss + config.adv_weight * adv_loss
-            if labeled:
-                x_l, y_l = to_views(next(labeled), device)
-                target_cls_loss, _ = supervised_loss(model(x_l), y_l, config.model)
-                losses["target_cls_loss"] = target_cls_loss
-                loss = loss + target_cls_loss
-
         optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
+        for _ in range(config.accumulate):
+            x_s, y_s = to_views(next(source), device)
+            x_t = to_views(next(target), device)
+
+            with autocast:
+                out_s, out_t = forward_domains(model, x_s, x_t, config.model)
+                loss, losses = supervised_loss(out_s, y_s, config.model)
+
+                # the norm of the classifier's gradient at the features limits the reversed one's
+                bounds = [None] * len(layers)
+                if config.reversal_bound is not None:
+                    read = [(out_s.joint or out_s.features)[name] for name in config.feature_layers]
+                    scaled = scaler.scale(loss / config.accumulate)
+                    gradients = torch.autograd.grad(scaled, read, retain_graph=True)
+                    bounds = [config.reversal_bound * norm_over_ranks(grad) for grad in gradients]
+
+                adv_loss, domain_accuracy, weight_s, weight_t = 0.0, 0.0, None, None
+                applied = torch.zeros((), device=device)
+                for (name, layer_weight, discriminator), bound in zip(layers, bounds, strict=True):
+                    coeff = layer_weight * reversal_coeff
+                    features_s = gradient_reversal(out_s.features[name], coeff, bound, applied)
+                    features_t = gradient_reversal(out_t.features[name], coeff, bound, applied)
+                    features_s = feature_vectors(features_s, config.disc_locations)
+                    features_t = feature_vectors(features_t, config.disc_locations)
+                    features = torch.cat([features_s, features_t])
+                    if conditional:
+                        logits = torch.cat([out_s.logits, out_t.logits]).detach()
+                        features = multilinear(features, logits.float().softmax(1))
+                    if config.conditional == "cdan_e":
+                        weight_s = entropy_weights(out_s.logits)
+                        weight_t = entropy_weights(out_t.logits)
+                    domain_logits = discriminator(features).tensor_split([len(features_s)])
+                    adv_loss = adv_loss + domain_loss(*domain_logits, weight_s, weight_t)
+                    accuracy = discriminator_accuracy(*domain_logits)
+                    domain_accuracy += accuracy / len(layers)
+                losses |= {"adv_loss": adv_loss, "domain_accuracy": domain_accuracy}
+                losses["reversal_applied"] = applied
+                loss = loss + config.adv_weight * adv_loss
+                if labeled:
+                    x_l, y_l = to_views(next(labeled), device)
+                    target_cls_loss, _ = supervised_loss(model(x_l), y_l, config.model)
+                    losses["target_cls_loss"] = target_cls_loss
+                    loss = loss + target_cls_loss
+            scaler.scale(loss / config.accumulate).backward()
+            applied /= 2 * len(layers)  # the backward pass has added them up
+            run.log.add(**losses)
+            run.monitor.add(out_t.logits)
+
         average_gradients(optimizer, model, discriminators)
         scaler.step(optimizer)
         scaler.update()
 
-        applied /= 2 * len(layers)  # the backward pass has added them up
-        run.log.add(**losses)
-        run.monitor.add(out_t.logits)
         if run.due(step, config.log_every):
             run.log.write(step, reversal_coeff=reversal_coeff, lr=lr, disc_lr=lr * disc_lr_scale)
         if run.due(step, config.eval_every):

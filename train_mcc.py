@@ -59,28 +59,29 @@ def main(argv: list[str] | None = None) -> int:
     # --- train
     for step in run.steps(start):
         lr = set_rates(optimizer, config.optim, step - 1, config.steps)
-        x_s, y_s = to_views(next(source), device)
-        x_t = to_views(next(target), device)
-
-        with autocast:
-            out_s, out_t = forward_domains(model, x_s, x_t, config.model)
-            loss, losses = supervised_loss(out_s, y_s, config.model)
-            losses["mcc_loss"] = mcc_loss(out_t.logits, config.temperature)
-            loss = loss + config.mcc_weight * losses["mcc_loss"]
-            if labeled:
-                x_l, y_l = to_views(next(labeled), device)
-                target_cls_loss, _ = supervised_loss(model(x_l), y_l, config.model)
-                losses["target_cls_loss"] = target_cls_loss
-                loss = loss + target_cls_loss
-
         optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
+        for _ in range(config.accumulate):
+            x_s, y_s = to_views(next(source), device)
+            x_t = to_views(next(target), device)
+
+            with autocast:
+                out_s, out_t = forward_domains(model, x_s, x_t, config.model)
+                loss, losses = supervised_loss(out_s, y_s, config.model)
+                losses["mcc_loss"] = mcc_loss(out_t.logits, config.temperature)
+                loss = loss + config.mcc_weight * losses["mcc_loss"]
+                if labeled:
+                    x_l, y_l = to_views(next(labeled), device)
+                    target_cls_loss, _ = supervised_loss(model(x_l), y_l, config.model)
+                    losses["target_cls_loss"] = target_cls_loss
+                    loss = loss + target_cls_loss
+            scaler.scale(loss / config.accumulate).backward()
+            run.log.add(**losses)
+            run.monitor.add(out_t.logits)
+
         average_gradients(optimizer, model)
         scaler.step(optimizer)
         scaler.update()
 
-        run.log.add(**losses)
-        run.monitor.add(out_t.logits)
         if run.due(step, config.log_every):
             run.log.write(step, lr=lr)
         if run.due(step, config.eval_every):

@@ -78,38 +78,39 @@ def main(argv: list[str] | None = None) -> int:
     # --- train
     for step in run.steps(start):
         lr = set_rates(optimizer, config.optim, step - 1, config.steps)
-        x_s, y_s = to_views(next(source), device)
-        x_t = to_views(next(target), device)
-
-        with autocast:
-            out_s, out_t = forward_domains(model, x_s, x_t, config.model)
-            loss, losses = supervised_loss(out_s, y_s, config.model)
-
-            locations, pairs = config.feature_locations, []
-            for name in config.feature_layers:
-                features_s = feature_vectors(out_s.features[name], locations)
-                features_t = feature_vectors(out_t.features[name], locations)
-                pairs.append((features_s, features_t))
-            if config.mmd_weight > 0:
-                losses["mmd_loss"] = sum(mmd_loss(*pair) for pair in pairs)
-                loss = loss + config.mmd_weight * losses["mmd_loss"]
-            if config.coral_weight > 0:
-                losses["coral_loss"] = sum(coral_loss(*pair) for pair in pairs)
-                loss = loss + config.coral_weight * losses["coral_loss"]
-            if labeled:
-                x_l, y_l = to_views(next(labeled), device)
-                target_cls_loss, _ = supervised_loss(model(x_l), y_l, config.model)
-                losses["target_cls_loss"] = target_cls_loss
-                loss = loss + target_cls_loss
-
         optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
+        for _ in range(config.accumulate):
+            x_s, y_s = to_views(next(source), device)
+            x_t = to_views(next(target), device)
+
+            with autocast:
+                out_s, out_t = forward_domains(model, x_s, x_t, config.model)
+                loss, losses = supervised_loss(out_s, y_s, config.model)
+
+                locations, pairs = config.feature_locations, []
+                for name in config.feature_layers:
+                    features_s = feature_vectors(out_s.features[name], locations)
+                    features_t = feature_vectors(out_t.features[name], locations)
+                    pairs.append((features_s, features_t))
+                if config.mmd_weight > 0:
+                    losses["mmd_loss"] = sum(mmd_loss(*pair) for pair in pairs)
+                    loss = loss + config.mmd_weight * losses["mmd_loss"]
+                if config.coral_weight > 0:
+                    losses["coral_loss"] = sum(coral_loss(*pair) for pair in pairs)
+                    loss = loss + config.coral_weight * losses["coral_loss"]
+                if labeled:
+                    x_l, y_l = to_views(next(labeled), device)
+                    target_cls_loss, _ = supervised_loss(model(x_l), y_l, config.model)
+                    losses["target_cls_loss"] = target_cls_loss
+                    loss = loss + target_cls_loss
+            scaler.scale(loss / config.accumulate).backward()
+            run.log.add(**losses)
+            run.monitor.add(out_t.logits)
+
         average_gradients(optimizer, model)
         scaler.step(optimizer)
         scaler.update()
 
-        run.log.add(**losses)
-        run.monitor.add(out_t.logits)
         if run.due(step, config.log_every):
             run.log.write(step, lr=lr)
         if run.due(step, config.eval_every):

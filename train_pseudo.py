@@ -124,68 +124,68 @@ def main(argv: list[str] | None = None) -> int:
         lr = set_rates(optimizer, config.optim, step - 1, config.steps)
         p = progress(step - 1, config.steps)
         pseudo_weight = config.pseudo_weight * warm_up(p, config.pseudo_warmup)
-        x_s, y_s = to_views(next(source), device)
-        x_weak, x_strong = to_views(next(target), device)
-
-        # pseudo-labels of the weak view
-        eval_mode(labeler, batch_statistics=own_bn)
-        with torch.no_grad(), autocast:
-            logits_t = labeler(x_weak).logits
-        model.train()
-        p_t = logits_t.float().log_softmax(1).exp()
-        run.monitor.add(logits_t)
-        statistics.mean_t.update(class_mean(p_t))
-        if config.distribution_alignment:
-            p_t = align_distribution(p_t, statistics.mean_s.value, statistics.mean_t.value)
-        confidence, y_t = p_t.max(1)
-        if config.threshold_mode == "class_balanced":
-            first, last = config.portions
-            statistics.histogram.add(confidence, y_t)
-            thresholds = statistics.histogram.thresholds(first + (last - first) * p)
-            y_t, accepted = class_balanced_labels(p_t, thresholds)
-        elif config.threshold_mode == "relative":
-            accepted = confidence >= config.threshold * statistics.confidence_s.value
-        else:
-            accepted = confidence >= config.threshold
-        shares.add(y_t, accepted)
-        labels, weights = y_t, pseudo_label_weights(accepted, config.weighting)
-        if config.mix == "classmix":
-            random = generator(config.seed, "classmix", step)
-            views = (x_s, y_s), (x_strong, y_t, weights)
-            x_strong, labels, weights = classmix(*views, domains.num_classes, random)
-
-        with autocast:
-            out_s, out_t = forward_domains(model, x_s, x_strong, config.model)
-            log_p_s, log_p_t = (out.logits.float().log_softmax(1) for out in (out_s, out_t))
-            smoothing = config.model.label_smoothing
-            cls_loss = nll_loss(log_p_s, y_s, smoothing)
-            pseudo_loss = pseudo_label_loss(log_p_t, labels, weights)
-            div_loss = diversity_loss(attached(log_p_t, config.div_weight))
-            loss = cls_loss + pseudo_weight * pseudo_loss + config.div_weight * div_loss
-            losses = {"cls_loss": cls_loss, "pseudo_loss": pseudo_loss, "div_loss": div_loss}
-            if out_s.aux_logits is not None:
-                aux_log_p_t = out_t.aux_logits.float().log_softmax(1)
-                losses["aux_cls_loss"] = cross_entropy(out_s.aux_logits, y_s, smoothing)
-                losses["aux_pseudo_loss"] = pseudo_label_loss(aux_log_p_t, labels, weights)
-                aux_loss = losses["aux_cls_loss"] + pseudo_weight * losses["aux_pseudo_loss"]
-                loss = loss + config.model.aux_weight * aux_loss
-            if labeled:
-                x_l, y_l = to_views(next(labeled), device)
-                target_cls_loss, _ = supervised_loss(model(x_l), y_l, config.model)
-                losses["target_cls_loss"] = target_cls_loss
-                loss = loss + target_cls_loss
-
         optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
+        for part in range(config.accumulate):
+            x_s, y_s = to_views(next(source), device)
+            x_weak, x_strong = to_views(next(target), device)
+            # pseudo-labels of the weak view
+            eval_mode(labeler, batch_statistics=own_bn)
+            with torch.no_grad(), autocast:
+                logits_t = labeler(x_weak).logits
+            model.train()
+            p_t = logits_t.float().log_softmax(1).exp()
+            run.monitor.add(logits_t)
+            statistics.mean_t.update(class_mean(p_t))
+            if config.distribution_alignment:
+                p_t = align_distribution(p_t, statistics.mean_s.value, statistics.mean_t.value)
+            confidence, y_t = p_t.max(1)
+            if config.threshold_mode == "class_balanced":
+                first, last = config.portions
+                statistics.histogram.add(confidence, y_t)
+                thresholds = statistics.histogram.thresholds(first + (last - first) * p)
+                y_t, accepted = class_balanced_labels(p_t, thresholds)
+            elif config.threshold_mode == "relative":
+                accepted = confidence >= config.threshold * statistics.confidence_s.value
+            else:
+                accepted = confidence >= config.threshold
+            shares.add(y_t, accepted)
+            labels, weights = y_t, pseudo_label_weights(accepted, config.weighting)
+            if config.mix == "classmix":
+                random = generator(config.seed, "classmix", step, part)
+                views = (x_s, y_s), (x_strong, y_t, weights)
+                x_strong, labels, weights = classmix(*views, domains.num_classes, random)
+
+            with autocast:
+                out_s, out_t = forward_domains(model, x_s, x_strong, config.model)
+                log_p_s, log_p_t = (out.logits.float().log_softmax(1) for out in (out_s, out_t))
+                smoothing = config.model.label_smoothing
+                cls_loss = nll_loss(log_p_s, y_s, smoothing)
+                pseudo_loss = pseudo_label_loss(log_p_t, labels, weights)
+                div_loss = diversity_loss(attached(log_p_t, config.div_weight))
+                loss = cls_loss + pseudo_weight * pseudo_loss + config.div_weight * div_loss
+                losses = {"cls_loss": cls_loss, "pseudo_loss": pseudo_loss, "div_loss": div_loss}
+                if out_s.aux_logits is not None:
+                    aux_log_p_t = out_t.aux_logits.float().log_softmax(1)
+                    losses["aux_cls_loss"] = cross_entropy(out_s.aux_logits, y_s, smoothing)
+                    losses["aux_pseudo_loss"] = pseudo_label_loss(aux_log_p_t, labels, weights)
+                    aux_loss = losses["aux_cls_loss"] + pseudo_weight * losses["aux_pseudo_loss"]
+                    loss = loss + config.model.aux_weight * aux_loss
+                if labeled:
+                    x_l, y_l = to_views(next(labeled), device)
+                    target_cls_loss, _ = supervised_loss(model(x_l), y_l, config.model)
+                    losses["target_cls_loss"] = target_cls_loss
+                    loss = loss + target_cls_loss
+            scaler.scale(loss / config.accumulate).backward()
+            statistics.add_source(log_p_s.detach().exp(), y_s)
+            agreement = (log_p_t.detach().argmax(1) == labels).float().mean()
+            run.log.add(**losses, confidence=confidence.mean(), agreement=agreement)
+
         average_gradients(optimizer, model, teacher)
         scaler.step(optimizer)
         scaler.update()
         if teacher:
             teacher.update_parameters(model)
-        statistics.add_source(log_p_s.detach().exp(), y_s)
 
-        agreement = (log_p_t.detach().argmax(1) == labels).float().mean()
-        run.log.add(**losses, confidence=confidence.mean(), agreement=agreement)
         if run.due(step, config.log_every):
             run.log.write(step, lr=lr, pseudo_weight=pseudo_weight, **shares.report())
         if run.due(step, config.eval_every):

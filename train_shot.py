@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
     model = build_model(config, domains.classes).to(device).train()
     model.freeze("head", "aux_head")  # target features move to where the source's classifier is
     optimizer = build_optimizer(config.optim, model)
-    layer = model.head_layer  # what the classifier reads
+    layer, log_k = model.head_layer, math.log(domains.num_classes)
     memory = CentroidMemory(domains.num_classes, model.channels[layer]).to(device)
     start = run.begin(model=model, memory=memory, optimizer=optimizer, scaler=scaler)
 
@@ -138,11 +138,8 @@ def main(argv: list[str] | None = None) -> int:
     # --- train
     for step in run.steps(start):
         lr = set_rates(optimizer, config.optim, step - 1, config.steps)
-        x_weak, x_strong = to_views(next(target), device)
-
-        # pseudo-labels of the weak view
-        model.eval()
         if (step - 1) % config.centroid_every == 0:
+            model.eval()
             centroids = None
             for _ in range(2):  # eq. 4, then eq. 6
                 batches = run.watch(whole_target, step - 1)  # a signal may come in between
@@ -150,41 +147,45 @@ def main(argv: list[str] | None = None) -> int:
                     model, batches, layer, memory.centroids.shape, centroids, autocast, device
                 )
             memory.centroids.copy_(centroids)
-        with torch.no_grad(), autocast:
-            out_weak = model(x_weak)
-        model.train()
-        p_t = out_weak.logits.float().log_softmax(1).exp()
-        features = unit_features(out_weak.features[layer])  # float32, as the centroids
-        y_t = at_images(nearest_centroid(features, memory.centroids), out_weak.logits)
-        run.monitor.add(out_weak.logits)
-
-        two_views = bool(config.strong_augment)
-        if two_views:  # evaluation sees plain images, so their statistics are the running ones
-            with torch.no_grad(), autocast:
-                model(x_weak)
-        with autocast:
-            with model.running_statistics(fixed=two_views):
-                log_p_t = model(x_strong).logits.float().log_softmax(1)
-            ent_loss = entropy_loss(attached(information_map(log_p_t), config.ent_weight))
-            div_loss = diversity_loss(attached(log_p_t, config.div_weight))
-            pseudo_loss = nll_loss(log_p_t, y_t)
-            information = config.ent_weight * ent_loss + config.div_weight * div_loss
-            loss = math.log(domains.num_classes) * information + config.pseudo_weight * pseudo_loss
-            losses = {"ent_loss": ent_loss, "div_loss": div_loss, "pseudo_loss": pseudo_loss}
-            if labeled:
-                x_l, y_l = to_views(next(labeled), device)
-                target_cls_loss, _ = supervised_loss(model(x_l), y_l, config.model)
-                losses["target_cls_loss"] = target_cls_loss
-                loss = loss + target_cls_loss
-
         optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
+        for _ in range(config.accumulate):
+            x_weak, x_strong = to_views(next(target), device)
+            # pseudo-labels of the weak view
+            model.eval()
+            with torch.no_grad(), autocast:
+                out_weak = model(x_weak)
+            model.train()
+            p_t = out_weak.logits.float().log_softmax(1).exp()
+            features = unit_features(out_weak.features[layer])  # float32, as the centroids
+            y_t = at_images(nearest_centroid(features, memory.centroids), out_weak.logits)
+            run.monitor.add(out_weak.logits)
+
+            # evaluation sees plain images, so their statistics are the running ones
+            if config.strong_augment:
+                with torch.no_grad(), autocast:
+                    model(x_weak)
+            with autocast:
+                with model.running_statistics(fixed=bool(config.strong_augment)):
+                    log_p_t = model(x_strong).logits.float().log_softmax(1)
+                ent_loss = entropy_loss(attached(information_map(log_p_t), config.ent_weight))
+                div_loss = diversity_loss(attached(log_p_t, config.div_weight))
+                pseudo_loss = nll_loss(log_p_t, y_t)
+                information = config.ent_weight * ent_loss + config.div_weight * div_loss
+                loss = log_k * information + config.pseudo_weight * pseudo_loss
+                losses = {"ent_loss": ent_loss, "div_loss": div_loss, "pseudo_loss": pseudo_loss}
+                if labeled:
+                    x_l, y_l = to_views(next(labeled), device)
+                    target_cls_loss, _ = supervised_loss(model(x_l), y_l, config.model)
+                    losses["target_cls_loss"] = target_cls_loss
+                    loss = loss + target_cls_loss
+            scaler.scale(loss / config.accumulate).backward()
+            agreement = (log_p_t.detach().argmax(1) == y_t).float().mean()
+            run.log.add(**losses, confidence=p_t.amax(1).mean(), agreement=agreement)
+
         average_gradients(optimizer, model)
         scaler.step(optimizer)
         scaler.update()
 
-        agreement = (log_p_t.detach().argmax(1) == y_t).float().mean()
-        run.log.add(**losses, confidence=p_t.amax(1).mean(), agreement=agreement)
         if run.due(step, config.log_every):
             run.log.write(step, lr=lr)
         if run.due(step, config.eval_every):

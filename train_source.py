@@ -59,24 +59,25 @@ def main(argv: list[str] | None = None) -> int:
     # --- train
     for step in run.steps(start):
         lr = set_rates(optimizer, config.optim, step - 1, config.steps)
-        x_s, y_s = to_views(next(source), device)
-
-        with autocast:
-            out_s = model(x_s)
-            loss, losses = supervised_loss(out_s, y_s, config.model)
-            if labeled:
-                x_l, y_l = to_views(next(labeled), device)
-                target_cls_loss, _ = supervised_loss(model(x_l), y_l, config.model)
-                losses["target_cls_loss"] = target_cls_loss
-                loss = loss + target_cls_loss
-
         optimizer.zero_grad(set_to_none=True)
-        scaler.scale(loss).backward()
+        for _ in range(config.accumulate):
+            x_s, y_s = to_views(next(source), device)
+
+            with autocast:
+                out_s = model(x_s)
+                loss, losses = supervised_loss(out_s, y_s, config.model)
+                if labeled:
+                    x_l, y_l = to_views(next(labeled), device)
+                    target_cls_loss, _ = supervised_loss(model(x_l), y_l, config.model)
+                    losses["target_cls_loss"] = target_cls_loss
+                    loss = loss + target_cls_loss
+            scaler.scale(loss / config.accumulate).backward()
+            run.log.add(**losses)
+
         average_gradients(optimizer, model)
         scaler.step(optimizer)
         scaler.update()
 
-        run.log.add(**losses)
         if run.due(step, config.log_every):
             run.log.write(step, lr=lr)
         if run.due(step, config.eval_every):

@@ -20,7 +20,8 @@ def build_model(
     """The network of a run: random weights, then those of `init_from`, else of `model.weights`.
 
     Args:
-        config: of the run; its `model`, `data.task`, `data.root` and `init_from` are read.
+        config: of the run; its `model`, `data.task`, `data.root`, `init_from` and `compile` are
+            read.
         classes: names of the classes.
         new_head: with `init_from`, whether a run of other classes may be started from, with a new
             head.
@@ -37,6 +38,8 @@ def build_model(
         init_from(model, config.init_from, classes, new_head)
     if config.model.bn_sync and ranks.count() > 1:
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+    if config.compile:
+        model.compile()
     return model
 
 

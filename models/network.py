@@ -66,6 +66,7 @@ class Network(nn.Module):
     """
 
     head_layer: ClassVar[str] = "layer4"
+    compiled: dict | None = None  # the options of `compile`, if it was called
 
     def __init__(self, backbone: nn.Module, channels: dict[str, int], config: ModelConfig):
         super().__init__()
@@ -116,6 +117,21 @@ class Network(nn.Module):
         for name in self.frozen:
             self.get_submodule(name).eval()
         return self
+
+    def compile(self, **options) -> None:
+        """Compile `forward` as a whole, by torch.compile; copies of the network are compiled too.
+
+        Names in the state do not change.
+        """
+        # Modes, batch sizes and image sizes have a graph each; torch's own limit is 8.
+        torch._dynamo.config.recompile_limit = 64
+        super().compile(fullgraph=True, **options)
+        self.compiled = options
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        if self.compiled is not None:
+            self.compile(**self.compiled)
 
     def forward(self, images: torch.Tensor | BackboneFeatures) -> ModelOutput:
         """Images uint8 (N, 3, H, W), or their features."""

@@ -53,6 +53,9 @@ class RunConfig:
     seed: int = not_negative(0)  # weights, order, augmentation and splits follow from it
     device: str = "auto"  # auto | cpu | cuda | cuda:N | mps; one that is absent is an error
     amp: Literal["float32", "float16", "bfloat16"] = "float32"  # autocast precision
+    deterministic: bool = True  # CUDA: kernels that repeat to the bit; false: the fastest
+    compile: bool = False  # compile the network by torch.compile
+    accumulate: int = positive(1, most=10_000)  # parts of a batch, one after another: less memory
     steps: int = positive(4000)  # optimizer steps
     eval_every: int = positive(500)  # steps; the last step always evaluates
     save_every: int = positive(500)  # steps; the last step always saves
@@ -82,6 +85,17 @@ class RunConfig:
                 f"device must be auto, cpu, cuda, cuda:N or mps, not {shorten(self.device)}",
             ),
             *(self.model.rules(self.data.task) if self.model and self.data else ()),
+            *(self.part_rules() if self.data else ()),
+        ]
+
+    def part_rules(self) -> list[tuple[bool, str]]:
+        """Rules (holds, sentence) that a batch has equal parts."""
+        return [
+            (
+                batch is None or batch % self.accumulate == 0,
+                f"accumulate: data.{key}={batch} does not have {self.accumulate} equal parts",
+            )
+            for key, batch in (("batch", self.data.batch), ("target_batch", self.data.target_batch))
         ]
 
     def trained_criteria(self) -> set[str]:
@@ -226,11 +240,12 @@ def _check_processes(config) -> None:
             "model.bn_sync: torch has synchronized batch norm on CUDA devices only; leave it out"
         )
     for key in ("batch", "target_batch"):
-        batch = getattr(config.data, key)
-        if batch is not None and batch % ranks.count() > 0:
+        batch, shares = getattr(config.data, key), ranks.count() * config.accumulate
+        if batch is not None and batch % shares > 0:
+            parts = f" in {config.accumulate} parts" * (config.accumulate > 1)
             raise UserError(
                 f"data.{key}: {batch} images cannot be shared out evenly among {ranks.count()} "
-                f"processes; use a multiple of {ranks.count()}, or another number of processes"
+                f"processes{parts}; use a multiple of {shares}, or another number of processes"
             )
 
 

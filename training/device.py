@@ -71,12 +71,18 @@ def describe_machine(device: torch.device) -> str:
     return f"{several}{name}, torch {torch.__version__}"
 
 
-def seed_everything(seed: int) -> None:
-    """Seed weights and dropout and choose deterministic kernels, so that a resumed run is exact."""
+def seed_everything(seed: int, deterministic: bool) -> None:
+    """Seed the weights, and choose the kernels of CUDA.
+
+    Args:
+        seed: of the run.
+        deterministic: whether a run repeats to the bit, so that a resumed one is exact; else cuDNN
+            tries several kernels and takes the fastest.
+    """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     torch.manual_seed(seed)  # every device
     if torch.cuda.is_available():
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.use_deterministic_algorithms(deterministic, warn_only=True)
         # A debugging aid that costs one kernel per tensor.
         torch.utils.deterministic.fill_uninitialized_memory = False
-        torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.benchmark = not deterministic

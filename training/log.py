@@ -68,6 +68,7 @@ class Log:
     Args:
         path: metrics.jsonl, or None to write no file (dry run).
         steps: steps of the run.
+        parts: calls of `add` per step.
 
     Attributes:
         muted: whether nothing is added, written and printed, because a step is only repeated.
@@ -76,8 +77,8 @@ class Log:
         scaler: the loss scaler of a run in float16; its `scale` is written with each line.
     """
 
-    def __init__(self, path: Path | None, steps: int):
-        self.path, self.steps = path, steps
+    def __init__(self, path: Path | None, steps: int, parts: int = 1):
+        self.path, self.steps, self.parts = path, steps, parts
         self.sums, self.counts = {}, {}
         self.bar = None
         self.printed = -math.inf  # time of the last line on the screen
@@ -124,7 +125,7 @@ class Log:
             )
 
     def add(self, **values: torch.Tensor | float) -> None:
-        """Add the values of one step, by name. Tensors stay on the device."""
+        """Add the values of one step, or part of it, by name. Tensors stay on the device."""
         if self.muted:
             return
         for name, value in values.items():
@@ -132,7 +133,7 @@ class Log:
             self.sums[name] = self.sums[name] + value if name in self.sums else value
             self.counts[name] = self.counts.get(name, 0) + 1
         if self.bar is not None:
-            self.bar.update()
+            self.bar.update(1 / self.parts)
 
     def write(self, step: int, **values: float | None) -> None:
         """Write the means since the last call, and `values` unchanged.

@@ -141,7 +141,7 @@ class Run:
         ranks.join(config.process_timeout)
         shared = {key: x for key, x in flat_values(config).items() if key not in OF_A_MACHINE}
         ranks.check_same(shared, "start all of them by the same command")
-        seed_everything(config.seed)
+        seed_everything(config.seed, config.deterministic)
         warn_of_slow_precision(get_device(config.device), config.amp)
         self.config, self.folder, self.dry_run = config, Path(config.out_dir), args.dry_run
         self.writes = ranks.is_first() and not args.dry_run
@@ -174,7 +174,8 @@ class Run:
         if self.dry_run:
             config.steps = 1
         self.last_step = config.steps
-        self.log = Log(self.folder / "metrics.jsonl" if self.writes else None, config.steps)
+        file = self.folder / "metrics.jsonl" if self.writes else None
+        self.log = Log(file, config.steps, config.accumulate)
 
     def _check_folder(self) -> None:
         folder = self.run_folder
@@ -218,6 +219,7 @@ class Run:
             lambda: open_domains(self.config.data, self.config.seed, self.dry_run, trained)
         )
         self.domains.device = get_device(self.config.device)
+        self.domains.parts = self.config.accumulate
         print(self.domains.describe())
         shares = None if self.dry_run else self.domains.source_shares()
         names = self.domains.classes, shares, self.domains.absent_classes
