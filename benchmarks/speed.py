@@ -5,15 +5,16 @@
         configs/demo/dann.yaml data.batch=32 --rounds 15 --steps 50
 
 The bare model is the limit: forward, cross-entropy, backward and a foreach SGD step of the same
-network, eager, contiguous, float32, on a tensor in memory: the normalized images that train the
-network in one step of the script.
+network, eager, in the precision of the script (`amp`), on a tensor in memory: the normalized images
+that train the network in one step of the script. On a GPU it has the memory layout of the script,
+on a CPU it is contiguous.
 
-The script runs unchanged, in this process and on one thread. Its `Log.add`, called once at the end
-of every step, hands over: `--steps` steps of the script, then as many bare ones, and so on. Each
-round gives one ratio. The printed line has their median (and range), of wall time and of CPU
-seconds of this process. A first round warms up and does not count; every image file is decoded
-before it. Loader workers (`data.workers`) fill their queues while the bare model has its turn, and
-their CPU seconds are not counted: use more steps per round with them.
+The script runs unchanged, in this process and on one thread. After every `--steps` steps of it as
+many bare ones follow, and so on; a GPU is waited for in between only. Each round gives one ratio.
+The printed line has their median (and range), of wall time and of CPU seconds of this process, and
+on a GPU the largest memory of both. A first round warms up and does not count; every image file is
+decoded before it. Loader workers (`data.workers`) fill their queues while the bare model has its
+turn, and their CPU seconds are not counted: use more steps per round with them.
 """
 
 import argparse
@@ -25,6 +26,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from unittest import mock
@@ -39,11 +41,11 @@ from data import Domains
 from data.image_set import ImageSet
 from models.network import Network
 from training.config import load_run_config
-from training.log import Log
 from training.optim import OptimConfig
 from training.run import Run
 
 COLUMNS = "run", "images per step", "bare, ms", "script, ms", "ratio", "ratio, CPU seconds"
+COLUMNS += ("bare and script, GiB",)
 HEADER = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
 
 
@@ -54,14 +56,25 @@ def clock() -> torch.Tensor:
     return torch.tensor([time.perf_counter(), time.process_time()], dtype=torch.float64)
 
 
+def peak_memory() -> float:
+    """The largest memory of the GPU in GiB since the last call; 0 without one."""
+    if not torch.cuda.is_available():
+        return 0.0
+    peak = torch.cuda.max_memory_allocated() / 2**30
+    torch.cuda.reset_peak_memory_stats()
+    return peak
+
+
 class Bare:
     """A copy of the script's network, trained on uint8 `images` with made-up labels."""
 
-    def __init__(self, model: Network, images: torch.Tensor, optim: OptimConfig):
-        self.model = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
-        self.x = ((images - model.mean) / model.std).contiguous()
+    def __init__(self, model: Network, images: torch.Tensor, optim: OptimConfig, amp: str):
+        layout = model.memory_format if images.is_cuda else torch.contiguous_format
+        self.autocast = torch.autocast(images.device.type, getattr(torch, amp), amp != "float32")
+        self.model = copy.deepcopy(model).to(memory_format=layout)
+        self.x = ((images - model.mean) / model.std).contiguous(memory_format=layout)
         self.model.normalize = lambda x: x  # scaling and normalization belong to the input
-        with torch.no_grad():
+        with torch.no_grad(), self.autocast:
             shape = copy.deepcopy(self.model).eval()(self.x).logits.shape
         labels = torch.arange(len(images) * shape[2:].numel(), device=images.device) % shape[1]
         self.y = labels.view(len(images), *shape[2:])
@@ -78,7 +91,8 @@ class Bare:
         return self.model(self.x).logits
 
     def step(self) -> None:
-        loss = F.cross_entropy(self.forward(), self.y)
+        with self.autocast:
+            loss = F.cross_entropy(self.forward(), self.y)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()
@@ -95,14 +109,16 @@ class Turns:
         model: the script's network.
         bare: a `Bare`.
         times: one (2, 2) tensor per round: script and bare, wall and CPU seconds per step.
+        memory: (bare, script): the largest memory of a GPU in GiB.
     """
 
     def __init__(self, script: ModuleType, config, rounds: int, steps: int):
         self.script, self.config, self.rounds, self.steps = script, config, rounds, steps
         self.done, self.images, self.bare, self.times = 0, [], None, []
+        self.memory = 0.0, 0.0
 
     def run(self, argv: list[str]) -> None:
-        build_model, open_domains, add = self.script.build_model, Run.open_domains, Log.add
+        build_model, open_domains, steps = self.script.build_model, Run.open_domains, Run.steps
 
         def build_and_watch(*args, **kwargs) -> Network:
             self.model = build_model(*args, **kwargs)
@@ -117,17 +133,18 @@ class Turns:
                     images.images[part]  # decoded here, and kept
             return domains
 
-        def add_and_hand_over(log: Log, **values) -> None:
-            add(log, **values)
-            self.done += 1
-            if self.done % self.steps == 0:
-                self._hand_over()
-            self.images = []
+        def steps_and_hand_over(run: Run, start: int) -> Iterator[int]:
+            for step in steps(run, start):
+                yield step
+                self.done += 1
+                if self.done % self.steps == 0:
+                    self._hand_over()
+                self.images = []
 
         with contextlib.suppress(Finished), contextlib.ExitStack() as patches:
             patches.enter_context(mock.patch.object(self.script, "build_model", build_and_watch))
             patches.enter_context(mock.patch.object(Run, "open_domains", open_and_decode))
-            patches.enter_context(mock.patch.object(Log, "add", add_and_hand_over))
+            patches.enter_context(mock.patch.object(Run, "steps", steps_and_hand_over))
             self.start = clock()
             self.script.main(argv)
             raise UserError("the script ended before the last round")
@@ -138,15 +155,18 @@ class Turns:
 
     def _hand_over(self) -> None:
         script_seconds = clock() - self.start
+        script_memory = peak_memory()
         warm_up = self.bare is None
         if warm_up:
             self.hook.remove()
-            self.bare = Bare(self.model, torch.cat(self.images), self.config.optim)
+            optim, amp = self.config.optim, self.config.amp
+            self.bare = Bare(self.model, torch.cat(self.images), optim, amp)
         with torch.random.fork_rng():  # the global stream is the script's
             start = clock()
             for _ in range(self.steps):
                 self.bare.step()
             bare_seconds = clock() - start
+        self.memory = peak_memory(), script_memory
         if not warm_up:
             self.times.append(torch.stack([script_seconds, bare_seconds]) / self.steps)
         if len(self.times) == self.rounds:
@@ -193,7 +213,8 @@ def table_line(name: str, turns: Turns) -> str:
     ratios = [
         f"{statistics.median(r):.3f} ({min(r):.3f}-{max(r):.3f})" for r in (script / bare).tolist()
     ]
-    return f"| {' | '.join([name, str(len(turns.bare.x)), *ms, *ratios])} |"
+    memory = [f"{turns.memory[0]:.2f}, {turns.memory[1]:.2f}" if any(turns.memory) else "-"]
+    return f"| {' | '.join([name, str(len(turns.bare.x)), *ms, *ratios, *memory])} |"
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -26,6 +26,7 @@ from common.config import cut, shorten
 from common.errors import UserError
 from common.metrics import IGNORE_INDEX
 from data import operations as ops
+from data.memory import empty_batch
 from data.operations import Operation
 from data.order import Draws
 
@@ -199,8 +200,8 @@ class Crops:
             UserError: the crop is larger than an image.
         """
         size = self.size or images[0].shape[1:]
-        crops = torch.empty((len(images), *size, 3), dtype=torch.uint8).movedim(-1, 1)
-        crop_masks = None if masks is None else torch.empty((len(images), *size), dtype=torch.uint8)
+        crops = empty_batch((len(images), *size, 3)).movedim(-1, 1)
+        crop_masks = None if masks is None else empty_batch((len(images), *size))
         flips = [False] * len(images)
         if "flip" in self.spec:
             flips = (FLIP.draw(draws, **self.spec["flip"])[:, 0] > 0).tolist()

@@ -84,7 +84,7 @@ def _decoded(domain: DomainConfig, files: Files, config: DataConfig, read_only: 
         read_only: store nothing (dry run).
     """
     side = domain.resize or round(config.size * 8 / 7)
-    folder = None if read_only else Path(config.cache)
+    folder = None if read_only or config.storage == "files" else Path(config.cache)
     limit = config.cache_gb * 2**30
     shared = config.workers > 0 or ranks.count() > 1
     images = decoded_images(files.images, (side, side), folder, limit, shared, config.exif)

@@ -143,6 +143,7 @@ class DataConfig:
     worker_timeout: int = positive(300, most=10**6)  # s without a batch that end the run
     cache: str | None = None  # folder of decoded images, not under root; null: ./cache
     cache_gb: float = not_negative(2.0)  # larger sets, and all sets with workers, go to files
+    storage: Literal["decoded", "files"] = "decoded"  # files: decoded anew in each step
 
     def __post_init__(self):
         self.root = self.root or os.environ.get("DA_DATA") or "datasets"

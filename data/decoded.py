@@ -20,6 +20,7 @@ from tqdm import tqdm
 from common import ranks
 from common.errors import UserError
 from data.id_maps import UNKNOWN
+from data.memory import empty_batch
 from data.order import generator
 
 Size = tuple[int, int]  # height, width
@@ -272,7 +273,7 @@ class Decoded:
     Args:
         paths: the files; those of one index must be decoded to the same shape.
         decode: an `ImageDecoder` or a `MaskDecoder`.
-        folder: the folder of the cache file, or None to store nothing (dry run).
+        folder: the folder of the cache file, or None to store nothing.
         limit: largest size in memory, in bytes.
         shared: whether several workers read the set.
 
@@ -297,6 +298,7 @@ class Decoded:
         # Images that this process has stored in its memory, or seen undamaged in the file.
         self.ready = np.zeros(len(paths), bool)
         self.told = False
+        self.bar = None
         if folder is not None and (self.bytes > limit or shared):
             self._choose_file(folder)
         if decode.size and not (self.file and self.file.exists()):
@@ -364,7 +366,7 @@ class Decoded:
         )
 
     def __getstate__(self) -> dict:
-        return {name: value for name, value in vars(self).items() if name != "descriptor"}
+        return {**{k: x for k, x in vars(self).items() if k != "descriptor"}, "bar": None}
 
     def __setstate__(self, state: dict) -> None:
         vars(self).update(state)
@@ -440,14 +442,34 @@ class Decoded:
         elif self.store is not None:
             self._stored(i)[:] = pixels
             self.ready[i] = True
+        if self.bar is not None:
+            self.bar.update()
+            if self.bar.n == self.bar.total:
+                self.bar.close()
+
+    def _still_to_decode(self) -> int:
+        """How many images are not stored yet."""
+        if self.file is None:
+            return int((~self.ready).sum())
+        places = (self._offset(i) for i in range(len(self)))
+        return sum(not any(os.pread(self.descriptor, CHECKSUM, place)) for place in places)
+
+    def _show_progress(self) -> None:
+        """Show on a terminal how many images are decoded, until all are stored."""
+        stores = self.file is not None or self.store is not None
+        if stores and ranks.is_first() and get_worker_info() is None:
+            done = len(self) - self._still_to_decode()
+            counts = {"initial": done, "total": len(self), "unit": "file"}
+            self.bar = tqdm(desc="decoding", leave=False, disable=None, delay=1, **counts)
 
     def __getitem__(self, index: torch.Tensor) -> torch.Tensor:
         numbers = index.tolist()
         if self.store is not None and self.decode.size and self.ready[numbers].all():
             images = self.store.view(len(self), *_in_memory(self.shapes[0]))
-            batch = images.index_select(0, index)
+            batch = empty_batch((len(numbers), *images.shape[1:]))
+            torch.index_select(images, 0, index, out=batch)
         else:
-            batch = torch.from_numpy(self._fill(numbers))
+            batch = self._fill(numbers)
         return batch.movedim(-1, 1) if batch.dim() == 4 else batch
 
     def one(self, i: int) -> torch.Tensor:
@@ -457,14 +479,16 @@ class Decoded:
         pixels = torch.from_numpy(self._stored(i))
         return pixels.movedim(-1, 0) if pixels.dim() == 3 else pixels
 
-    def _fill(self, numbers: list[int]) -> np.ndarray:
+    def _fill(self, numbers: list[int]) -> torch.Tensor:
         """Images of one size in the order of memory: (n, H, W, C), or masks (n, H, W)."""
         (shape,) = {_in_memory(self.shapes[i]) for i in numbers}
-        batch = np.empty((len(numbers), *shape), np.uint8)
+        batch = empty_batch((len(numbers), *shape))
         places: dict[int, list[np.ndarray]] = {}  # in the batch; an image may have several
-        for i, pixels in zip(numbers, batch, strict=True):
+        for i, pixels in zip(numbers, batch.numpy(), strict=True):
             places.setdefault(i, []).append(pixels)
         missing = [i for i, rows in places.items() if not self._copy(i, rows[0])]
+        if missing and self.bar is None:
+            self._show_progress()
         if len(missing) == 1:
             self._decode_into(missing[0], places[missing[0]][0])
         elif missing:
@@ -479,9 +503,12 @@ class Decoded:
     def describe(self) -> str:
         """The size of the decoded set and where it is stored."""
         if self.file is not None:
-            where = f"in {self.file}"
+            count = self._still_to_decode()
+            where = f"in {self.file}" + f" ({count} of {len(self)} are still to decode)" * (
+                count > 0
+            )
         else:
-            where = "not stored" if self.store is None else "in memory"
+            where = "decoded whenever it is used" if self.store is None else "in memory"
         return f"{self.bytes / 2**20:.0f} MiB decoded, {where}"
 
 

@@ -22,6 +22,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
+from data.memory import empty_batch
 from data.order import Draws
 
 Range = Sequence[float]
@@ -136,7 +137,7 @@ def crop_boxes(numbers: torch.Tensor, side: int) -> torch.Tensor:
 def crop_one_by_one(images: torch.Tensor, boxes: torch.Tensor, size: int) -> torch.Tensor:
     """The fastest way on a CPU."""
     images = images.contiguous(memory_format=torch.channels_last)
-    cropped = images.new_empty(len(images), size, size, images.shape[1]).movedim(-1, 1)
+    cropped = empty_batch((len(images), size, size, images.shape[1])).movedim(-1, 1)
     for image, box, out in zip(images, boxes.tolist(), cropped, strict=True):
         resize(cut(image, *box), out)
     return cropped
@@ -204,7 +205,7 @@ def pointwise(images: torch.Tensor, function: Callable[[torch.Tensor], torch.Ten
     channels = tables.shape[1]  # 1 if all are treated alike
     offsets = torch.arange(0, 256 * channels, 256, dtype=torch.int32)
     pixels = images.movedim(1, -1)  # channels last
-    changed = torch.empty(pixels.shape, dtype=torch.uint8)
+    changed = empty_batch(pixels.shape)
     for image, table, out in zip(pixels, tables, changed, strict=True):
         index = image.int() if channels == 1 else image.int().add_(offsets)
         torch.index_select(table.flatten(), 0, index.flatten(), out=out.view(-1))

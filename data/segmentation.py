@@ -79,7 +79,7 @@ def _decoded(
     """
     files, mask_files, skipped = pairs
     size = domain.resize and tuple(domain.resize)
-    folder = None if read_only else Path(config.cache)
+    folder = None if read_only or config.storage == "files" else Path(config.cache)
     shared = config.workers > 0 or ranks.count() > 1
     storage = folder, config.cache_gb * 2**30, shared
     images = decoded_images(files, size, *storage, config.exif)

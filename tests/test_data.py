@@ -581,6 +581,22 @@ def test_memory_file_and_not_kept_give_the_same_pixels(pictures, tmp_path, decod
         assert len(images) == 6
 
 
+def test_files_are_decoded_anew_to_the_same_pixels(pictures, tmp_path, decoded):
+    pictures("photo", {"cat": 8, "dog": 8})
+    pictures("sketch", {"cat": 3, "dog": 3})
+    batches, calls = {}, {}
+    for storage in ("decoded", "files"):
+        config = data_config(PHOTO, SKETCH, size=14, batch=8, storage=storage)
+        domains = open_domains(config, 0)
+        del decoded[:]
+        batches[storage] = [x for x, _ in domains.batches("source", 0, 6)]
+        calls[storage] = len(decoded)
+        assert ("decoded whenever it is used" in domains.describe()) == (storage == "files")
+    assert all(torch.equal(*pair) for pair in zip(*batches.values(), strict=True))
+    assert calls["decoded"] <= 16 < 40 < calls["files"] <= 48
+    assert not (tmp_path / "cache").exists()
+
+
 def test_a_file_of_decoded_images_is_found_by_later_runs(pictures, tmp_path, decoded):
     paths = sorted(pictures("flat", 5).iterdir())
     Image.new("RGB", (20, 20), (5, 5, 5)).save(paths[3], "bmp")

@@ -41,6 +41,7 @@ FREE_AT_RESUME = (
     "data.worker_timeout",
     "data.cache",
     "data.cache_gb",
+    "data.storage",
 )
 
 

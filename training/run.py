@@ -47,7 +47,7 @@ from training.summary import print_summary, summarize
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # the run saves and leaves
 PAIR = 1.0  # seconds within which a second signal counts as the same one, sent to us twice
 # The keys that may differ between the machines of several processes.
-OF_A_MACHINE = ("data.root", "data.cache", "data.cache_gb", "data.workers")
+OF_A_MACHINE = ("data.root", "data.cache", "data.cache_gb", "data.storage", "data.workers")
 LOADERS = ("source_val", "target_train", "target_test")  # of an evaluation
 
 
