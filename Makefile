@@ -1,4 +1,4 @@
-.PHONY: demo test
+.PHONY: demo test gpu
 .DELETE_ON_ERROR:
 
 PYTHON ?= python3
@@ -13,6 +13,9 @@ demo: .venv/.installed
 test: .venv/.installed
 	.venv/bin/ruff check .
 	.venv/bin/python -m pytest
+
+gpu: .venv/.installed
+	.venv/bin/python benchmarks/gpu.py
 
 .venv/.installed: requirements.txt requirements-dev.txt
 	test -x .venv/bin/python || $(PYTHON) -m venv .venv

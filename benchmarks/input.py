@@ -257,11 +257,14 @@ def train_on_files(count: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary, "images")
         write_files(root / "source", count)
+        write_files(root / "target", 100)
         config = Path(temporary, "config.yaml")
         cache_gb = 0.1 * count * 256 * 256 * 3 / 2**30
-        domain = "{name: folder, path: source, resize: 256}"
+        source, target = (
+            f"{{name: folder, path: {name}, resize: 256}}" for name in ("source", "target")
+        )
         config.write_text(
-            f"data: {{source: {domain}, target: {domain}, root: {root}, size: 32, source_val: 0, "
+            f"data: {{source: {source}, target: {target}, root: {root}, size: 32, source_val: 0, "
             f"batch: {batch}, cache: {temporary}/cache, cache_gb: {cache_gb}, "
             f"augment: {{crop: {{}}, flip: {{}}}}, select_images: 100}}\n"
             "model: {backbone: lenet}\noptim: {lr: 0.001}\n"

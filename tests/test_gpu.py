@@ -6,6 +6,10 @@ Without such a device these tests are skipped aloud.
 import pytest
 import torch
 
+from benchmarks.input import RECIPES, generated
+from common.resize import resize_maps
+from data import to_views
+from data.tasks import task_module
 from tests.helpers import (
     SCRIPTS,
     TASKS,
@@ -88,3 +92,38 @@ def test_resume_is_exact(tmp_path, monkeypatch, script, task):
         assert train(script, config, *arguments) == 143
     assert train(script, config, *arguments, "--resume") == 0
     assert differing(weights(tmp_path / "whole"), weights(tmp_path / "run")) == 0
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_views_are_those_of_a_cpu(name):
+    """Within a gray level of rounding, where no noise is drawn."""
+    recipe = RECIPES[name]
+    if recipe.strong and "photometric" in recipe.strong:
+        pytest.skip("the noise is that of the device")
+    images, config = generated(recipe, 0)
+    batches = task_module(config).TrainBatches(images, config, 0, "source", recipe.strong, raw=True)
+    ours, theirs = (to_views(batches[0], torch.device(kind)) for kind in ("cuda", "cpu"))
+    pairs = zip(ours, theirs, strict=True) if isinstance(ours, tuple) else [(ours, theirs)]
+    for view, expected in pairs:
+        assert (view.cpu().int() - expected.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("keys", [["deterministic=false"], ["compile=true"], ["accumulate=2"]])
+@pytest.mark.parametrize("task", TASKS)
+def test_keys_of_a_gpu(tmp_path, task, keys):
+    config = config_of(task, tmp_path, "train_pseudo")
+    assert train("train_pseudo", config, "device=cuda", "amp=bfloat16", *keys) == 0
+    assert any("cls_loss" in line for line in metrics(tmp_path / "run"))
+
+
+def test_maps_are_resized_to_the_same_bits():
+    torch.manual_seed(0)
+    x = torch.randn(2, 19, 64, 128, device="cuda", requires_grad=True)
+    outcomes = []
+    for _ in range(3):
+        resized = resize_maps(x, (512, 1024))
+        (gradient,) = torch.autograd.grad(resized.square().sum(), x)
+        outcomes.append((resized.detach(), gradient))
+    assert all(torch.equal(a, b) for one in outcomes for a, b in zip(one, outcomes[0], strict=True))
+    expected = torch.nn.functional.interpolate(x.cpu(), size=(512, 1024), mode="bilinear")
+    torch.testing.assert_close(outcomes[0][0].cpu(), expected, rtol=0, atol=1e-5)
