@@ -30,6 +30,7 @@ from data.folder import read_list, scan_folder
 from data.image_set import image_set
 from data.order import Draws, Order, generator
 from data.tasks import task_module
+from data.views import to_views
 from tests.helpers import (
     ROOT,
     TASKS,
@@ -519,6 +520,24 @@ def test_two_views(workers):
     one = noise_set(size=1, labeled=False)
     strong = [s.numpy().tobytes() for _, s in train_loader(one, config, 1, "target", 0, 6, spec)]
     assert len(set(strong)) == 6
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_view_depends_on_its_position_alone(workers):
+    """Neither on the batch size nor on the loader: where pixels are computed is left open."""
+    augment = {"affine": {"degrees": 20}, "crop": {}, "photometric": {"gain": [0.5, 1.5]}}
+    strong, views = {"flip": {}, "cutout": {}}, []
+    for batch, steps in ((4, 6), (6, 4), (24, 1)):
+        config = data_config(batch=batch, size=12, augment=augment, workers=workers)
+        images = noise_set(size=12, labeled=False)
+        pairs = list(train_loader(images, config, 1, "target", 0, steps, strong))
+        views.append([torch.cat(parts) for parts in zip(*pairs, strict=True)])
+    assert all(torch.equal(*pair) for pair in zip(views[0], views[1], strict=True))
+    assert all(torch.equal(*pair) for pair in zip(views[0], views[2], strict=True))
+    raw = TrainBatches(images, config, 1, "target", strong, raw=True)[0]
+    assert all(map(torch.equal, to_views(raw, torch.device("cpu")), views[0]))
+    moved = raw._replace(images=raw.images.roll(1, 0))  # control: an image has its own numbers
+    assert not any(map(torch.equal, to_views(moved, torch.device("cpu")), views[0]))
 
 
 def test_a_domain_may_have_an_augmentation_of_its_own():
