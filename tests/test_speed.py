@@ -144,9 +144,9 @@ def test_bare_model_forwards_what_the_classifier_does(monkeypatch):
 
 @pytest.mark.parametrize("disc_norm", ["batch", "dropout"])  # dropout draws from the global stream
 def test_the_measured_run_is_the_plain_run(tmp_path, disc_norm):
-    steps, overrides = Run.steps, [*TINY, "model.bn=separate", f"disc_norm={disc_norm}"]
+    due, overrides = Run.due, [*TINY, "model.bn=separate", f"disc_norm={disc_norm}"]
     turns = turns_of("dann", *overrides)
-    assert Run.steps is steps
+    assert Run.due is due
     total = (ROUNDS + 1) * STEPS
     rest = [f"{key}={total}" for key in ("steps", "eval_every", "save_every")]
     command = ["--config", *config("dann"), *overrides, *rest, f"out_dir={tmp_path / 'run'}"]
