@@ -138,6 +138,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             rates = {"lr": config.target_lr, "disc_lr": config.disc_lr}
             x_t = to_views(next(target), device)
+            x_l, y_l = to_views(next(labeled), device) if labeled else (None, None)
             source_model.eval()
 
             # the discriminator, on the features of both encoders at once, as its batch norm needs
@@ -168,7 +169,6 @@ def main(argv: list[str] | None = None) -> int:
                 losses = {"adv_loss": loss, "disc_loss": disc_loss}
                 losses["domain_accuracy"] = domain_accuracy
                 if labeled:
-                    x_l, y_l = to_views(next(labeled), device)
                     target_cls_loss, _ = supervised_loss(model(x_l), y_l, config.model)
                     losses["target_cls_loss"] = target_cls_loss
                     loss = loss + target_cls_loss

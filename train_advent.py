@@ -119,6 +119,7 @@ def main(argv: list[str] | None = None) -> int:
         for _ in range(config.accumulate):
             x_s, y_s = to_views(next(source), device)
             x_t = to_views(next(target), device)
+            x_l, y_l = to_views(next(labeled), device) if labeled else (None, None)
 
             # the model, with the discriminators held fixed
             discriminators.requires_grad_(False)
@@ -143,7 +144,6 @@ def main(argv: list[str] | None = None) -> int:
                     losses |= {head.name + name: part for name, part in parts.items()}
                     predictions.append((log_p_s.detach(), information_t.detach()))
                 if labeled:
-                    x_l, y_l = to_views(next(labeled), device)
                     target_cls_loss, _ = supervised_loss(model(x_l), y_l, config.model)
                     losses["target_cls_loss"] = target_cls_loss
                     loss = loss + target_cls_loss

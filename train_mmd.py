@@ -82,6 +82,7 @@ def main(argv: list[str] | None = None) -> int:
         for _ in range(config.accumulate):
             x_s, y_s = to_views(next(source), device)
             x_t = to_views(next(target), device)
+            x_l, y_l = to_views(next(labeled), device) if labeled else (None, None)
 
             with autocast:
                 out_s, out_t = forward_domains(model, x_s, x_t, config.model)
@@ -99,7 +100,6 @@ def main(argv: list[str] | None = None) -> int:
                     losses["coral_loss"] = sum(coral_loss(*pair) for pair in pairs)
                     loss = loss + config.coral_weight * losses["coral_loss"]
                 if labeled:
-                    x_l, y_l = to_views(next(labeled), device)
                     target_cls_loss, _ = supervised_loss(model(x_l), y_l, config.model)
                     losses["target_cls_loss"] = target_cls_loss
                     loss = loss + target_cls_loss

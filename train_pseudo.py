@@ -128,6 +128,7 @@ def main(argv: list[str] | None = None) -> int:
         for part in range(config.accumulate):
             x_s, y_s = to_views(next(source), device)
             x_weak, x_strong = to_views(next(target), device)
+            x_l, y_l = to_views(next(labeled), device) if labeled else (None, None)
             # pseudo-labels of the weak view
             eval_mode(labeler, batch_statistics=own_bn)
             with torch.no_grad(), autocast:
@@ -171,7 +172,6 @@ def main(argv: list[str] | None = None) -> int:
                     aux_loss = losses["aux_cls_loss"] + pseudo_weight * losses["aux_pseudo_loss"]
                     loss = loss + config.model.aux_weight * aux_loss
                 if labeled:
-                    x_l, y_l = to_views(next(labeled), device)
                     target_cls_loss, _ = supervised_loss(model(x_l), y_l, config.model)
                     losses["target_cls_loss"] = target_cls_loss
                     loss = loss + target_cls_loss

@@ -150,6 +150,7 @@ def main(argv: list[str] | None = None) -> int:
         optimizer.zero_grad(set_to_none=True)
         for _ in range(config.accumulate):
             x_weak, x_strong = to_views(next(target), device)
+            x_l, y_l = to_views(next(labeled), device) if labeled else (None, None)
             # pseudo-labels of the weak view
             model.eval()
             with torch.no_grad(), autocast:
@@ -174,7 +175,6 @@ def main(argv: list[str] | None = None) -> int:
                 loss = log_k * information + config.pseudo_weight * pseudo_loss
                 losses = {"ent_loss": ent_loss, "div_loss": div_loss, "pseudo_loss": pseudo_loss}
                 if labeled:
-                    x_l, y_l = to_views(next(labeled), device)
                     target_cls_loss, _ = supervised_loss(model(x_l), y_l, config.model)
                     losses["target_cls_loss"] = target_cls_loss
                     loss = loss + target_cls_loss

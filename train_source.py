@@ -62,12 +62,12 @@ def main(argv: list[str] | None = None) -> int:
         optimizer.zero_grad(set_to_none=True)
         for _ in range(config.accumulate):
             x_s, y_s = to_views(next(source), device)
+            x_l, y_l = to_views(next(labeled), device) if labeled else (None, None)
 
             with autocast:
                 out_s = model(x_s)
                 loss, losses = supervised_loss(out_s, y_s, config.model)
                 if labeled:
-                    x_l, y_l = to_views(next(labeled), device)
                     target_cls_loss, _ = supervised_loss(model(x_l), y_l, config.model)
                     losses["target_cls_loss"] = target_cls_loss
                     loss = loss + target_cls_loss

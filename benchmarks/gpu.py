@@ -107,8 +107,10 @@ def run(words: list[str], seconds: float) -> tuple[int, str]:
 
 def run_tests(seconds: float) -> dict:
     """The outcome of the tests marked `gpu`."""
-    words = ["-m", "pytest", "tests/test_gpu.py", "-q", "-x", "--maxfail", "5", "-n", "4"]
-    code, out = run(words, seconds)
+    words = ["-m", "pytest", "tests/test_gpu.py", "-q", "--maxfail", "5", "--tb", "short"]
+    code, out = run([*words, "-n", "4", "--dist", "load"], seconds)
+    if code != 0:
+        print(out[-6000:], file=sys.stderr)
     found = re.findall(r"^.*\d+ (?:passed|failed|skipped|error).*$", out, re.M)
     return {"code": code, "outcome": found[-1].strip("= ") if found else f"exit code {code}"}
 
@@ -133,10 +135,11 @@ def measure(device: torch.device, begin: float) -> dict:
         folder, rows = Path(temporary, "images"), Path(temporary, "input.json")
         generate(folder)
         words = ["benchmarks/input.py", "--workers", "0", "4", "--seconds", "1"]
-        code, _ = run([*words, "--device", device.type, "--json", str(rows)], 120)
+        code, out = run([*words, "--device", device.type, "--json", str(rows)], 120)
         if code == 0:
             figures["input"] = json.loads(rows.read_text())
         else:
+            print(out[-2000:], file=sys.stderr)
             figures["left_out"].append("input")
         print(f"input: exit code {code}", flush=True)
         for script, text, overrides in SPEED:

@@ -37,7 +37,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from common.errors import UserError, exit_with
 from data import Domains
-from data.image_set import ImageSet
+from data.image_set import ImageSet, one
 from models.network import Network
 from training.config import load_run_config
 from training.optim import OptimConfig
@@ -64,13 +64,20 @@ def peak_memory() -> float:
     return peak
 
 
+def kept_memory() -> float:
+    """The memory of the GPU that tensors take now, in GiB; 0 without one."""
+    return torch.cuda.memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
+
+
 class Bare:
     """A copy of the script's network, trained on uint8 `images` with made-up labels."""
 
     def __init__(self, model: Network, images: torch.Tensor, optim: OptimConfig, amp: str):
         layout = model.memory_format if images.is_cuda else torch.contiguous_format
         self.autocast = torch.autocast(images.device.type, getattr(torch, amp), amp != "float32")
+        compiled, model.compiled = model.compiled, None  # the copy is not
         self.model = copy.deepcopy(model).to(memory_format=layout)
+        model.compiled = compiled
         self.x = ((images - model.mean) / model.std).contiguous(memory_format=layout)
         self.model.normalize = lambda x: x  # scaling and normalization belong to the input
         with torch.no_grad(), self.autocast:
@@ -114,7 +121,7 @@ class Turns:
     def __init__(self, script: ModuleType, config, rounds: int, steps: int):
         self.script, self.config, self.rounds, self.steps = script, config, rounds, steps
         self.done, self.images, self.bare, self.times = 0, [], None, []
-        self.memory = 0.0, 0.0
+        self.memory, self.kept, self.bare_kept = (0.0, 0.0), 0.0, 0.0
 
     def run(self, argv: list[str]) -> None:
         build_model, open_domains, due = self.script.build_model, Run.open_domains, Run.due
@@ -128,8 +135,10 @@ class Turns:
         def open_and_decode(run: Run) -> Domains:
             domains = open_domains(run)
             for images in vars(domains).values():
-                for part in images.indices.split(256) if isinstance(images, ImageSet) else ():
-                    images.images[part]  # decoded here, and kept
+                for i in images.indices.tolist() if isinstance(images, ImageSet) else ():
+                    one(images.images, i)  # decoded here, and kept
+                    if images.crop is not None and images.labels is not None:
+                        one(images.labels, i)
             return domains
 
         def due_or_hand_over(run: Run, step: int, every: int) -> bool:
@@ -157,6 +166,7 @@ class Turns:
         script_memory = peak_memory()
         warm_up = self.bare is None
         if warm_up:
+            self.kept = kept_memory()  # by the script
             self.hook.remove()
             optim, amp = self.config.optim, self.config.amp
             self.bare = Bare(self.model, torch.cat(self.images), optim, amp)
@@ -165,7 +175,10 @@ class Turns:
             for _ in range(self.steps):
                 self.bare.step()
             bare_seconds = clock() - start
-        self.memory = peak_memory(), script_memory
+        # What the other one keeps does not count.
+        self.memory = peak_memory() - self.kept, script_memory - self.bare_kept
+        if warm_up:
+            self.bare_kept = kept_memory() - self.kept
         if not warm_up:
             self.times.append(torch.stack([script_seconds, bare_seconds]) / self.steps)
         if len(self.times) == self.rounds:

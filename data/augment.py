@@ -156,11 +156,17 @@ class Augment:
         for name, drawn in zip(self.spec, numbers, strict=True):
             images = OPERATIONS["classification"][name].apply(images, drawn, self.size)
         if self.size is not None and images.shape[-1] > self.size:
-            images = F.center_crop(images, [self.size])
+            images = center(images, self.size)
         return three_channels(images)
 
 
+def center(images: torch.Tensor, size: int) -> torch.Tensor:
+    """The middle square of images (N, C, H, W), padded with zeros if need be, without gaps."""
+    return F.center_crop(images, [size]).contiguous(memory_format=torch.channels_last)
+
+
 def three_channels(images: torch.Tensor) -> torch.Tensor:
+    """(N, C, H, W) -> (N, 3, H, W), with a gray channel repeated."""
     return images if images.shape[1] == 3 else images.expand(-1, 3, -1, -1).contiguous()
 
 

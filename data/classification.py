@@ -11,7 +11,7 @@ from torchvision.transforms.v2 import functional as F
 from common import ranks
 from common.errors import UserError
 from common.metrics import accuracies
-from data.augment import Augment, three_channels
+from data.augment import Augment, center, three_channels
 from data.config import FILES, DataConfig, DomainConfig
 from data.decoded import Decoded, decoded_images
 from data.digits import open_digits
@@ -214,5 +214,5 @@ class EvalBatches(Dataset):
     def __getitem__(self, k: int):
         batch = self.config.eval_batch
         index = self.set.indices[k * batch : (k + 1) * batch]
-        images = three_channels(F.center_crop(self.set.images[index], [self.config.size]))
+        images = three_channels(center(self.set.images[index], self.config.size))
         return images if self.set.labels is None else (images, self.set.labels[index])

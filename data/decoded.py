@@ -298,7 +298,7 @@ class Decoded:
         # Images that this process has stored in its memory, or seen undamaged in the file.
         self.ready = np.zeros(len(paths), bool)
         self.told = False
-        self.bar = None
+        self.bar, self.shows = None, folder is not None and not shared
         if folder is not None and (self.bytes > limit or shared):
             self._choose_file(folder)
         if decode.size and not (self.file and self.file.exists()):
@@ -444,22 +444,14 @@ class Decoded:
             self.ready[i] = True
         if self.bar is not None:
             self.bar.update()
-            if self.bar.n == self.bar.total:
-                self.bar.close()
 
-    def _still_to_decode(self) -> int:
-        """How many images are not stored yet."""
-        if self.file is None:
-            return int((~self.ready).sum())
-        places = (self._offset(i) for i in range(len(self)))
-        return sum(not any(os.pread(self.descriptor, CHECKSUM, place)) for place in places)
-
-    def _show_progress(self) -> None:
-        """Show on a terminal how many images are decoded, until all are stored."""
-        stores = self.file is not None or self.store is not None
-        if stores and ranks.is_first() and get_worker_info() is None:
-            done = len(self) - self._still_to_decode()
-            counts = {"initial": done, "total": len(self), "unit": "file"}
+    def _show_progress(self, decoding: bool) -> None:
+        """Show on a terminal how many images are decoded, in the first pass over them."""
+        if not decoding and self.bar is not None:
+            self.bar.close()
+            self.bar = None
+        elif decoding and self.bar is None and self.shows and ranks.is_first():
+            counts = {"total": len(self), "unit": "file"}
             self.bar = tqdm(desc="decoding", leave=False, disable=None, delay=1, **counts)
 
     def __getitem__(self, index: torch.Tensor) -> torch.Tensor:
@@ -469,26 +461,26 @@ class Decoded:
             batch = empty_batch((len(numbers), *images.shape[1:]))
             torch.index_select(images, 0, index, out=batch)
         else:
-            batch = self._fill(numbers)
+            (shape,) = {_in_memory(self.shapes[i]) for i in numbers}
+            batch = self._fill(numbers, empty_batch((len(numbers), *shape)))
         return batch.movedim(-1, 1) if batch.dim() == 4 else batch
 
     def one(self, i: int) -> torch.Tensor:
         """An image, or a mask; a view where it is in memory."""
         if self.store is None or not self.ready[i]:
-            return self[torch.tensor([i])][0]
-        pixels = torch.from_numpy(self._stored(i))
+            shape = (1, *_in_memory(self.shapes[i]))
+            pixels = self._fill([i], torch.empty(shape, dtype=torch.uint8))[0]
+        else:
+            pixels = torch.from_numpy(self._stored(i))
         return pixels.movedim(-1, 0) if pixels.dim() == 3 else pixels
 
-    def _fill(self, numbers: list[int]) -> torch.Tensor:
-        """Images of one size in the order of memory: (n, H, W, C), or masks (n, H, W)."""
-        (shape,) = {_in_memory(self.shapes[i]) for i in numbers}
-        batch = empty_batch((len(numbers), *shape))
+    def _fill(self, numbers: list[int], batch: torch.Tensor) -> torch.Tensor:
+        """Fill `batch` with images of one size, (n, H, W, C), or masks (n, H, W)."""
         places: dict[int, list[np.ndarray]] = {}  # in the batch; an image may have several
         for i, pixels in zip(numbers, batch.numpy(), strict=True):
             places.setdefault(i, []).append(pixels)
         missing = [i for i, rows in places.items() if not self._copy(i, rows[0])]
-        if missing and self.bar is None:
-            self._show_progress()
+        self._show_progress(bool(missing))
         if len(missing) == 1:
             self._decode_into(missing[0], places[missing[0]][0])
         elif missing:
@@ -503,10 +495,7 @@ class Decoded:
     def describe(self) -> str:
         """The size of the decoded set and where it is stored."""
         if self.file is not None:
-            count = self._still_to_decode()
-            where = f"in {self.file}" + f" ({count} of {len(self)} are still to decode)" * (
-                count > 0
-            )
+            where = f"in {self.file}"
         else:
             where = "decoded whenever it is used" if self.store is None else "in memory"
         return f"{self.bytes / 2**20:.0f} MiB decoded, {where}"
@@ -521,7 +510,8 @@ def _threads() -> int:
     """How many files this process decodes at once: the processes of a machine share its cores."""
     worker = get_worker_info()
     processes = ranks.local_count() * (worker.num_workers if worker else 1)
-    return max(len(os.sched_getaffinity(0)) // processes, 1)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max((cores or 1) // processes, 1)
 
 
 def _checksum(pixels: np.ndarray) -> bytes:

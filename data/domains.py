@@ -121,9 +121,9 @@ class Domains:
         self.on_wait()
 
     def fetch(self) -> None:
-        """Wait for the next batch of every iterator of `batches` that is in use."""
+        """Wait for the batches of the next step, of every iterator of `batches` in use."""
         for batches in list(self._opened.values()):
-            batches.fetch()
+            batches.fetch(self.parts)
 
     def positions(self, role: str, start: int, steps: int) -> tuple[torch.Tensor, ...]:
         """Numbers of the images in each of the batches that `batches` yields.

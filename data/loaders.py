@@ -1,6 +1,7 @@
 """Loaders of batches: batch k is a pure function of (seed, role, k), for any number of workers."""
 
 import atexit
+import collections
 import contextlib
 import multiprocessing
 import signal
@@ -114,18 +115,18 @@ class Batches:
 
     def __init__(self, batches: Iterator, workers: list, loader: Loader):
         self.batches, self.workers, self.loader = batches, workers, loader
-        self.ready: list = []
+        self.ready: collections.deque = collections.deque()
 
     def __iter__(self) -> "Batches":
         return self
 
     def __next__(self):
-        return self.ready.pop() if self.ready else self._load()
+        return self.ready.popleft() if self.ready else self._load()
 
-    def fetch(self) -> None:
-        """Wait for the next batch, so that `next` does not. After the last one do nothing."""
+    def fetch(self, count: int = 1) -> None:
+        """Wait for the next `count` batches, so that `next` does not. After the last do nothing."""
         with contextlib.suppress(StopIteration):
-            if not self.ready:
+            while len(self.ready) < count:
                 self.ready.append(self._load())
 
     def _load(self):

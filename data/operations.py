@@ -205,7 +205,7 @@ def pointwise(images: torch.Tensor, function: Callable[[torch.Tensor], torch.Ten
     channels = tables.shape[1]  # 1 if all are treated alike
     offsets = torch.arange(0, 256 * channels, 256, dtype=torch.int32)
     pixels = images.movedim(1, -1)  # channels last
-    changed = empty_batch(pixels.shape)
+    changed = torch.empty(pixels.shape, dtype=torch.uint8)
     for image, table, out in zip(pixels, tables, changed, strict=True):
         index = image.int() if channels == 1 else image.int().add_(offsets)
         torch.index_select(table.flatten(), 0, index.flatten(), out=out.view(-1))

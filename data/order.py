@@ -59,7 +59,7 @@ class Draws:
         return taken
 
     def uniform(self, low: float = 0.0, high: float = 1.0, count: int = 1) -> torch.Tensor:
-        """`count` numbers per image, uniform in [low, high): float32 (n, count)."""
+        """`count` numbers per image, uniform in [low, high) up to rounding: float32 (n, count)."""
         values = torch.from_numpy(self._take(count).astype(np.float32)) * 2.0**-24
         return values * (high - low) + low
 

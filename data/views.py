@@ -27,7 +27,7 @@ class Raw(NamedTuple):
     strong: Augment | None
     numbers: tuple[list[torch.Tensor], list[torch.Tensor]]
 
-    def views(self):
+    def views(self) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
         """Images, (images, labels), or of unlabeled images (weak view, strong view).
 
         They are computed on the device that the images are on, and may overwrite them.

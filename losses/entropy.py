@@ -20,6 +20,10 @@ def attached(x: torch.Tensor, weight: float) -> torch.Tensor:
     """x, without gradient if the loss that is computed from it has weight 0.
 
     Such a loss is logged, and costs no backward pass.
+
+    Args:
+        x: what the loss is computed from.
+        weight: of the loss, at least 0.
     """
     return x if weight > 0 else x.detach()
 

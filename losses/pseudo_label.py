@@ -140,9 +140,9 @@ class PredictionStatistics(nn.Module):
         self.histogram = ConfidenceHistogram(num_classes)
 
     def add_source(self, p_s: torch.Tensor, y_s: torch.Tensor) -> None:
-        """Add the source probabilities (N, K, ...) of one step, with the labels y_s (N, ...).
+        """Add the source probabilities (N, K, ...) of one batch, with the labels y_s (N, ...).
 
-        Ignored positions do not count. A step without any label leaves the means as they are.
+        Ignored positions do not count. A batch without any label leaves the means as they are.
         """
         labeled = labeled_mask(y_s, p_s.shape[1])
         share = mean_over_ranks(labeled.float().mean())

@@ -67,8 +67,8 @@ class Classifier(Network):
             frozen_helps = not (self.freeze_statistics or len(self.bottleneck))
             remedy = ", or model.bn: frozen" if frozen_helps else ""
             raise UserError(
-                "data.batch or data.target_batch: 1 image gives batch norm one value per channel; "
-                f"use data.batch of 2 or more{remedy}"
+                "data.batch, data.target_batch or accumulate: 1 image at a time gives batch norm "
+                f"one value per channel; use parts of 2 or more images{remedy}"
             ) from None
 
 

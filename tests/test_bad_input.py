@@ -293,7 +293,7 @@ def test_a_batch_of_one_under_batch_norm(config, outcome):
         "train_source", config, "data.batch=1", "model={bn: frozen, bottleneck: 8}", "--resume"
     )
     assert (code, len(lines)) == (2, 1)
-    assert lines[0].endswith("use data.batch of 2 or more")
+    assert lines[0].endswith("use parts of 2 or more images")
     # Nothing was trained yet, so the folder takes the corrected config.
     assert outcome("train_source", config, "data.batch=2", "--resume")[0] == 0
 

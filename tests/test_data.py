@@ -540,6 +540,19 @@ def test_a_view_depends_on_its_position_alone(workers):
     assert not any(map(torch.equal, to_views(moved, torch.device("cpu")), views[0]))
 
 
+def test_augmentation_changes_no_stored_image(pictures):
+    """Operations overwrite the images that they are given."""
+    pictures("photo", {"cat": 8, "dog": 8})
+    pictures("sketch", {"cat": 3, "dog": 3})
+    augment = {"flip": {"probability": 1}, "cutout": {}, "jitter": {"brightness": 0.5}, "blur": {}}
+    domains = open_domains(data_config(PHOTO, SKETCH, size=20, batch=8, augment=augment), 0)
+    everything = torch.arange(16)
+    before = domains.source.images[everything].clone()
+    changed = [x for x, _ in domains.batches("source", 0, 4)]
+    assert torch.equal(domains.source.images[everything], before)
+    assert not any(torch.equal(x, before[:8]) for x in changed)  # control
+
+
 def test_a_domain_may_have_an_augmentation_of_its_own():
     plain, augmented = {"name": "drawn_digits"}, {"photometric": {"invert": 1.0}}
     images, batches = noise_set(), {}

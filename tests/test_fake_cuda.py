@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from data import operations
+from data.views import Raw
 from tests.helpers import TASKS, TRAINING, any_config, train
 from training import collapse, evaluation, state
 from training.log import Log
@@ -100,15 +101,23 @@ def take_steps(script: str, config, *keys: str) -> None:
         if len(taken) == STEPS:
             raise Passed
 
+    views = Raw.views
+
+    def views_in_full_precision(batch):
+        assert not torch.is_autocast_enabled("cuda"), "views are computed under autocast"
+        return views(batch)
+
     keys = ("device=cuda", "log_every=100", "eval_every=100", "save_every=100", *keys)
-    with fake_cuda(), mock.patch.object(Log, "add", add_and_leave), pytest.raises(Passed):
+    leave = mock.patch.object(Log, "add", add_and_leave)
+    watch = mock.patch.object(Raw, "views", views_in_full_precision)
+    with fake_cuda(), leave, watch, pytest.raises(Passed):
         train(script, config, *keys)
 
 
 EVERYTHING = "{crop: {}, flip: {}, jitter: {contrast: 0.4, saturation: 0.4, hue: 0.1}, blur: {}, "
 EVERYTHING += "cutout: {}}"
 VARIANTS = {
-    "train_source": [[f"data.augment={EVERYTHING}"]],
+    "train_source": [[f"data.augment={EVERYTHING}"], ["data.target_labeled=1"]],
     "train_dann": [
         ["model.bn=separate", "model.bn_running=target"],
         ["conditional=cdan_e"],

@@ -14,6 +14,7 @@ from common.errors import UserError
 from data.classification import EvalBatches, TrainBatches
 from data.config import DataConfig, DomainConfig
 from data.loaders import Batches, Loader
+from data.memory import empty_batch
 from tests.helpers import differing, metrics, tiny_config, train, weights
 
 LAST = "checkpoints/step_00000010.pt"
@@ -112,10 +113,16 @@ def test_no_room_in_shared_memory(monkeypatch):
             "unable to allocate shared memory(shm) for file </torch_1>: No space (28)"
         )
 
-    monkeypatch.setattr(torch.Tensor, "share_memory_", full)
-    with pytest.raises(UserError, match=r"no room in shared memory \(/dev/shm\); .*--shm-size"):
-        list(loader_of(fail_at(9, time.sleep)))
-    assert len(list(loader_of(fail_at(9, time.sleep), workers=0))) == 6  # control
+    message = r"no room in shared memory \(/dev/shm\); .*--shm-size"
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "share_memory_", full)
+        with pytest.raises(UserError, match=message):
+            list(loader_of(fail_at(9, time.sleep)))
+        assert len(list(loader_of(fail_at(9, time.sleep), workers=0))) == 6  # control
+    monkeypatch.setattr(torch.UntypedStorage, "_new_shared", full)  # where batches are made
+    with pytest.raises(UserError, match=message):
+        list(loader_of(lambda step: empty_batch((2, 3, 8, 8))))
+    assert len(list(loader_of(lambda step: empty_batch((2, 3, 8, 8)), workers=0))) == 6
 
 
 def test_fetch_waits_and_next_does_not():
@@ -150,12 +157,12 @@ def test_a_worker_is_immortal_from_its_start(monkeypatch, number):
 # --- runs
 
 
-def fail_in_worker(monkeypatch, failure) -> None:
-    """Let workers call `failure` in place of the batch of step 7 of the target."""
+def fail_in_worker(monkeypatch, failure, number: int = 6) -> None:
+    """Let workers call `failure` in place of batch `number` of the target, from 0."""
     plain = TrainBatches.__getitem__
 
     def getitem(self, step):
-        if step == 6 and self.role == "target" and get_worker_info() is not None:
+        if step == number and self.role == "target" and get_worker_info() is not None:
             failure()
         return plain(self, step)
 
@@ -207,6 +214,16 @@ def test_the_last_step_is_saved_where_no_batch_comes(tmp_path, monkeypatch, whol
     assert step == 6 if failure == "hung" else 0 < step <= 6
     assert train("train_dann", config, "--resume") == 0
     assert same_run(whole, tmp_path / "run")
+
+
+@pytest.mark.parametrize("number", [6, 7])
+def test_the_last_step_is_saved_whichever_part_of_a_batch_is_missing(tmp_path, monkeypatch, number):
+    config, keys = tiny_config(tmp_path), ["accumulate=2", "data.workers=2", "save_every=100"]
+    with monkeypatch.context() as patch:
+        fail_in_worker(patch, FAILURES["hung"][0], number)
+        with pytest.raises(UserError, match="no batch came"):
+            train("train_dann", config, *keys, "data.worker_timeout=2")
+    assert weights(tmp_path / "run", "checkpoints/step_00000003.pt")["step"] == 3
 
 
 def test_the_last_step_is_saved_where_no_batch_of_an_evaluation_comes(tmp_path, monkeypatch, whole):

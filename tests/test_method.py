@@ -14,6 +14,7 @@ import json
 import math
 import shlex
 import signal
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +24,7 @@ import torch
 from common.errors import UserError
 from data import LabeledDataConfig, classification, segmentation
 from data.image_set import ImageSet, Renumbered
+from data.loaders import Batches
 from tests.conftest import REAL_DATA, START_FOLDER
 from tests.helpers import (
     ROOT,
@@ -241,6 +243,30 @@ def test_two_processes_train_what_one_trains(ready, tmp_path):
         f"weights that two processes train are up to {difference:.1e} from those of one: a loss or "
         "a statistic that is no mean over images is computed from the rows of one process "
         "(common/ranks.py; docs/new_method.md, Several processes)"
+    )
+
+
+def test_every_part_of_a_batch_is_taken(ready, tmp_path, monkeypatch):
+    """With `accumulate` a step takes that many batches of each set that it trains on."""
+    taken, plain = Counter(), Batches.__next__
+
+    def counted(batches):
+        taken[batches.loader.name] += batches.loader.name.startswith("data.")
+        return plain(batches)
+
+    monkeypatch.setattr(Batches, "__next__", counted)
+    try:
+        assert ready.run(tmp_path / "whole") == 0
+        whole = dict(taken)
+        taken.clear()
+        assert ready.run(tmp_path / "parts", "accumulate=2") == 0
+    except UserError as error:
+        if "accumulate: " in str(error):
+            pytest.skip(f"refused: {error}")
+        raise
+    assert dict(taken) == {name: 2 * count for name, count in whole.items()}, (
+        "a step does not take all parts of a batch: loop over range(config.accumulate), as "
+        "train_source.py does (docs/new_method.md, 7)"
     )
 
 

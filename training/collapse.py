@@ -13,7 +13,7 @@ VANISHED = 0.05  # a class has vanished if its share is below this factor of its
 COLLAPSED = 0.05  # expected share of the vanished classes from which an evaluation is collapsed
 FEWEST = 5  # expected predictions in an evaluation below which none may be chance
 DRIFT = 0.3  # largest total variation between recent and running mean prediction without an alarm
-RECENT, RUNNING = 20, 200  # steps over which the two means are taken
+RECENT, RUNNING = 20, 200  # batches over which the two means are taken
 
 
 class AcceptedShares(nn.Module):
@@ -112,7 +112,7 @@ class CollapseMonitor(nn.Module):
 
     @torch.no_grad()
     def add(self, logits: torch.Tensor) -> None:
-        """Add the predictions of one step: logits (N, K, ...) of target images."""
+        """Add the predictions on one batch of target images: logits (N, K, ...)."""
         mean = class_mean(logits.float().log_softmax(1).exp())
         top = logits.argmax(1)
         top_shares = mean_over_ranks(occurrences(top, len(self.classes)) / top.numel())

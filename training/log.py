@@ -80,7 +80,7 @@ class Log:
     def __init__(self, path: Path | None, steps: int, parts: int = 1):
         self.path, self.steps, self.parts = path, steps, parts
         self.sums, self.counts = {}, {}
-        self.bar = None
+        self.bar, self.added = None, 0
         self.printed = -math.inf  # time of the last line on the screen
         self.start = 0
         self.muted = self.resumable = False
@@ -133,7 +133,8 @@ class Log:
             self.sums[name] = self.sums[name] + value if name in self.sums else value
             self.counts[name] = self.counts.get(name, 0) + 1
         if self.bar is not None:
-            self.bar.update(1 / self.parts)
+            self.added += 1
+            self.bar.update(self.added % self.parts == 0)
 
     def write(self, step: int, **values: float | None) -> None:
         """Write the means since the last call, and `values` unchanged.
