@@ -11,7 +11,7 @@ The second computes the pixels of a batch from them, on the device that the imag
 
     images     uint8 (N, C, H, W), on any device; they may be overwritten
     numbers    float32 (N, P), on the CPU
-    size       px of the resulting square (`data.size`); only `crop` reads it
+    size       px of the resulting square (`data.size`), which `crop` alone reads
 
 On every device the result is the same within a gray level of rounding.
 """
@@ -30,7 +30,12 @@ LARGE = 2**16  # values of an image from which a CPU computes one image after an
 
 
 class Operation(NamedTuple):
-    """See above."""
+    """The two functions of an operation.
+
+    Attributes:
+        draw: (draws, **parameters of the config) -> numbers.
+        apply: (images, numbers, size) -> images.
+    """
 
     draw: Callable[..., torch.Tensor]
     apply: Callable[[torch.Tensor, torch.Tensor, int], torch.Tensor]
@@ -95,6 +100,7 @@ def draw_affine(
 
 
 def affine(images: torch.Tensor, numbers: torch.Tensor, size: int) -> torch.Tensor:
+    """Move the pixels by the matrices that `draw_affine` returns."""
     theta = numbers.to(images.device, non_blocking=True).view(-1, 2, 3)
     grid = F.affine_grid(theta, list(images.shape), align_corners=False)
     moved = F.grid_sample(images.float(), grid, padding_mode="border", align_corners=False)
@@ -118,6 +124,7 @@ def draw_crop(
 
 
 def crop(images: torch.Tensor, numbers: torch.Tensor, size: int) -> torch.Tensor:
+    """Cut out the boxes that `draw_crop` describes, and resize them to `size`."""
     boxes = crop_boxes(numbers, images.shape[-1])
     if images.device.type == "cpu":
         return crop_one_by_one(images, boxes, size)
@@ -191,10 +198,13 @@ def draw_flip(draws: Draws, probability: float = 0.5) -> torch.Tensor:
 
 
 def flip(images: torch.Tensor, numbers: torch.Tensor, size: int) -> torch.Tensor:
+    """Flip the images whose number is 1."""
     return change_some(images, numbers, numbers[:, 0] > 0, lambda x, _: x.flip(3))
 
 
-def pointwise(images: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor]):
+def pointwise(
+    images: torch.Tensor, function: Callable[[torch.Tensor], torch.Tensor]
+) -> torch.Tensor:
     """`function`, from float32 values (N, C, ...) to values in [0, 255], of every pixel.
 
     A CPU computes it for 256 values and looks the pixels up in this table.
@@ -251,6 +261,7 @@ def draw_photometric(
 
 
 def photometric(images: torch.Tensor, numbers: torch.Tensor, size: int) -> torch.Tensor:
+    """Apply what `draw_photometric` returns: (x - 127.5) * gain + 255 * level, and noise."""
     noisy = numbers.shape[1] % 2 == 1
     channels = (numbers.shape[1] - 3 * noisy) // 2
     slope, level = (per_image(x, images) for x in numbers[:, : 2 * channels].split(channels, 1))
@@ -312,6 +323,7 @@ UNCHANGED = torch.tensor([1.0, 1.0, 1.0, 0.0, 1.0])  # by jitter
 
 
 def jitter(images: torch.Tensor, numbers: torch.Tensor, size: int) -> torch.Tensor:
+    """Apply what `draw_jitter` returns, one factor after another."""
     adjust = adjust_brightness, adjust_contrast, adjust_saturation, adjust_hue, adjust_gamma
     needed = (numbers != UNCHANGED).any(0).tolist()
 
@@ -329,6 +341,7 @@ def jitter(images: torch.Tensor, numbers: torch.Tensor, size: int) -> torch.Tens
 
 
 def adjust_brightness(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Multiply by the factor."""
     return pointwise(images, lambda x: (x * factor).clamp(0, 255))
 
 
@@ -342,11 +355,13 @@ def gray(images: torch.Tensor) -> torch.Tensor:
 
 
 def adjust_contrast(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Multiply the distance from the mean luma by the factor."""
     mean = gray(images).mean((2, 3), keepdim=True)
     return pointwise(images, lambda x: (x * factor + (1 - factor) * mean).clamp(0, 255))
 
 
 def adjust_saturation(images: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+    """Multiply the distance from a pixel's luma by the factor."""
     if images.shape[1] == 1:
         return images
     blended = images.to(torch.float32, memory_format=torch.contiguous_format).mul_(factor)
@@ -376,6 +391,7 @@ def adjust_hue(images: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
 
 
 def adjust_gamma(images: torch.Tensor, exponent: torch.Tensor) -> torch.Tensor:
+    """Raise values in [0, 1] to the exponent."""
     return pointwise(images, lambda x: (x / 255).pow(exponent).mul(255 + 1 - 1e-3).floor())
 
 
@@ -394,6 +410,7 @@ def draw_blur(draws: Draws, sigma: Range = (0.1, 2.0), probability: float = 1.0)
 
 
 def blur(images: torch.Tensor, numbers: torch.Tensor, size: int) -> torch.Tensor:
+    """Blur the images whose number is above 0."""
     return change_some(images, numbers, numbers[:, 0] > 0, gaussian_blur)
 
 
@@ -432,6 +449,7 @@ def draw_cutout(draws: Draws, side: float = 0.5) -> torch.Tensor:
 
 
 def cutout(images: torch.Tensor, numbers: torch.Tensor, size: int) -> torch.Tensor:
+    """Fill the rectangles that `draw_cutout` describes."""
     inside = []
     for axis in (0, 1):
         length = images.shape[2 + axis]

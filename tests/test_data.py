@@ -613,6 +613,19 @@ def test_memory_file_and_not_kept_give_the_same_pixels(pictures, tmp_path, decod
         assert len(images) == 6
 
 
+def test_one_damaged_image_among_many_is_named(pictures, tmp_path):
+    """They are decoded by several threads."""
+    paths = sorted(pictures("flat", 8).iterdir())
+    content = paths[5].read_bytes()
+    images = decoded_images(paths, (16, 16), tmp_path / "cache", 1e9, False)
+    paths[5].write_bytes(content[:-60])
+    with pytest.raises(UserError, match=r"005.png: cannot be read as an image"):
+        images[torch.arange(8)]
+    paths[5].write_bytes(content)
+    expected = torch.stack([decode(path, (16, 16)) for path in paths])
+    assert torch.equal(images[torch.arange(8)], expected)  # nothing else was lost
+
+
 def test_files_are_decoded_anew_to_the_same_pixels(pictures, tmp_path, decoded):
     pictures("photo", {"cat": 8, "dog": 8})
     pictures("sketch", {"cat": 3, "dog": 3})
