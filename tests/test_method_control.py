@@ -11,7 +11,7 @@ from tests import test_method as kit
 from tests.helpers import ROOT, stop_after
 
 CONFIG = str(ROOT / "configs/demo/digits.yaml")
-LOSS = '            losses["mcc_loss"] = mcc_loss(out_t.logits, config.temperature)\n'
+LOSS = '                losses["mcc_loss"] = mcc_loss(out_t.logits, config.temperature)\n'
 BEGIN = "    start = run.begin("
 
 
@@ -49,7 +49,10 @@ def test_a_state_outside_the_checkpoint_is_found(broken, tmp_path, monkeypatch):
     """A running temperature in a plain tensor: --resume starts it anew."""
     method = broken(
         (BEGIN, "    sharpness = torch.ones(())\n" + BEGIN),
-        (LOSS, "            sharpness += 0.5\n" + LOSS.replace("config.temperature", "sharpness")),
+        (
+            LOSS,
+            "                sharpness += 0.5\n" + LOSS.replace("config.temperature", "sharpness"),
+        ),
     )
     whole = first_run(method, tmp_path)
     with pytest.raises(AssertionError, match=r"differs? after a resume"):
@@ -63,7 +66,7 @@ def test_gradients_that_are_not_averaged_are_found(broken, tmp_path):
 
 
 def test_a_loss_of_the_rows_of_one_process_is_found(broken, tmp_path):
-    alone = '            losses["mcc_loss"] = 10 * out_t.logits.mean(0).square().sum()\n'
+    alone = '                losses["mcc_loss"] = 10 * out_t.logits.mean(0).square().sum()\n'
     with pytest.raises(AssertionError, match="computed from the rows of one process"):
         kit.test_two_processes_train_what_one_trains(broken((LOSS, alone)), tmp_path)
 
@@ -89,10 +92,10 @@ def test_a_forgotten_module_is_refused(broken, tmp_path):
 
 def test_read_target_labels_are_found(broken, tmp_path, monkeypatch):
     leak = (
-        "            test = domains.target_test\n"
-        "            out = model(test.images[:8].to(device))\n"
-        "            y = test.labels[:8].to(device)\n"
-        "            loss = loss + supervised_loss(out, y, config.model)[0]\n"
+        "                test = domains.target_test\n"
+        "                out = model(test.images[:8].to(device))\n"
+        "                y = test.labels[:8].to(device)\n"
+        "                loss = loss + supervised_loss(out, y, config.model)[0]\n"
     )
     method = broken((LOSS, LOSS + leak))
     whole = first_run(method, tmp_path)
