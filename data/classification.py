@@ -181,19 +181,8 @@ def describe_sizes(sets: dict[str, ImageSet], config: DataConfig) -> str:
 class TrainBatches(ViewBatches):
     """Batches of images, and labels if any; see data/views.py."""
 
-    def __init__(
-        self,
-        images: ImageSet,
-        config: DataConfig,
-        seed: int,
-        role: str,
-        strong: dict | None = None,
-        parts: int = 1,
-        raw: bool = False,
-    ):
-        weak = Augment(config.augment_of(role), config.size)
-        further = None if strong is None else Augment(strong, config.size)
-        super().__init__(images, config, seed, role, weak, further, parts, raw)
+    def augment(self, spec):
+        return Augment(spec, self.config.size)
 
     def load(self, index, positions):
         images = self.set.images[index]

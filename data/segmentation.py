@@ -207,21 +207,9 @@ class TrainBatches(ViewBatches):
     They are cropped when they are loaded; what remains to be done does not move pixels.
     """
 
-    def __init__(
-        self,
-        images: ImageSet,
-        config: DataConfig,
-        seed: int,
-        role: str,
-        strong: dict | None = None,
-        parts: int = 1,
-        raw: bool = False,
-    ):
-        spec = config.augment_of(role)
-        self.crops = Crops(spec, images.crop)
+    def augment(self, spec):
         in_place = {name: parameters for name, parameters in spec.items() if name in IN_PLACE}
-        further = None if strong is None else Augment(strong, None)
-        super().__init__(images, config, seed, role, Augment(in_place, None), further, parts, raw)
+        return Augment(in_place, None)
 
     def load(self, index, positions):
         numbers = index.tolist()
@@ -235,7 +223,8 @@ class TrainBatches(ViewBatches):
         masks = None
         if self.set.labels is not None:
             masks = [one(self.set.labels, i) for i in numbers]
-        return self.crops(images, masks, self.draws(positions, "crop"))
+        crops = Crops(self.config.augment_of(self.role), self.set.crop)
+        return crops(images, masks, self.draws(positions, "crop"))
 
 
 class EvalBatches(Dataset):

@@ -68,15 +68,14 @@ def _to_device(part, device: torch.device):
 class ViewBatches(Dataset):
     """The batches of the endless, shuffled, augmented set; item k is batch k, from 0.
 
-    Each process loads its rows of it (`ranks.rows`). A subclass has `load`.
+    Each process loads its rows of it (`ranks.rows`). A subclass has `load` and `augment`.
 
     Args:
         images: the set.
         config: the section `data`.
         seed: of order and augmentation.
         role: source, target or target_labeled; names the random streams and the augmentation.
-        weak: the `Augment` of every image.
-        strong: that of the strong view, or None; then an item is as of `Raw.views`.
+        strong: the operations of a strong view, or None.
         parts: batches per step of the run.
         raw: whether an item is a `Raw`, of which the caller computes the views.
     """
@@ -87,14 +86,18 @@ class ViewBatches(Dataset):
         config: DataConfig,
         seed: int,
         role: str,
-        weak: Augment,
-        strong: Augment | None,
-        parts: int,
-        raw: bool,
+        strong: dict | None = None,
+        parts: int = 1,
+        raw: bool = False,
     ):
         self.set, self.config, self.seed, self.role = images, config, seed, role
-        self.weak, self.strong, self.raw = weak, strong, raw
+        self.weak, self.raw = self.augment(config.augment_of(role)), raw
+        self.strong = None if strong is None else self.augment(strong)
         self.order = Order(seed, role, len(images), config.batch_of(role) // parts)
+
+    def augment(self, spec: dict) -> Augment:
+        """What is done to the images that `load` returns, of these operations of a config."""
+        raise NotImplementedError
 
     def load(
         self, index: torch.Tensor, positions: torch.Tensor
