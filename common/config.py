@@ -414,6 +414,7 @@ def load_config(
     files: str | Sequence[str],
     overrides: Sequence[str] = (),
     elsewhere: Callable[[str], list[str]] | None = None,
+    ignore_others: bool = False,
 ):
     """Read yaml files, of which later ones win, apply `key=value` overrides, and build `cls`.
 
@@ -422,6 +423,7 @@ def load_config(
         files: names of yaml files.
         overrides: texts `key=value`.
         elsewhere: the scripts that have a key, for messages about unknown ones.
+        ignore_others: whether the files may have other keys at the top, which are not read.
 
     Raises:
         UserError: naming every mistake, and the file or override that it came from.
@@ -431,6 +433,9 @@ def load_config(
     layers = []
     for file in files:
         part = read_config(file)
+        if ignore_others:
+            names = {spec.name for spec in dataclasses.fields(cls)}
+            part = {key: value for key, value in part.items() if key in names}
         tree = merge(cls, tree, copy.deepcopy(part))  # overrides change it in place
         layers.append((str(file), part))
     for override in overrides:

@@ -12,7 +12,10 @@ from pathlib import Path
 
 import torch
 
+from common import safetensors
 from common.errors import UserError
+
+SAFETENSORS = ".safetensors"  # the ending of files in that format
 
 
 def write_atomically(path: Path, write) -> None:
@@ -138,12 +141,16 @@ def remove(path: Path) -> None:
 def save_tensors(path: Path, state: dict) -> None:
     """Write `state` to `path`, and its hash to the file `path`.sha256.
 
-    `state` consists of tensors, numbers and strings, and of lists and dicts of these.
+    `state` consists of tensors, numbers and strings, and of lists and dicts of these. If the name
+    of the file ends with .safetensors, it is a dict of tensors, and the file has that format.
     """
     # Into memory first: to a full disk torch's zip writer raises a RuntimeError.
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    content = buffer.getbuffer()
+    if path.suffix == SAFETENSORS:
+        content = safetensors.to_bytes(state)
+    else:
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        content = buffer.getbuffer()
 
     def write(file) -> None:
         file.write(content)
@@ -157,7 +164,7 @@ def save_tensors(path: Path, state: dict) -> None:
 
 
 def load_tensors(path: Path) -> dict:
-    """Read, on the CPU, a file of `save_tensors` or of a plain torch.save of tensors.
+    """Read, on the CPU, a file of `save_tensors`, of a plain torch.save of tensors, or safetensors.
 
     Raises:
         UserError: (code 4) the file is damaged, contains anything but plain data, or does not match
@@ -171,6 +178,8 @@ def load_tensors(path: Path) -> dict:
                 "use another checkpoint",
                 4,
             )
+        if path.suffix == SAFETENSORS:
+            return safetensors.read(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # a damaged file's pickle protocol
             state = torch.load(path, map_location="cpu", weights_only=True)

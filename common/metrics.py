@@ -34,20 +34,31 @@ def confusion_matrix(logits: torch.Tensor, labels: torch.Tensor, num_classes: in
     return occurrences(pairs, num_classes**2 + 1)[:-1].view(num_classes, num_classes)
 
 
-def accuracies(confusion: torch.Tensor) -> dict[str, float | None]:
-    """`accuracy` and `mean_class_accuracy` in percent.
+def accuracies(confusion: torch.Tensor, classes: list[str]) -> dict:
+    """Shares of correct predictions in percent.
 
-    The mean is taken over the classes that have a label. Both are None without any label.
+    Args:
+        confusion: counts (K, K) of `confusion_matrix`.
+        classes: the K class names.
+
+    Returns:
+        A dict of `accuracy`; `mean_class_accuracy`, the mean over the classes that have a label;
+        both are None without any label; and `class_accuracy`, the accuracy on the images of each
+        class by name, None for a class without a label.
     """
     confusion = confusion.cpu().double()
-    per_class, present = confusion.sum(1), confusion.sum(1) > 0
-    if not present.any():
-        return {"accuracy": None, "mean_class_accuracy": None}
-    hits = confusion.diag()
-    return {
-        "accuracy": 100 * float(hits.sum() / per_class.sum()),
-        "mean_class_accuracy": 100 * float((hits[present] / per_class[present]).mean()),
+    hits, counts = confusion.diag(), confusion.sum(1)
+    present = counts > 0
+    shares = (100 * hits / counts).tolist()
+    per_class = {
+        name: share if has_label else None
+        for name, share, has_label in zip(classes, shares, present.tolist(), strict=True)
     }
+    accuracy = mean = None
+    if present.any():
+        accuracy = 100 * float(hits.sum() / counts.sum())
+        mean = 100 * float((hits[present] / counts[present]).mean())
+    return {"accuracy": accuracy, "mean_class_accuracy": mean, "class_accuracy": per_class}
 
 
 def ious(confusion: torch.Tensor, classes: list[str], over: list[str] | None = None) -> dict:

@@ -1,6 +1,6 @@
 """Bilinear resizing of maps."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -30,3 +30,24 @@ def resize_maps(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
         _weights(old, new, x.device).to(x.dtype) for old, new in zip(x.shape[2:], size, strict=True)
     )
     return rows @ (x @ columns.T)
+
+
+def resized_strips(
+    x: torch.Tensor, size: Sequence[int], height: int
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """`resize_maps` in strips, which need little memory where the result is large.
+
+    Args:
+        x: (N, K, H, W).
+        size: (H', W').
+        height: rows of a strip.
+
+    Returns:
+        An iterator over (rows, (N, K, rows, W')).
+    """
+    columns = x if x.shape[3] == size[1] else x @ _weights(x.shape[3], size[1], x.device).to(x).T
+    weights = _weights(x.shape[2], size[0], x.device).to(x)
+    for first in range(0, size[0], height):
+        rows = slice(first, min(first + height, size[0]))
+        same = x.shape[2] == size[0]
+        yield rows, columns[:, :, rows] if same else weights[rows] @ columns

@@ -4,6 +4,7 @@ from data.check import check_files
 from data.config import DataConfig, LabeledDataConfig, TargetDataConfig
 from data.domains import Domains, EvaluationSets, open_domains
 from data.loaders import eval_loader, train_loader
+from data.prepare import load_image, target_size
 from data.views import to_views
 
 __all__ = [
@@ -14,7 +15,9 @@ __all__ = [
     "TargetDataConfig",
     "check_files",
     "eval_loader",
+    "load_image",
     "open_domains",
+    "target_size",
     "to_views",
     "train_loader",
 ]

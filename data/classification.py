@@ -1,5 +1,6 @@
 """Images with one class each. data/segmentation.py defines the same names; see data/tasks.py."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -57,7 +58,7 @@ def open_set(
         else:
             cache = Path(config.cache)
             images = open_digits(domain.name, domain.path, root, train, cache, read_only)
-        return replace(images, images=_square(images.images, domain.resize or config.size))
+        return replace(images, images=_square(images.images, resize_of(domain, config)))
     if not train:
         return None
     absent = config.absent_of(role)
@@ -68,6 +69,13 @@ def open_set(
     else:
         files = scan_unlabeled(domain.path, root, f"data.{role}.path")
     return _decoded(domain, files, config, read_only)
+
+
+def resize_of(domain: DomainConfig, config: DataConfig) -> int:
+    """The side, in px, of the square that images are resized to before they are cropped."""
+    if domain.name in FILES:
+        return domain.resize or round(config.size * 8 / 7)
+    return domain.resize or config.size
 
 
 def _square(images: torch.Tensor, side: int) -> torch.Tensor:
@@ -83,7 +91,7 @@ def _decoded(domain: DomainConfig, files: Files, config: DataConfig, read_only: 
         config: the section `data`.
         read_only: store nothing (dry run).
     """
-    side = domain.resize or round(config.size * 8 / 7)
+    side = resize_of(domain, config)
     folder = None if read_only or config.storage == "files" else Path(config.cache)
     limit = config.cache_gb * 2**30
     shared = config.workers > 0 or ranks.count() > 1
@@ -170,7 +178,7 @@ def open_listed(path: str, config: DataConfig, classes: list[str], read_only: bo
 
 def measure(config: DataConfig, classes: list[str]) -> Callable[[torch.Tensor], dict]:
     """The function that computes the metrics of a confusion matrix (K, K)."""
-    return accuracies
+    return functools.partial(accuracies, classes=classes)
 
 
 def describe_sizes(sets: dict[str, ImageSet], config: DataConfig) -> str:

@@ -445,6 +445,11 @@ def _open_test(config: DataConfig, dry_run: bool) -> ImageSet:
     return test
 
 
+def open_test(config: DataConfig, classes: list[str]) -> ImageSet:
+    """The labeled set `data.target_test` alone, with the class numbers of a trained model."""
+    return _matched(_open_test(config, dry_run=False), "target_test", classes, config)
+
+
 def _open_labeled(
     config: DataConfig, target: ImageSet, classes: list[str], seed: int, dry_run: bool
 ) -> tuple[ImageSet | None, dict[str, str]]:

@@ -62,6 +62,11 @@ def open_set(
     return _decoded(domain, pairs, role, config, read_only, trains)
 
 
+def resize_of(domain: DomainConfig, config: DataConfig) -> tuple[int, int] | None:
+    """The height and width that images are resized to; None if they keep their size."""
+    return domain.resize and tuple(domain.resize)
+
+
 def _decoded(
     domain: DomainConfig,
     pairs: Pairs,
@@ -78,7 +83,7 @@ def _decoded(
         role, config, read_only, trains: see `open_set`.
     """
     files, mask_files, skipped = pairs
-    size = domain.resize and tuple(domain.resize)
+    size = resize_of(domain, config)
     folder = None if read_only or config.storage == "files" else Path(config.cache)
     shared = config.workers > 0 or ranks.count() > 1
     storage = folder, config.cache_gb * 2**30, shared

@@ -1,6 +1,7 @@
 """Feature extractors, classifier, segmenter, domain discriminators and gradient reversal."""
 
 from models.build import build_discriminator, build_model
+from models.card import ModelCard, load_card, load_run
 from models.classifier import build_classifier
 from models.discriminator import DomainDiscriminator, FCDiscriminator, feature_vectors
 from models.gradient_reversal import gradient_reversal
@@ -19,6 +20,7 @@ __all__ = [
     "BackboneFeatures",
     "DomainDiscriminator",
     "FCDiscriminator",
+    "ModelCard",
     "ModelOutput",
     "Network",
     "build_classifier",
@@ -31,4 +33,6 @@ __all__ = [
     "forward_domains",
     "gradient_reversal",
     "init_from",
+    "load_card",
+    "load_run",
 ]

@@ -77,11 +77,13 @@ class Network(nn.Module):
         self.memory_format = (
             torch.channels_last if config.channels_last else torch.contiguous_format
         )
-        mean, std = (
-            255 * torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD)
-        )
-        self.register_buffer("mean", mean, persistent=False)
-        self.register_buffer("std", std, persistent=False)
+        self.set_normalization(IMAGENET_MEAN, IMAGENET_STD)
+
+    def set_normalization(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        """Set the mean and standard deviation of the three channels, of images from 0 to 1."""
+        for name, values in (("mean", mean), ("std", std)):
+            scaled = 255 * torch.tensor(values).view(3, 1, 1)
+            self.register_buffer(name, scaled, persistent=False)
 
     def prepare(self, config: ModelConfig) -> None:
         """Apply memory format and batch-norm keys.

@@ -19,6 +19,11 @@ from training.evaluation import choose, compact, evaluate
 from training.pictures import class_colors, save_pictures
 
 CLASSES = ["a", "b", "c"]
+NOTHING = {
+    "accuracy": None,
+    "mean_class_accuracy": None,
+    "class_accuracy": dict.fromkeys(CLASSES),
+}
 
 
 class Answers(nn.Module):
@@ -36,7 +41,8 @@ class Answers(nn.Module):
 
 def sets_of(source_val, target_train, target_test, val_loss: bool = False) -> EvaluationSets:
     """Sets of classification."""
-    return EvaluationSets(source_val, target_train, target_test, CLASSES, accuracies, val_loss)
+    measure = functools.partial(accuracies, classes=CLASSES)
+    return EvaluationSets(source_val, target_train, target_test, CLASSES, measure, val_loss)
 
 
 def criteria_of(logits: torch.Tensor) -> dict[str, float]:
@@ -54,14 +60,14 @@ def labeled_batches() -> list[tuple[torch.Tensor, torch.Tensor]]:
 
 
 def figures_of(*batches: tuple[torch.Tensor, torch.Tensor]) -> dict:
-    return accuracies(sum(confusion_matrix(x, y, 3) for x, y in batches))
+    return accuracies(sum(confusion_matrix(x, y, 3) for x, y in batches), CLASSES)
 
 
 def test_evaluate():
     model, batches = Answers(), labeled_batches()
     images = torch.cat([x for x, _ in batches])
     metrics, examples = evaluate(model, sets_of(batches, [images[:7]], batches[:1]))
-    assert set(metrics) == {"source_val", "target", "criteria", "predicted"}
+    assert set(metrics) == {"source_val", "target", "criteria", "predicted", "confusion"}
     counts = images[:7].argmax(1).bincount(minlength=3).tolist()
     assert metrics["predicted"] == dict(zip(CLASSES, counts, strict=True))
     assert examples == []
@@ -76,16 +82,18 @@ def test_evaluate():
     assert model.training  # the mode is restored
     model.eval()
     unlabeled, _ = evaluate(model, sets_of(batches, [images], None))
-    assert unlabeled["target"] == {"accuracy": None, "mean_class_accuracy": None}
+    assert unlabeled["target"] == NOTHING
+    assert unlabeled["confusion"] is None
     assert unlabeled["source_val"] == metrics["source_val"]
     assert not model.training
 
 
 def test_evaluate_without_a_source():
-    (first, second), nothing = labeled_batches(), {"accuracy": None, "mean_class_accuracy": None}
+    first, second = labeled_batches()
     metrics, _ = evaluate(Answers(), sets_of(None, [first[0]], [second]))
-    assert metrics["source_val"] == nothing
+    assert metrics["source_val"] == NOTHING
     assert metrics["target"] == figures_of(second)
+    assert metrics["confusion"] == confusion_matrix(*second, 3).tolist()
     assert metrics["criteria"] == criteria_of(first[0])  # no source_val among them
 
 

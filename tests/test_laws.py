@@ -25,11 +25,12 @@ LAYERS = {
     "losses": {"common"},
     "models": {"common"},
     "training": {"common", "data", "losses", "models"},
+    "analysis": {"common", "data", "losses", "models", "training"},
 }
 FOLDERS = [ROOT / name for name in LAYERS]
 MODULES = [file for folder in FOLDERS for file in sorted(folder.glob("*.py"))]
 SHIPPED = [s for s in TRAINING if (ROOT / f"docs/{s.stem.removeprefix('train_')}.md").is_file()]
-SCRIPTS = [*SHIPPED, ROOT / "reproduce.py"]
+SCRIPTS = [*SHIPPED, *(ROOT / f"{name}.py" for name in ("reproduce", "evaluate", "predict"))]
 PACKAGES = {"torch", "torchvision", "numpy", "tqdm", "yaml", "PIL"}  # PIL comes with torchvision
 FORBIDDEN = {"backward", "zero_grad", "unscale_", "autocast", "GradScaler"}
 

@@ -22,6 +22,7 @@ import pytest
 import torch
 
 from common.errors import UserError
+from common.metrics import main_metric
 from data import LabeledDataConfig, classification, segmentation
 from data.image_set import ImageSet, Renumbered
 from data.loaders import Batches
@@ -425,3 +426,17 @@ def test_a_run_leaves_what_others_read(whole):
     assert {"method", "target", "classes", "commit", "selection"} <= set(result)
     assert (whole / "config.yaml").is_file()
     assert all(value.isfinite().all() for value in tensors(whole, "model.pt").values())
+
+
+def test_evaluate_has_the_figures_of_the_summary(whole):
+    """model.pt, described by model.yaml, is the selected step, on the same images."""
+    result = json.loads((whole / "summary.json").read_text())
+    target = result["target"]["selected"]
+    if target[main_metric(target)] is None:
+        pytest.skip("the config has no labeled target images to evaluate on")
+    predictions = load_script(ROOT / "evaluate.py").open_run(whole, []).predictions
+    figures = predictions.figures()
+    assert {name: figures[name] for name in target if name != "step"} == {
+        name: value for name, value in target.items() if name != "step"
+    }
+    assert predictions.confusion().tolist() == result["confusion"]["selected"]

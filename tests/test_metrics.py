@@ -54,11 +54,21 @@ def test_a_class_numbered_255_is_a_class():
 
 def test_accuracies():
     confusion = torch.tensor([[8, 2, 0], [1, 1, 0], [0, 0, 0]])  # class 2 is absent
-    assert accuracies(confusion) == pytest.approx({"accuracy": 75.0, "mean_class_accuracy": 65.0})
-    for confusion, figure in ((torch.eye(4).long(), 100.0), (torch.zeros(3, 3).long(), None)):
-        assert accuracies(confusion) == {"accuracy": figure, "mean_class_accuracy": figure}
+    found = accuracies(confusion, NAMES[:3])
+    per_class = dict(zip(NAMES, (80.0, 50.0, None), strict=False))
+    assert found == {
+        "accuracy": 75.0,
+        "mean_class_accuracy": pytest.approx(65.0),
+        "class_accuracy": per_class,
+    }
+    for confusion, figure in ((torch.eye(3).long(), 100.0), (torch.zeros(3, 3).long(), None)):
+        assert accuracies(confusion, NAMES[:3]) == {
+            "accuracy": figure,
+            "mean_class_accuracy": figure,
+            "class_accuracy": dict.fromkeys(NAMES[:3], figure),
+        }
     many = torch.tensor([[2**40, 1], [0, 1]])
-    assert accuracies(many)["accuracy"] < 100  # beyond what float32 can count
+    assert accuracies(many, NAMES[:2])["accuracy"] < 100  # beyond what float32 can count
 
 
 def _numpy_criteria(logits: torch.Tensor) -> dict[str, float]:
@@ -169,7 +179,7 @@ def test_ious_of_nothing():
 
 def test_the_figure_a_run_is_judged_by():
     confusion = torch.eye(4, dtype=torch.int64)
-    assert main_metric(accuracies(confusion)) == "accuracy"
+    assert main_metric(accuracies(confusion, NAMES)) == "accuracy"
     assert main_metric(ious(confusion, NAMES)) == "mean_iou"
 
 

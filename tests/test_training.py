@@ -182,7 +182,7 @@ def test_advent_moves_one_network_at_a_time(tmp_path, task):
 def test_advent_makes_the_target_as_sure_as_the_source(tmp_path):
     """Fooling a discriminator of self-information lowers the target's entropy."""
     config = tiny_config(
-        tmp_path, steps=100, eval_every=1000, log_every=20, optim="{lr: 0.02, schedule: constant}"
+        tmp_path, steps=200, eval_every=1000, log_every=20, optim="{lr: 0.02, schedule: constant}"
     )
     last = {}
     for weight in ("1e-30", "1"):
@@ -396,6 +396,7 @@ def test_what_a_run_leaves(tmp_path, script):
         "summary.json",
         "model.pt",
         "model.pt.sha256",
+        "model.yaml",
         "checkpoints",
     }
     assert {p.name for p in (folder / "checkpoints").iterdir()} == {
@@ -525,7 +526,8 @@ def test_classification_as_a_real_command(tmp_path, command, script):
     assert (code, err) == (0, ""), err
     result = summary(tmp_path / "run")
     for name, entry in result["target"].items():
-        assert list(entry) == ["step", "accuracy", "mean_class_accuracy"]
+        assert list(entry) == ["step", "accuracy", "mean_class_accuracy", "class_accuracy"]
+        assert list(entry["class_accuracy"]) == [str(digit) for digit in range(10)]
         assert f"target {name:8} step {entry['step']}  accuracy {entry['accuracy']:.2f}" in out
     assert result["target"]["oracle"]["accuracy"] >= result["target"]["last"]["accuracy"]
     assert not (tmp_path / "run/pictures").exists()

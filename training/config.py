@@ -36,6 +36,7 @@ FREE_AT_RESUME = (
     "out_dir",
     "save_every",
     "process_timeout",
+    "weights_format",
     "data.root",
     "data.workers",
     "data.worker_timeout",
@@ -62,6 +63,7 @@ class RunConfig:
     save_every: int = positive(500)  # steps; the last step always saves
     log_every: int = positive(50)  # steps between lines of metrics.jsonl
     select: Select | None = None  # the criterion that picks model.pt, or last; null: by task
+    weights_format: Literal["pt", "safetensors"] = "pt"  # safetensors: that file beside model.pt
     pictures: Literal["end", "every"] = "end"  # segmentation: at the end, or at every evaluation
     init_from: str | None = None  # a run folder or model.pt to start from
     process_timeout: int = positive(600, most=10**6)  # s that one process waits for another

@@ -113,8 +113,9 @@ def evaluate(model: nn.Module, sets: EvaluationSets) -> tuple[dict, list]:
     Returns:
         (metrics, examples). metrics: `source_val` and `target`, in which each metric is None
         without labels, and `criteria`: `source_val`, the label-free ones, and `neg_val_loss`,
-        minus the loss in nats, each if there is a set for it; higher is better; and
-        `predicted`, how many of the unlabeled target images (pixels) are predicted as each class.
+        minus the loss in nats, each if there is a set for it; higher is better;
+        `predicted`, how many of the unlabeled target images (pixels) are predicted as each class;
+        and `confusion`, the target's confusion matrix as K rows, None without labels.
         examples: the rows of `Examples`.
 
     Raises:
@@ -168,7 +169,14 @@ def _figures(
                 "correct its masks or its ids"
             )
         values["neg_val_loss"] = -loss.value()
-    return {"source_val": source, "target": target, "criteria": values, "predicted": predicted}
+    confusion = target_confusion.tolist() if target_confusion.any() else None
+    return {
+        "source_val": source,
+        "target": target,
+        "criteria": values,
+        "predicted": predicted,
+        "confusion": confusion,
+    }
 
 
 def _rank(value: float | None) -> float:
@@ -193,7 +201,8 @@ def compact(history: list[dict], select: str) -> list[dict]:
     figure = main_metric(history[-1]["target"])
 
     def short(entry: dict) -> dict:
-        rest = {name: value for name, value in entry.items() if name != "source_val"}
+        large = ("source_val", "confusion")
+        rest = {name: value for name, value in entry.items() if name not in large}
         return {**rest, "target": {figure: entry["target"][figure]}}
 
     return [entry if entry["step"] in whole else short(entry) for entry in history]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from common import files
 from common.errors import UserError
+from models.card import CARD
 
 KEEP = 2  # checkpoints: the newest, and the one before in case the newest is damaged
 
@@ -111,13 +112,14 @@ class RunFolder:
         failed = status.get("state") == "failed" and status.get("step") == 0
         return failed and not self.checkpoints() and not (self.path / "summary.json").exists()
 
-    def open(self, step: int, command: str, config: str, lists: dict[str, str]) -> None:
+    def open(self, step: int, command: str, config: str, card: str, lists: dict[str, str]) -> None:
         """Prepare the folder for a run that starts or goes on.
 
         Args:
             step: the number of steps done.
             command: the command line, for the head of config.yaml.
             config: the text of config.yaml.
+            card: the text of model.yaml.
             lists: {file name: text} of the lists of images that were drawn by the seed.
 
         Raises:
@@ -135,6 +137,7 @@ class RunFolder:
                     f"--resume: {file} is gone, or was drawn from other images; restore them"
                 )
         self._write_config(command, config)
+        files.write_text(self.path / CARD, card)
         for name, text in lists.items():
             files.write_text(self.path / name, text)
         self.write_status("running", step)

@@ -1,6 +1,7 @@
 """The run folder: what a run writes, and how it continues after a stop.
 
-config.yaml  metrics.jsonl  status.json  summary.json  model.pt  checkpoints/step_00000080.pt
+config.yaml  metrics.jsonl  status.json  summary.json  checkpoints/step_00000080.pt
+model.pt  model.yaml  and model.safetensors, if it is asked for
 .lock  held while a run uses the folder
 pictures/step_00000080.png  for segmentation
 stage1.pt  of fine-tuning
@@ -9,7 +10,6 @@ target_labeled.txt, train.txt, val.txt  where images were drawn by the seed
 
 import contextlib
 import hashlib
-import json
 import math
 import os
 import signal
@@ -25,10 +25,11 @@ from common import files, ranks
 from common.config import dump, flat_values, flatten, load_config
 from common.errors import UserError, observe
 from common.provenance import code_version
-from data import Domains, EvaluationSets, check_files, open_domains
+from data import Domains, EvaluationSets, check_files, open_domains, target_size
 from data.fingerprint import difference
 from data.loaders import Loader, WorkerError
 from data.order import generator
+from models.card import card_text
 from training.changes import check_changes, config_of, config_tree, is_rate
 from training.collapse import CollapseMonitor
 from training.device import (
@@ -42,7 +43,7 @@ from training.folder import RunFolder
 from training.log import Log, evaluation_line
 from training.pictures import save_pictures
 from training.state import OWN_STATE, check_state, first_not_finite, first_that_differs
-from training.summary import print_summary, summarize
+from training.summary import print_summary, summarize, to_json
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # the run saves and leaves
 PAIR = 1.0  # seconds within which a second signal counts as the same one, sent to us twice
@@ -263,8 +264,9 @@ class Run:
                 print(f"{self.folder}: no checkpoint yet, starting at step 0")
             self._check_same(step)
             if self.writes:
-                lists = self.domains.lists
-                self.run_folder.open(step, self.command, self.config_text, lists)
+                lists, config = self.domains.lists, self.config
+                card = card_text(config, self.domains.classes, target_size(config.data))
+                self.run_folder.open(step, self.command, self.config_text, card, lists)
             for number in SIGNALS:
                 if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
                     continue  # as nohup asks
@@ -408,7 +410,7 @@ class Run:
             "changes": self.changes,
             "classes": self.domains.classes,
             "fingerprints": self.fingerprints,
-            "history": compact(self.history, self.config.select),
+            "history": self.history,
             "selected": self.selected,
             "seconds": self.total_seconds(),
             "commits": self.commits,
@@ -492,11 +494,21 @@ class Run:
 
     def _restore_selected(self) -> None:
         """Restore model.pt as of the checkpoint; a later evaluation may have written another."""
-        file = self.folder / "model.pt"
         if self.selected is not None:
-            files.save_tensors(file, self.selected)
-        else:
+            self._write_selected()
+            return
+        for file in self._model_files():
             files.remove(file)
+
+    def _model_files(self) -> list[Path]:
+        """The files of the selected weights."""
+        endings = [".pt", files.SAFETENSORS] if self.config.weights_format != "pt" else [".pt"]
+        return [self.folder / f"model{ending}" for ending in endings]
+
+    def _write_selected(self) -> None:
+        """Write the selected weights."""
+        for file in self._model_files():
+            files.save_tensors(file, self.selected)
 
     def evaluate(self, step: int, model: torch.nn.Module, sets: EvaluationSets) -> dict:
         """Measure the model, record its metrics, and keep its weights if they are selected.
@@ -521,15 +533,17 @@ class Run:
         predicted = metrics["predicted"]  # of each class: in metrics.jsonl only
         verdict = self.monitor.judge(step, predicted) if predicted else {"collapsed": None}
         entry = {name: value for name, value in metrics.items() if name != "predicted"}
-        self.history.append({"step": step, **entry, "collapsed": verdict["collapsed"]})
-        self.log.record({"step": step, **flatten(metrics), **verdict})
+        entry = {"step": step, **entry, "collapsed": verdict["collapsed"]}
+        self.history = compact([*self.history, entry], self.config.select)
+        record = {name: value for name, value in metrics.items() if name != "confusion"}
+        self.log.record({"step": step, **flatten(record), **verdict})
         self.log.print(evaluation_line(step, metrics, self.config.select))
         if self.config.pictures == "every" or step == self.last_step:
             self._save_pictures(step)
         if choose(self.history, self.config.select)["selected"]["step"] == step:
             self.selected = {k: v.to("cpu", copy=True) for k, v in model.state_dict().items()}
             if self.writes:
-                files.save_tensors(self.folder / "model.pt", self.selected)
+                self._write_selected()
         return metrics
 
     def _check_processes(self, step: int) -> None:
@@ -587,7 +601,7 @@ class Run:
         if self.dry_run:
             print("dry run: one step of training and of evaluation passed, nothing was written")
         if self.writes:
-            files.write_text(self.folder / "summary.json", json.dumps(summary, indent=2) + "\n")
+            files.write_text(self.folder / "summary.json", to_json(summary))
             self.run_folder.write_status("finished", summary["steps"])
             print_summary(summary, self.folder / "summary.json")
         observe(None)

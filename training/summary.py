@@ -1,5 +1,7 @@
 """summary.json of a run, and what the screen shows of it."""
 
+import json
+import re
 from pathlib import Path
 
 from data import Domains
@@ -17,6 +19,13 @@ def iou_table(target: dict[str, dict]) -> str:
         cells = ("-" if value is None else f"{value:.1f}" for value in values)
         lines.append(f"{name:{width}}" + "".join(f"{cell:>10}" for cell in cells))
     return "\n".join(lines)
+
+
+def to_json(summary: dict) -> str:
+    """The text of summary.json, in which a row of a confusion matrix is one line."""
+    text = json.dumps(summary, indent=2)
+    row = re.compile(r"\[\s+(-?\d+(?:,\s+-?\d+)*)\s+\]")
+    return row.sub(lambda found: f"[{' '.join(found[1].split())}]", text) + "\n"
 
 
 def summarize(run, domains: Domains, facts: dict) -> dict:
@@ -43,6 +52,7 @@ def summarize(run, domains: Domains, facts: dict) -> dict:
         "commit": commit,
         "seconds": round(run.total_seconds(), 1),
         "target": target,
+        "confusion": {"last": run.history[-1]["confusion"], "selected": selected["confusion"]},
         **({"changed": run.changes} if run.changes else {}),
         **({"target_labeled": len(labeled)} if labeled else {}),
         "target_test": domains.target_test_note,
