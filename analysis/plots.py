@@ -102,7 +102,7 @@ def plot_reliability(bins: torch.Tensor, ece: float, file: Path) -> None:
     save(figure, file)
 
 
-def _by_domain(axes, source: torch.Tensor, target: torch.Tensor) -> None:
+def scatter_domains(axes, source: torch.Tensor, target: torch.Tensor) -> None:
     """Points of both domains, in their colors."""
     # In turns, so that neither domain hides the other.
     points = torch.cat([source, target])
@@ -115,7 +115,9 @@ def _by_domain(axes, source: torch.Tensor, target: torch.Tensor) -> None:
         axes.scatter([], [], s=30, c=color, label=name)
 
 
-def _by_class(axes, points: torch.Tensor, labels: torch.Tensor, classes: Sequence[str]) -> None:
+def scatter_classes(
+    axes, points: torch.Tensor, labels: torch.Tensor, classes: Sequence[str]
+) -> None:
     """Points of both domains, in the color and with the marker of their class."""
     for number, name in enumerate(classes):
         chosen = points[labels == number]
@@ -143,10 +145,10 @@ def plot_features(
     grid = figure.subplots(rows, len(columns), squeeze=False)
     for j, (title, (source, source_labels, target, target_labels)) in enumerate(columns.items()):
         points = principal_components(torch.cat([source, target]))
-        _by_domain(grid[0][j], points[: len(source)], points[len(source) :])
+        scatter_domains(grid[0][j], points[: len(source)], points[len(source) :])
         grid[0][j].set_title(title, fontsize=10)
         if rows == 2:
-            _by_class(grid[1][j], points, torch.cat([source_labels, target_labels]), classes)
+            scatter_classes(grid[1][j], points, torch.cat([source_labels, target_labels]), classes)
     for row in grid:
         for axes in row:
             axes.set_xticks([])

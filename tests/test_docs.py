@@ -90,10 +90,11 @@ def test_the_summary_repeats_the_tables():
     assert wrong_cells(text) == []
 
 
-def test_what_did_not_help_repeats_the_results():
-    """Every mean and spread of docs/negative.md stands in docs/results.md."""
-    figure = r"\d+\.\d \+- \d+\.\d"
-    figures = set(re.findall(figure, read(ROOT / "docs/negative.md")))
+@pytest.mark.parametrize("name", ["negative", "which_method"])
+def test_other_pages_repeat_the_results(name):
+    """Every mean and spread of the page stands in docs/results.md."""
+    figure = r"[+-]?\d+\.\d \+-\s\d+\.\d"
+    figures = set(re.findall(figure, read(ROOT / f"docs/{name}.md")))
     assert len(figures) > 5
     assert figures <= set(re.findall(figure, read(ROOT / "docs/results.md")))
 
