@@ -12,7 +12,8 @@ from common.config import all_keys
 from common.errors import UserError
 from data.augment import OPERATIONS
 from tests.helpers import ROOT, load_script
-from training.config import FREE_AT_RESUME, load_run_config
+from training.config import load_run_config
+from training.free_keys import FREE_AT_RESUME
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FOLDERS = "benchmarks|common|configs|data|docs|losses|models|tests|training"
