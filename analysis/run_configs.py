@@ -1,5 +1,6 @@
 """Configs of several runs side by side, and the keys in which they differ."""
 
+from collections import Counter
 from collections.abc import Collection, Iterable
 
 from analysis.run_files import RunFacts, inner
@@ -71,3 +72,13 @@ def differing_keys(configs: Iterable[dict]) -> list[str]:
             texts.setdefault(key, set()).add(value_text(value))
     differing = [key for key, values in texts.items() if len(values) > 1]
     return sorted(differing, key=lambda key: -len(texts[key]))
+
+
+def short_names(keys: Iterable[str]) -> dict[str, str]:
+    """{key: its last words}, as many of them as no other key ends with: lr for optim.lr."""
+    endings = {}
+    for key in keys:
+        words = key.split(".")
+        endings[key] = [".".join(words[i:]) for i in reversed(range(len(words)))]
+    counts = Counter(ending for some in endings.values() for ending in some)
+    return {key: next((x for x in some if counts[x] == 1), key) for key, some in endings.items()}

@@ -8,7 +8,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from analysis.run_configs import differing_keys, flat_config, split_sections, value_text
+from analysis.run_configs import (
+    differing_keys,
+    flat_config,
+    short_names,
+    split_sections,
+    value_text,
+)
 from analysis.run_files import RunFacts, number
 from common.config import Hints, cut
 from common.errors import UserError
@@ -43,7 +49,7 @@ FACTS = (
 )
 SHOWN = ("steps", "select")  # keys that have a column of their own
 STATE = 48  # letters of a state on a terminal, at most
-LEAST = {"config": 10, "state": 24}  # letters to which a narrow terminal cuts these, in this order
+LEAST = {"state": 24, "config": 10}  # letters to which a narrow terminal cuts these, in this order
 
 
 def printable(text: str) -> str:
@@ -66,6 +72,7 @@ class Table:
     Attributes:
         names: the name of each run, by its folder.
         keys: all keys of the configs, except those that do not change what is learned.
+        short: a short name of each key.
         differing: the keys of which two runs have different values, except steps and select, which
             have columns of their own.
     """
@@ -81,6 +88,7 @@ class Table:
         self.keys = list(dict.fromkeys(key for flat in self.configs.values() for key in flat))
         differing = differing_keys(self.configs.values())
         self.differing = [key for key in differing if key not in SHOWN]
+        self.short = short_names(self.keys)
         self.of_method = collections.defaultdict(set)  # the keys that any of its runs has
         for run in self.runs:
             self.of_method[run.method] |= self.configs[run.folder].keys()
@@ -90,7 +98,8 @@ class Table:
         flat, parts = self.configs[run.folder], []
         for key in self.differing:
             if key in self.of_method[run.method]:
-                parts.append(f"{key}={value_text(flat[key]) if key in flat else '-'}")
+                value = value_text(flat[key]) if key in flat else "-"
+                parts.append(f"{self.short[key]}={value}")
         return " ".join(parts) or "-"
 
     def value(self, run: RunFacts, column: str):
@@ -109,6 +118,9 @@ class Table:
         Raises:
             UserError: there is no such column or key.
         """
+        if column not in COLUMNS:
+            keys = {name: key for key, name in self.short.items()}
+            column = keys.get(column, column)
         if column not in (*COLUMNS, *self.keys):
             hint = Hints([*COLUMNS, *self.keys])(column)
             raise UserError(f"--sort: there is no column and no key {column}{hint}")
@@ -141,8 +153,8 @@ class Table:
         """The table in lines.
 
         Args:
-            width: letters of a line. Long states and, as far as necessary, configs are cut; lines
-                are longer if that does not suffice. None cuts nothing.
+            width: letters of a line. As far as necessary, states with a reason and then configs
+                are cut; lines are longer if that does not suffice. None cuts nothing.
         """
         columns = [name for name in COLUMNS if name != "config" or self.differing]
         rows = [{name: name for name in COLUMNS}]

@@ -15,7 +15,7 @@ from PIL import Image
 
 import runs
 from analysis import curves
-from analysis.run_configs import SECTIONS, differing_keys, value_text
+from analysis.run_configs import SECTIONS, differing_keys, short_names, value_text
 from analysis.run_files import find_runs, main_metric, read_config, read_metrics, read_run
 from analysis.run_table import COLUMNS, printable
 from common import metrics
@@ -98,7 +98,7 @@ def test_two_real_runs(tmp_path, capsys, command):
         assert rows[f"group/{name}"] == {
             "run": f"group/{name}",
             "method": "source",
-            "config": f"optim.lr={rate}",
+            "config": f"lr={rate}",
             "last": f"{facts['target']['last']['accuracy']:.1f}",
             "selected": f"{facts['target']['selected']['accuracy']:.1f}",
             "criterion": "infomax",
@@ -272,9 +272,9 @@ def test_differing_keys(tmp_path, capsys):
     fake_run(tmp_path / "runs/c", mcc, method="mcc")
     rows = listed(capsys)[0]
     assert {run: row["config"] for run, row in rows.items()} == {
-        "a": "seed=0 optim.lr=0.1 reversal_max=1",
-        "b": "seed=1 optim.lr=0.1 reversal_max=0.5",
-        "c": "seed=2 optim.lr=0.0001",
+        "a": "seed=0 lr=0.1 reversal_max=1",
+        "b": "seed=1 lr=0.1 reversal_max=0.5",
+        "c": "seed=2 lr=0.0001",
     }
 
 
@@ -303,10 +303,10 @@ def test_no_column_if_nothing_differs(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("sections", "expected"),
     [
-        (["{name: x, path: null}", "{name: y, path: null}"], ["data.source.name"]),
-        (["[{name: x}, {name: y}]", "{name: x, path: null}"], ["data.source"]),
-        (["null", "{name: x, path: null}"], ["data.source"]),
-        (["null", "{name: x, path: null}", "{name: y}"], ["data.source"]),
+        (["{name: x, path: null}", "{name: y, path: null}"], ["name"]),
+        (["[{name: x}, {name: y}]", "{name: x, path: null}"], ["source"]),
+        (["null", "{name: x, path: null}"], ["source"]),
+        (["null", "{name: x, path: null}", "{name: y}"], ["source"]),
     ],
 )
 def test_sections_that_are_lists_or_null(tmp_path, capsys, sections, expected):
@@ -323,7 +323,7 @@ def test_a_method_without_a_section_does_not_differ_by_it(tmp_path, capsys):
     fake_run(tmp_path / "runs/b", "data: {source: {name: y}}")
     fake_run(tmp_path / "runs/shot", "data: {source: null}", method="shot")
     configs = {run: row["config"] for run, row in listed(capsys)[0].items()}
-    assert configs == {"a": "data.source.name=x", "b": "data.source.name=y", "shot": "-"}
+    assert configs == {"a": "name=x", "b": "name=y", "shot": "-"}
 
 
 def test_texts_of_values():
@@ -335,6 +335,12 @@ def test_texts_of_values():
     assert differing_keys([{"a": 1, "b": 0.1}, {"a": 1.0, "b": 0.1 + 1e-9}, {"c": 1}]) == ["b"]
     orders = [{"augment": {"flip": {}, "crop": {}}}, {"augment": {"crop": {}, "flip": {}}}]
     assert differing_keys(orders) == ["augment"]
+
+
+def test_short_names_are_unique():
+    names = short_names(["seed", "optim.lr", "disc_lr", "data.source.name", "data.target.name"])
+    assert list(names.values()) == ["seed", "lr", "disc_lr", "source.name", "target.name"]
+    assert list(short_names(["name", "model.name"]).values()) == ["name", "model.name"]
 
 
 def test_numbers_are_read_as_the_project_reads_them(tmp_path):
@@ -374,6 +380,7 @@ def test_sorting(tmp_path, capsys):
         "last": "run10 run1 run9 run2 run3",
         "seconds": "run10 run2 run1 run9 run3",
         "optim.lr": "run2 run9 run10 run1 run3",
+        "lr": "run2 run9 run10 run1 run3",
         "state": "run1 run2 run9 run10 run3",
         "commit": "run1 run2 run9 run10 run3",
     }
@@ -382,7 +389,7 @@ def test_sorting(tmp_path, capsys):
     assert listed(capsys)[0]["run2"]["last"] == "-"  # without target labels
 
 
-@pytest.mark.parametrize(("width", "longest"), [(60, 105), (110, 110), (150, 150), (400, 174)])
+@pytest.mark.parametrize(("width", "longest"), [(60, 105), (110, 110), (140, 140), (400, 174)])
 def test_a_narrow_terminal_cuts_configs_and_no_figure(
     tmp_path, capsys, monkeypatch, width, longest
 ):
