@@ -22,7 +22,7 @@ from pathlib import Path
 from analysis.curves import MOST, Series, check_available, compare_curves, series_of
 from analysis.run_files import RunFacts, find_runs, read_metrics, read_run
 from analysis.run_table import Table, printable
-from common.config import Hints
+from common.config import Hints, cut
 from common.errors import UserError, exit_with
 from common.writing import write_text
 
@@ -81,7 +81,9 @@ def plot(table: Table, names: list[str] | None, file: Path) -> None:
     wanted = [name for name in dict.fromkeys(wanted) if names or name in known]
     for name in wanted:
         if name not in known:
-            raise UserError(f"--metric: no run has {name}{Hints(known)(name) if known else ''}")
+            near = Hints(known).near(name) if known else None
+            hint = f"did you mean {near}?" if near else f"there are: {cut(', '.join(known), 300)}"
+            raise UserError(f"--metric: no run has {name}; {hint}")
     if not wanted:
         raise UserError("--plot: no run has been evaluated yet; name another --metric")
     drawn = [(run, series) for run, series in curves if any(name in series for name in wanted)]
@@ -90,9 +92,9 @@ def plot(table: Table, names: list[str] | None, file: Path) -> None:
             f"--plot: {len(drawn)} curves cannot be told apart, {MOST} can; "
             "name a folder with fewer runs"
         )
-    labels = [printable(table.names[run.folder]) for run, _ in drawn]
-    labels = [table.runs[0].folder.resolve().name if text == "." else text for text in labels]
-    pairs = [(label, series) for label, (_, series) in zip(labels, drawn, strict=True)]
+    names_of = {run.folder: table.names[run.folder] for run, _ in drawn}
+    names_of |= {f: f.resolve().name for f, name in names_of.items() if name == "."}
+    pairs = [(printable(names_of[run.folder]), series) for run, series in drawn]
     compare_curves(pairs, wanted, file)
     print(f"{file}: {', '.join(wanted)} of {len(drawn)} of {len(curves)} runs")
 

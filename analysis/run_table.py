@@ -122,8 +122,9 @@ class Table:
             keys = {name: key for key, name in self.short.items()}
             column = keys.get(column, column)
         if column not in (*COLUMNS, *self.keys):
-            hint = Hints([*COLUMNS, *self.keys])(column)
-            raise UserError(f"--sort: there is no column and no key {column}{hint}")
+            near = Hints([*COLUMNS, *self.keys]).near(column)
+            hint = f"did you mean {near}?" if near else f"columns are {', '.join(COLUMNS)}"
+            raise UserError(f"--sort: there is no column and no key {column}; {hint}")
         values = {run.folder: self.value(run, column) for run in self.runs}
         known = [run for run in self.runs if values[run.folder] is not None]
         if all(number(values[run.folder]) is not None for run in known):

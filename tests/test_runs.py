@@ -127,8 +127,10 @@ def test_two_real_runs(tmp_path, capsys, command):
 
 
 def test_a_listing_imports_no_torch():
-    code = "import sys, runs; sys.exit('torch' in sys.modules or 'matplotlib' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+    code = "import sys, runs; print(*{'torch', 'matplotlib', 'yaml'} & set(sys.modules))"
+    words = [sys.executable, "-c", code]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.split() == ["yaml"]
 
 
 # --- states
@@ -236,6 +238,8 @@ def test_a_folder_that_is_a_run(tmp_path, capsys):
     fake_run(tmp_path / "runs/a")
     rows, note = listed(capsys, "runs/a")
     assert list(rows) == ["."]
+    with pytest.raises(UserError, match="no key qqq; columns are run, method"):
+        runs.main(["runs/a", "--sort", "qqq"])
     assert note[0].startswith("1 run (1 finished)")
 
 
@@ -523,11 +527,21 @@ def test_the_metric_by_default(tmp_path, capsys, figures):
 
 
 @PICTURES
+def test_the_listed_folder_itself_has_its_name_in_the_legend(tmp_path, capsys, figures):
+    for name in ("outer", "outer/0"):
+        fake_run(tmp_path / name, records=log_of(10))
+    listed(capsys, "outer", "--plot", "c.png", "--sort", "state")
+    assert sorted(legend(figures[0])) == ["0", "outer"]
+
+
+@PICTURES
 def test_mistakes_of_a_plot(tmp_path, capsys, monkeypatch):
     fake_run(tmp_path / "runs/a", records=[(1, {"cls_loss": 1.0})])
     fake_run(tmp_path / "runs/b", records=[(1, {"cls_loss": 1.0})])
     with pytest.raises(UserError, match=r"no run has cls_los; did you mean cls_loss\?"):
         runs.main(["--plot", "c.png", "--metric", "cls_los"])
+    with pytest.raises(UserError, match="no run has q; there are: cls_loss"):
+        runs.main(["--plot", "c.png", "--metric", "q"])
     with pytest.raises(UserError, match="no run has been evaluated yet"):
         runs.main(["--plot", "c.png"])
     monkeypatch.setattr(runs, "MOST", 1)
