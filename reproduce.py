@@ -41,8 +41,9 @@ from common.config import (
 from common.errors import UserError, exit_with, require
 from common.files import write_text
 from common.metrics import main_metric
-from training.config import FREE_AT_RESUME, RunConfig, head_command, load_run_config, scripts_with
+from training.config import RunConfig, head_command, load_run_config, scripts_with
 from training.folder import finished_summary
+from training.free_keys import FREE_AT_RESUME
 
 ORACLE = "oracle (chosen on target test labels: no result)"
 COLUMNS = ("task", "method", "seeds", "last", "selected", ORACLE)

@@ -11,18 +11,19 @@ from pathlib import Path
 
 from analysis.run_files import inner, main_metric, number
 from common.errors import UserError
-from common.files import write_atomically
 from common.optional import optional
+from common.writing import write_atomically
 
 HINT = "pictures need matplotlib; install it by: pip install matplotlib"
 # Of Okabe and Ito, which people with any color vision tell apart; their yellow is too pale a line.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LINES = ("-", "--", "-.", ":")
 GRAY = "#777777"
+TOTAL = {"color": COLORS[-1], "linestyle": "-", "linewidth": 2.5, "zorder": 3}  # beside its parts
 MOST = 2 * len(COLORS) * len(LINES)  # curves that can be told apart
-FEW = 50  # points of a curve up to which each is marked
+FEW = 25  # points of a curve up to which each is marked
 WIDTH, HEIGHT = 8.0, 2.4  # inches, of a panel
-LETTER, ROW, HANDLE = 0.075, 0.17, 0.7  # inches, of a legend: a letter, a row, a line and its gaps
+LETTER, ROW, HANDLE = 0.063, 0.17, 0.55  # inches, of a legend: a letter, a row, a line and its gaps
 
 Series = tuple[list[int], list[float]]  # steps and values; nan where a record has null
 
@@ -61,7 +62,7 @@ def _plot(axes, curve: Series, **style):
     """Draw a curve. A few points are marked, since one between two gaps makes no line."""
     if len(curve[0]) <= FEW:
         style = {"marker": ".", "markersize": 4, **style}
-    return axes.plot(*curve, linewidth=1.3, **style)[0]
+    return axes.plot(*curve, **{"linewidth": 1.3, **style})[0]
 
 
 def _label(name: str, width: int) -> str:
@@ -102,7 +103,8 @@ def compare_curves(runs: Sequence[tuple[str, dict]], names: Sequence[str], file:
     longest = max(len(line) for label in labels for line in label.splitlines())
     columns = min(max(int(WIDTH / (LETTER * longest + HANDLE)), 1), len(labels))
     lines = sum(label.count("\n") + 1 for label in labels)
-    figure = _figure(HEIGHT * len(names) + ROW * (math.ceil(lines / columns) + 1) + 0.5)
+    height = HEIGHT if len(runs) <= len(COLORS) else 1.5 * HEIGHT
+    figure = _figure(height * len(names) + ROW * (math.ceil(lines / columns) + 1) + 0.5)
     panels = figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
     handles = {}
     for axes, name in zip(panels, names, strict=True):
@@ -133,6 +135,7 @@ class _Panel:
     Attributes:
         title: what they show.
         curves: by the name in the legend.
+        total: the name of a curve that all others are parts of.
         many: further curves, of one name in the legend.
         level: (value, name) of a horizontal line.
         marks: (step, value, marker, size, name) of single points.
@@ -140,6 +143,7 @@ class _Panel:
 
     title: str
     curves: dict[str, Series]
+    total: str | None = None
     many: list[Series] = field(default_factory=list)
     level: tuple[float, str] | None = None
     marks: list[tuple] = field(default_factory=list)
@@ -147,13 +151,15 @@ class _Panel:
 
 def _accepted(series: dict[str, Series]) -> _Panel:
     """The accepted share of the pseudo-labels; more classes than styles are not told apart."""
-    classes = [name for name in series if name.startswith("accepted.")]
-    alone = ["accepted"] if "accepted" in series else []
-    if len(classes) < len(COLORS) * len(LINES):
-        curves = {name.removeprefix("accepted."): series[name] for name in classes}
-        return _Panel("accepted share", {**{name: series[name] for name in alone}, **curves})
-    many = [series[name] for name in classes]
-    return _Panel("accepted share", {name: series[name] for name in alone}, many)
+    classes = {
+        x.removeprefix("accepted."): y for x, y in series.items() if x.startswith("accepted.")
+    }
+    curves = {x: y for x, y in series.items() if x == "accepted"}
+    few = len(classes) < len(COLORS) * len(LINES)
+    if few:
+        curves |= {f"class {name}": curve for name, curve in classes.items()}
+    many = [] if few else list(classes.values())
+    return _Panel("accepted share of the pseudo-labels", curves, "accepted", many)
 
 
 def _choice(series: dict[str, Series], summary: dict) -> _Panel | None:
@@ -204,18 +210,18 @@ def _draw(axes, panel: _Panel) -> None:
         label = "one class each" if index == 0 else None
         _plot(axes, curve, color=GRAY, alpha=0.4, label=label)
     for index, (name, curve) in enumerate(panel.curves.items()):
-        _plot(axes, curve, label=_label(name, 32), **_style(index))
+        style = TOTAL if name == panel.total else _style(index)
+        _plot(axes, curve, label=_label(name, 32), **style)
     if panel.level:
         axes.axhline(panel.level[0], color=GRAY, linestyle=":", label=panel.level[1])
     for index, (step, value, marker, size, name) in enumerate(panel.marks, 1):
-        style = {"markerfacecolor": "none", "color": COLORS[index], "markeredgewidth": 1.6}
-        axes.plot(
-            [step], [value], linestyle="", marker=marker, markersize=size, label=name, **style
-        )
+        style = {"linestyle": "", "markerfacecolor": "none", "markeredgewidth": 1.6}
+        style |= {"color": COLORS[index], "marker": marker, "markersize": size}
+        axes.plot([step], [value], label=name, **style)
     _dress(axes, panel.title)
     columns = 1 if len(panel.curves) <= 14 else 2
     outside = {"loc": "upper left", "bbox_to_anchor": (1.01, 1), "borderaxespad": 0}
-    axes.legend(**outside, ncols=columns, fontsize=8, handlelength=3.5)
+    axes.legend(**outside, ncols=columns, fontsize=8, handlelength=3.5, markerscale=0.7)
 
 
 def learning_curves(records: Sequence[dict], summary: dict, file: Path) -> None:

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import torch
 
+from analysis.curves import HINT
 from analysis.features import principal_components
 from analysis.measure import BINS
 from common.files import write_atomically
 from common.optional import optional
 
-HINT = "no pictures without matplotlib; pip install matplotlib"
 # Of Okabe and Ito, and of Tol, which people with any color vision tell apart.
 BLUE, ORANGE, GREEN, GRAY, WINE = "#0072B2", "#E69F00", "#009E73", "#888888", "#882255"
 COLORS = (BLUE, ORANGE, GREEN, "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000", GRAY, WINE)

@@ -18,7 +18,6 @@ STATES = ("running", "stopped", "failed", "finished")
 # Of a run, config.yaml and at least one of these are there.
 FILES = {"status.json", "summary.json", "metrics.jsonl"}
 WITHOUT_RUNS = {"checkpoints", "pictures"}  # folders in a run folder
-SECTIONS = ("data", "data.source", "data.target", "data.target_test", "model", "optim")
 
 
 def find_runs(top: Path) -> tuple[list[Path], list[str]]:
@@ -82,7 +81,7 @@ def read_config(folder: Path) -> dict:
     """The tree in config.yaml, whatever its keys are. Raises `UserError` if it is damaged."""
     file = folder / "config.yaml"
     try:
-        tree = parse_yaml(_read(file).decode(), str(file))
+        tree = parse_yaml(_read(file).decode(), str(file), fast=True)
     except UnicodeDecodeError:
         raise UserError(f"{file}: is damaged (no utf-8 text)") from None
     if not isinstance(tree, dict):
@@ -198,21 +197,21 @@ def read_run(folder: Path) -> RunFacts:
     """What the files of a run folder say. A file that is damaged is named in `reason`."""
     faults: list[str] = []
 
-    def attempt(read, *arguments):
+    def attempt(read):
         try:
-            return read(folder, *arguments)
+            return read(folder)
         except UserError as error:
             faults.append(str(error).removeprefix(f"{folder}{os.sep}"))
             return None
 
     config, status = attempt(read_config) or {}, attempt(read_status) or {}
-    state, summary = status.get("state", "damaged"), {}
-    if state in ("finished", "damaged"):
+    run = RunFacts(folder, config, state=status.get("state", "damaged"))
+    summary = {}
+    if run.state in ("finished", "damaged"):
+        faults_before = len(faults)
         summary = attempt(read_summary) or {}
-        if state == "finished" and not summary and not faults:
+        if run.state == "finished" and not summary and len(faults) == faults_before:
             faults.append("summary.json: is gone")
-    run = RunFacts(folder, config, state="damaged" if faults else state)
-    run.reason = "; ".join(faults) or (_text(status.get("reason")) if state == "failed" else None)
     run.method = _text(status.get("method")) or _text(summary.get("method"))
     run.step, run.steps = number(status.get("step")), number(status.get("steps"))
     run.criterion = _text(inner(summary, "selection", "criterion")) or _text(config.get("select"))
@@ -220,14 +219,18 @@ def read_run(folder: Path) -> RunFacts:
     if summary:
         _add_figures(run, summary)
     else:
-        step, evaluation = attempt(_newest) or (None, {})
-        _add_progress(run, step, evaluation)
+        _add_progress(run, *(attempt(_newest) or (None, {})))
+    if faults:
+        run.state, run.reason = "damaged", "; ".join(faults)
+    elif run.state == "failed":
+        run.reason = _text(status.get("reason"))
     return run
 
 
 def _add_figures(run: RunFacts, summary: dict) -> None:
     """Add what summary.json says about the target."""
-    run.metric = main_metric(inner(summary, "target", "last") or ())
+    last = inner(summary, "target", "last")
+    run.metric = main_metric(last if isinstance(last, dict) else ())
     run.last = number(inner(summary, "target", "last", run.metric))
     run.selected = number(inner(summary, "target", "selected", run.metric))
     collapsed = summary.get("collapsed")
@@ -243,70 +246,3 @@ def _add_progress(run: RunFacts, step: int | None, evaluation: dict) -> None:
     run.collapsed = _text(evaluation.get("collapsed"))
     if run.state == "running" and step is not None:
         run.step = max(step, run.step or 0)
-
-
-# --- configs of several runs
-
-
-def split_sections(runs: Iterable[RunFacts]) -> list[str]:
-    """The sections whose keys are compared one by one. The others are compared as one value.
-
-    These are a list in one config, such as several sources, or null in one config and a mapping in
-    another one of the same method. A method for which a section is always null has none.
-    """
-    kinds: dict[tuple, set] = {}
-    for run in runs:
-        for name in SECTIONS:
-            value = inner(run.config, *name.split("."))
-            kind = "null" if value is None else type(value).__name__
-            kinds.setdefault((name, run.method), set()).add(kind)
-    wholes = {name for (name, _), kind in kinds.items() if kind not in ({"dict"}, {"null"})}
-    return [name for name in SECTIONS if name not in wholes]
-
-
-def flat_config(tree: dict, sections: Collection[str], prefix: str = "") -> dict:
-    """{dotted key: value} of a config.
-
-    Args:
-        tree: what config.yaml contains.
-        sections: whose keys have entries of their own. Any other mapping, such as an augmentation,
-            is one value; that of a section is without its nulls.
-        prefix: the name of this section, with its dot at the end.
-    """
-    flat = {}
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, dict) and name in sections:
-            flat |= flat_config(value, sections, f"{name}.")
-        elif isinstance(value, dict) and name in SECTIONS:
-            flat[name] = {k: x for k, x in value.items() if x is not None}
-        else:
-            flat[name] = value
-    return flat
-
-
-def value_text(value) -> str:
-    """A value of a config, short and on one line. Values that differ have texts that do."""
-    if value is None or isinstance(value, bool):
-        return {None: "null", True: "true", False: "false"}[value]
-    if isinstance(value, float):
-        short = f"{value:g}"
-        return short if float(short) == value else repr(value)
-    if isinstance(value, list):
-        return f"[{', '.join(map(value_text, value))}]"
-    if isinstance(value, dict):
-        return f"{{{', '.join(f'{key}: {value_text(item)}' for key, item in value.items())}}}"
-    return str(value)
-
-
-def differing_keys(configs: Iterable[dict]) -> list[str]:
-    """The keys of which two flat configs have different values.
-
-    A key that a config lacks, because its method or its version has none of this name, is no
-    difference.
-    """
-    texts: dict[str, set[str]] = {}
-    for config in configs:
-        for key, value in config.items():
-            texts.setdefault(key, set()).add(value_text(value))
-    return [key for key, values in texts.items() if len(values) > 1]

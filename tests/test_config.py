@@ -26,14 +26,9 @@ from common.config import (
 from common.errors import UserError, require
 from tests.helpers import ROOT, TRAINING, load_script, tiny_config, train
 from train_dann import Config
-from training.config import (
-    FREE_AT_RESUME,
-    RunConfig,
-    default_out_dir,
-    load_run_config,
-    parse_args,
-)
+from training.config import RunConfig, default_out_dir, load_run_config, parse_args
 from training.device import get_device
+from training.free_keys import FREE_AT_RESUME
 
 MINIMAL = (
     "out_dir: run\ndata: {source: {name: drawn_digits}, target: {name: drawn_digits_shifted}}\n"

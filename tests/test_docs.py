@@ -8,16 +8,18 @@ from pathlib import Path
 import pytest
 
 import reproduce
+import runs
 from common.config import all_keys
 from common.errors import UserError
 from data.augment import OPERATIONS
 from tests.helpers import ROOT, load_script
-from training.config import FREE_AT_RESUME, load_run_config
+from training.config import load_run_config
+from training.free_keys import FREE_AT_RESUME
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-FOLDERS = "benchmarks|common|configs|data|docs|losses|models|tests|training"
+FOLDERS = "analysis|benchmarks|common|configs|data|docs|losses|models|tests|training"
 PATH = re.compile(rf"(?<![\w/.])(?:{FOLDERS})/[\w./*-]*\.(?:yaml|py|md)\b")
-SCRIPT = re.compile(r"(?<![\w/.])(?:train_\w+|finetune|reproduce|evaluate|predict)\.py\b")
+SCRIPT = re.compile(r"(?<![\w/.])(?:train_\w+|finetune|reproduce|runs|evaluate|predict)\.py\b")
 EXAMPLES = {"train_mine.py"}  # scripts that a page asks the reader to write
 COMMAND = re.compile(r"python (\w+\.py) (?=--config)(.*)")
 OPTIONS = {"--resume", "--allow-change", "--dry-run", "--debug"}
@@ -291,6 +293,16 @@ def test_suite_commands_are_right(file, monkeypatch):
     for words in re.findall(r"python reproduce\.py (configs/[^`\n#>|]*)", read(file)):
         args = reproduce.parse_args(shlex.split(words))
         assert Path(args.suite).is_file(), words
+
+
+@pytest.mark.parametrize("file", [*PAGES, ROOT / "runs.py"], ids=page)
+def test_commands_of_runs_are_right(file):
+    found = re.findall(r"^    python runs\.py ?(.*)$", read(file), re.M)
+    for words in found:
+        runs.read_words(shlex.split(words, comments=True))
+    assert found or file.name not in ("run.md", "runs.py")
+    with pytest.raises(SystemExit):  # control
+        runs.read_words(["--sorted", "last"])
 
 
 PAGE = """Text.

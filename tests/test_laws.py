@@ -30,7 +30,8 @@ LAYERS = {
 FOLDERS = [ROOT / name for name in LAYERS]
 MODULES = [file for folder in FOLDERS for file in sorted(folder.glob("*.py"))]
 SHIPPED = [s for s in TRAINING if (ROOT / f"docs/{s.stem.removeprefix('train_')}.md").is_file()]
-SCRIPTS = [*SHIPPED, *(ROOT / f"{name}.py" for name in ("reproduce", "evaluate", "predict"))]
+READS_RUNS = [ROOT / f"{name}.py" for name in ("runs", "evaluate", "predict")]  # train nothing
+SCRIPTS = [*SHIPPED, ROOT / "reproduce.py", *READS_RUNS]
 PACKAGES = {"torch", "torchvision", "numpy", "tqdm", "yaml", "PIL"}  # PIL comes with torchvision
 FORBIDDEN = {"backward", "zero_grad", "unscale_", "autocast", "GradScaler"}
 
@@ -103,8 +104,8 @@ def test_imports_go_down_only():
     for file in MODULES:
         wrong = wrong_layers(file.parent.name, parse(file))
         assert not wrong, (
-            f"{file.relative_to(ROOT)} imports {wrong}: imports go from scripts to training, from "
-            "there to data, models and losses, from there to common; move what both need down"
+            f"{file.relative_to(ROOT)} imports {wrong}: imports go from scripts to analysis, to "
+            "training, to data, models and losses, to common; move what both need down"
         )
         inner = inner_imports(parse(file))
         assert not inner, (
@@ -117,6 +118,7 @@ def test_control_a_wrong_import_is_seen():
     upwards = "from training.run import Run\ndef f():\n    from models import build_model\n"
     assert wrong_layers("data", ast.parse(upwards)) == ["training.run", "models"]
     assert wrong_layers("training", ast.parse(upwards)) == []
+    assert wrong_layers("training", ast.parse("import analysis.curves")) == ["analysis.curves"]
     assert inner_imports(ast.parse(upwards)) == ["models"]
 
 
@@ -184,6 +186,15 @@ def test_a_script_reads_top_to_bottom(script):
         "a script is the same code for classification and segmentation: ask for the task in a "
         "folder (models/build.py, data/tasks.py)"
     )
+
+
+@pytest.mark.parametrize("script", READS_RUNS, ids=lambda file: file.stem)
+def test_a_script_that_reads_runs_is_short(script):
+    lines = script.read_text().splitlines()
+    assert len(lines) < 200, "move what is not the command itself into analysis/"
+    assert max(map(len, lines)) <= 100
+    assert lines[-2:] == ['if __name__ == "__main__":', "    exit_with(main)"]
+    assert any(line.startswith(f"    python {script.name}") for line in lines)
 
 
 def commands(script: Path) -> list[str]:

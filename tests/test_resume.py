@@ -12,7 +12,7 @@ import torch
 
 import losses.domain
 import models
-from common import files
+from common import files, writing
 from common.errors import UserError
 from data.order import generator
 from models import build_model
@@ -374,7 +374,7 @@ def train_and_die(config, kill: str, saves: int) -> None:
         die_if(due and kill == "replaced")
         die_if(path.suffix == ".sha256" and len(saved) == saves and kill == "hashed")
 
-    files.write_atomically = interrupted
+    files.write_atomically = writing.write_atomically = interrupted
     train("train_source", config)
 
 

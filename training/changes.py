@@ -5,7 +5,7 @@ from pathlib import Path
 
 from common.config import Hints, all_keys, build, changed_keys, flat_values
 from common.errors import UserError
-from training.config import FREE_AT_RESUME
+from training.free_keys import FREE_AT_RESUME
 
 
 def is_rate(key: str) -> bool:

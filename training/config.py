@@ -31,20 +31,6 @@ from training.optim import OptimConfig
 Select = Literal["source_val", "neg_entropy", "infomax", "last"]  # see docs/selection.md
 SELECT = {"classification": "infomax", "segmentation": "neg_entropy"}  # the default, by task
 
-# Keys that may differ between a run and its continuation: they do not change what is learned.
-FREE_AT_RESUME = (
-    "out_dir",
-    "save_every",
-    "process_timeout",
-    "weights_format",
-    "data.root",
-    "data.workers",
-    "data.worker_timeout",
-    "data.cache",
-    "data.cache_gb",
-    "data.storage",
-)
-
 
 @dataclass(kw_only=True)
 class RunConfig:
