@@ -29,7 +29,7 @@ from analysis.prediction import predict_logits
 from analysis.writers import ClassWriter, MapWriter
 from common.config import describe, load_config, not_negative, positive, range_rules
 from common.errors import UserError, exit_with, require
-from common.files import write_text
+from common.writing import write_text
 from data.image_files import FileBatches, NamedFiles, find_images
 from data.loaders import Loader
 from models import ModelCard, load_card, load_run

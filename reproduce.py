@@ -39,8 +39,8 @@ from common.config import (
     read_config,
 )
 from common.errors import UserError, exit_with, require
-from common.files import write_text
 from common.metrics import main_metric
+from common.writing import write_text
 from training.config import RunConfig, head_command, load_run_config, scripts_with
 from training.folder import finished_summary
 from training.free_keys import FREE_AT_RESUME

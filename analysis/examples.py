@@ -10,8 +10,8 @@ from torchvision.transforms.v2 import functional as F
 
 from analysis.measure import Predictions
 from common.drawing import class_colors, drawable, with_legend, wrapped
-from common.files import write_atomically
 from common.metrics import IGNORE_INDEX
+from common.writing import write_atomically
 from data import DataConfig, eval_loader
 from data.image_set import ImageSet, one
 from training.evaluation import predict_labeled

@@ -8,9 +8,9 @@ from torch import nn
 from torch.export import Dim, ExportedProgram
 
 from common.errors import UserError
-from common.files import write_atomically
 from common.optional import optional
 from common.resize import resize_maps
+from common.writing import write_atomically
 from models import ModelCard, Network
 from models.card import CARD
 

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from common.counts import occurrences
-from common.files import write_atomically
 from common.metrics import labeled_mask
+from common.writing import write_atomically
 from data import DataConfig, eval_loader, to_views
 from data.image_set import ImageSet
 

@@ -5,11 +5,12 @@ from pathlib import Path
 
 import torch
 
-from analysis.curves import HINT
+from analysis.curves import HINT, learning_curves
 from analysis.features import principal_components
-from analysis.measure import BINS
-from common.files import write_atomically
+from analysis.measure import BINS, Predictions
+from analysis.run_files import read_metrics, read_summary
 from common.optional import optional
+from common.writing import write_atomically
 
 # Of Okabe and Ito, and of Tol, which people with any color vision tell apart.
 BLUE, ORANGE, GREEN, GRAY, WINE = "#0072B2", "#E69F00", "#009E73", "#888888", "#882255"
@@ -155,3 +156,31 @@ def plot_features(
             axes.set_yticks([])
         row[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)
     save(figure, file)
+
+
+def draw_all(
+    run: Path,
+    predictions: Predictions,
+    features: dict[str, tuple[torch.Tensor, ...]],
+    method: str,
+    folder: Path,
+) -> None:
+    """Write the pictures of an evaluation.
+
+    Args:
+        run: the run folder, for its log.
+        predictions: of its model.
+        features: {before, after: of `domain_features`}; {} without a source.
+        method: the name of the method.
+        folder: where to write.
+    """
+    confusion, ece = predictions.confusion(), predictions.calibration()["ece"]
+    plot_confusion(confusion, predictions.classes, folder / "confusion.png")
+    if ece is not None:
+        plot_reliability(predictions.bins, ece, folder / "reliability.png")
+    if features:
+        titles = {"before": "before adaptation", "after": f"after: {method}"}
+        columns = {titles[name]: value for name, value in features.items()}
+        plot_features(columns, predictions.classes, folder / "features.png")
+    if records := read_metrics(run):
+        learning_curves(records, read_summary(run), folder / "curves.png")

@@ -1,15 +1,30 @@
-"""The images that a run is evaluated on, opened again from its config.yaml."""
+"""A finished run, opened again with the labeled images that it is evaluated on."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, make_dataclass
 from pathlib import Path
 from typing import Literal
 
+import torch
+from torch import nn
+
 from common.config import load_config, read_config
 from common.errors import UserError
-from data import DataConfig, Domains, LabeledDataConfig, TargetDataConfig, open_domains
+from data import (
+    DataConfig,
+    Domains,
+    LabeledDataConfig,
+    TargetDataConfig,
+    eval_loader,
+    open_domains,
+)
+from data.decoded import Decoded
 from data.domains import open_test
 from data.image_set import ImageSet
+from data.loaders import Loader
+from data.tasks import task_module
+from models import ModelCard, load_run
+from training.device import get_device
 
 TEST = "data.target_test"
 
@@ -60,26 +75,78 @@ def names_a_set(overrides: Sequence[str]) -> bool:
     return any(word.startswith((f"{TEST}.", f"{TEST}=")) for word in overrides)
 
 
-def open_labeled_set(
-    config: EvaluationConfig, classes: list[str], named: bool
-) -> tuple[ImageSet, str, Domains | None]:
-    """The labeled target images to evaluate a run on.
+@dataclass
+class OpenedRun:
+    """A run, its model, and the labeled images to evaluate it on.
+
+    Attributes:
+        folder: the run folder.
+        config: what an evaluation needs of its config.
+        device: of the model.
+        network: the model, in eval mode.
+        card: describes it.
+        images: the labeled target images.
+        note: a description of them.
+        domains: all sets of the run; None if the images are others than the run's.
+    """
+
+    folder: Path
+    config: EvaluationConfig
+    device: torch.device
+    network: nn.Module
+    card: ModelCard
+    images: ImageSet
+    note: str
+    domains: Domains | None
+
+    @property
+    def measure(self) -> Callable[[torch.Tensor], dict]:
+        """The function that computes the metrics of a confusion matrix (K, K)."""
+        data = self.config.data
+        return task_module(data).measure(data, self.card.classes)
+
+    def loader(self) -> Loader:
+        """The labeled images in their order."""
+        return eval_loader(self.images, self.config.data, device=self.device)
+
+    def names(self) -> list[str]:
+        """The name of each image: its path, below `data.root` if it lies there, or its number."""
+        images, root = self.images, Path(self.config.data.root)
+        if not isinstance(images.images, Decoded):
+            return [str(i) for i in images.indices.tolist()]
+        paths = (images.images.paths[i] for i in images.indices.tolist())
+        return [str(p.relative_to(root) if p.is_relative_to(root) else p) for p in paths]
+
+    def start(self) -> Path | None:
+        """The run that this one was started from, if its folder is there."""
+        start = self.config.init_from
+        return Path(start) if start is not None and Path(start).is_dir() else None
+
+
+def open_run(folder: Path, overrides: Sequence[str] = ()) -> OpenedRun:
+    """Open a run and its labeled target images.
 
     Args:
-        config: of `load_evaluation_config`.
-        classes: the classes of the model, in its order.
-        named: whether the overrides name the set (`names_a_set`); then nothing else is opened.
-
-    Returns:
-        (the set, a description of it, all sets of the run). The sets are None if the set is named.
+        folder: the run folder.
+        overrides: see `load_evaluation_config`. If they name a set, nothing else is opened.
 
     Raises:
-        UserError: the run has no labeled target images.
+        UserError: there is no such run, it has no labeled target images, or its data have changed.
     """
-    if named:
-        return open_test(config.data, classes), TEST, None
-    domains = open_domains(config.data, config.seed, trained=classes)
-    if domains.classes != classes:
+    config = load_evaluation_config(folder, overrides)
+    device = get_device(config.device)
+    network, card = load_run(folder, device)
+    if names_a_set(overrides):
+        images, note, domains = open_test(config.data, card.classes), TEST, None
+    else:
+        domains = open_domains(config.data, config.seed, trained=card.classes)
+        images, note = domains.target_test, domains.target_test_note
+        _check_sets(domains, card)
+    return OpenedRun(folder, config, device, network, card, images, note, domains)
+
+
+def _check_sets(domains: Domains, card: ModelCard) -> None:
+    if domains.classes != card.classes:
         raise UserError(
             f"the data have other classes than the run: now {', '.join(domains.classes)}; "
             f"restore them, or name a set by {TEST}"
@@ -89,4 +156,3 @@ def open_labeled_set(
             "the run has no labeled target images to evaluate on; name some, such as "
             f"{TEST}.name=folder {TEST}.path=FOLDER"
         )
-    return domains.target_test, domains.target_test_note, domains

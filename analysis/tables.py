@@ -9,19 +9,9 @@ from pathlib import Path
 import torch
 
 from analysis.measure import Predictions
-from common.files import write_text
-from data.decoded import Decoded
-from data.image_set import ImageSet
+from common.writing import write_text
 
 SHOWN = 30  # classes up to which the screen shows a row per class
-
-
-def image_names(images: ImageSet, root: Path) -> list[str]:
-    """The name of each image of a set: its path, below `root` if it lies there, or its number."""
-    if not isinstance(images.images, Decoded):
-        return [str(i) for i in images.indices.tolist()]
-    paths = (images.images.paths[i] for i in images.indices.tolist())
-    return [str(path.relative_to(root) if path.is_relative_to(root) else path) for path in paths]
 
 
 def write_csv(file: Path, head: Sequence[str], rows: Iterable[Sequence]) -> None:

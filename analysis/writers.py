@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from analysis.prediction import TOP, predict_map, top_classes
-from common.files import write_atomically
+from common.writing import write_atomically
 from data.decoded import Size, read_rgb
 from training.pictures import class_colors
 

@@ -21,14 +21,12 @@ sys.path.insert(0, str(ROOT))
 
 from analysis import plots  # noqa: E402
 from analysis.features import domain_features, principal_components  # noqa: E402
-from analysis.measure import predict  # noqa: E402
-from analysis.sets import load_evaluation_config, open_labeled_set  # noqa: E402
+from analysis.measure import Predictions, predict  # noqa: E402
+from analysis.sets import OpenedRun, open_run  # noqa: E402
 from common.drawing import class_colors  # noqa: E402
 from common.errors import UserError, exit_with  # noqa: E402
 from common.metrics import main_metric  # noqa: E402
 from data import eval_loader  # noqa: E402
-from data.tasks import task_module  # noqa: E402
-from models import load_run  # noqa: E402
 from training.evaluation import predict_labeled  # noqa: E402
 
 DIGITS, STREET = "configs/demo/digits.yaml", "configs/demo/street.yaml"
@@ -47,63 +45,50 @@ def train(folder: Path) -> None:
         subprocess.run([*command, "--resume"], check=True, cwd=ROOT)
 
 
-def opened(run: Path) -> tuple:
-    """(network, config, classes, labeled target images, all sets) of a run."""
-    config = load_evaluation_config(run)
-    network, card = load_run(run)
-    images, _, domains = open_labeled_set(config, card.classes, named=False)
-    return network, config.data, card.classes, images, domains
+def predictions(run: OpenedRun) -> Predictions:
+    return predict(run.network, run.loader(), run.card.classes, run.names(), run.measure)
 
 
-def draw_features(axes, run: Path, title: str) -> None:
-    network, config, _, images, domains = opened(run)
-    source, _, target, _ = domain_features(network, domains.source_val, images, config)
-    points = principal_components(torch.cat([source, target]))
-    plots.scatter_domains(axes, points[: len(source)], points[len(source) :])
-    axes.set_title(f"{title}\naccuracy on the target {figure_of(run):.1f} %", fontsize=10)
-    axes.set(xticks=[], yticks=[])
-
-
-def figure_of(run: Path) -> float:
-    """The main figure of a run on its labeled target images."""
-    found = predictions(run)
+def figure_of(found: Predictions) -> float:
+    """The main figure of a model on its labeled target images."""
     figures = found.measure(found.confusion())
     return figures[main_metric(figures)]
 
 
-def predictions(run: Path):
-    network, config, classes, images, _ = opened(run)
-    measure = task_module(config).measure(config, classes)
-    names = [str(i) for i in range(len(images))]
-    return predict(network, eval_loader(images, config), classes, names, measure)
+def draw_features(axes, run: OpenedRun, title: str) -> None:
+    images = run.domains.source_val, run.images
+    source, _, target, _ = domain_features(run.network, *images, run.config.data)
+    points = principal_components(torch.cat([source, target]))
+    plots.scatter_domains(axes, points[: len(source)], points[len(source) :])
+    axes.set_title(f"{title}\naccuracy on the target {figure_of(predictions(run)):.1f} %")
+    axes.set(xticks=[], yticks=[])
 
 
 @torch.inference_mode()
-def draw_maps(row, before: Path, after: Path) -> list[tuple[str, tuple]]:
-    """Draw an image, its label, and two predictions; returns the colors of the classes."""
-    ious = [predictions(run).image_ious() for run in (before, after)]
-    number = int((ious[1] - ious[0]).argsort()[len(ious[0]) // 2])
-    pictures = []
-    for run in (before, after):
-        network, config, classes, images, _ = opened(run)
-        chosen = images.subset(torch.tensor([number]))
-        loader = eval_loader(chosen, config)
-        image, logits, label = next(iter(predict_labeled(network, loader, torch.device("cpu"))))
-        pictures.append(logits[0].argmax(0))
+def draw_maps(row, runs: dict[str, OpenedRun]) -> None:
+    """Draw an image, its label, and the prediction of each run, by title."""
+    found = {title: predictions(run) for title, run in runs.items()}
+    first, second = (model.image_ious() for model in found.values())
+    number = int((second - first).argsort()[len(first) // 2])
+    titles, masks = ["target image", "label"], []
+    for title, run in runs.items():
+        loader = eval_loader(run.images.subset(torch.tensor([number])), run.config.data)
+        image, logits, label = next(iter(predict_labeled(run.network, loader, run.device)))
+        masks.append(logits[0].argmax(0))
+        titles.append(f"{title}\nmean IoU {figure_of(found[title]):.1f} %")
+    classes = run.card.classes
     colors = class_colors(classes)
-    masks = [label[0], *pictures]
-    shown = [image[0].movedim(0, -1), *(colors[mask] for mask in masks)]
-    titles = ["target image", "label"]
-    titles += [
-        f"{title}\nmean IoU {figure_of(run):.1f}"
-        for title, run in (("not adapted", before), ("MinEnt", after))
-    ]
-    for axes, picture, title in zip(row, shown, titles, strict=True):
+    masks = [label[0], *masks]
+    pictures = [image[0].movedim(0, -1), *(colors[mask] for mask in masks)]
+    for axes, picture, title in zip(row, pictures, titles, strict=True):
         axes.imshow(picture.numpy())
-        axes.set_title(title, fontsize=10)
+        axes.set_title(title)
         axes.axis("off")
     used = set(torch.cat([mask.flatten() for mask in masks]).tolist())
-    return [(name, tuple(colors[i].tolist())) for i, name in enumerate(classes) if i in used]
+    for number, name in enumerate(classes):
+        if number in used:
+            axes.scatter([], [], marker="s", c=[(colors[number] / 255).tolist()], label=name)
+    axes.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
 
 
 def main() -> int:
@@ -114,18 +99,14 @@ def main() -> int:
     if not plots.available():
         raise UserError(plots.HINT)
     train(args.runs)
-    digits, dann, street, minent = (args.runs / name for name in RUNS)
+    digits, dann, street, minent = (open_run(args.runs / name) for name in RUNS)
     figure = plots.new_figure(9, 6.6)
     upper, lower = figure.subfigures(2, 1, height_ratios=[1.75, 1])
     left, right = upper.subplots(1, 2)
     draw_features(left, digits, "not adapted")
     draw_features(right, dann, "DANN")
     right.legend(loc="upper left", bbox_to_anchor=(1, 1))
-    entries = draw_maps(lower.subplots(1, 4), street, minent)
-    for name, color in entries:
-        place = lower.axes[-1]
-        place.scatter([], [], marker="s", c=[[c / 255 for c in color]], label=name)
-    lower.axes[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
+    draw_maps(lower.subplots(1, 4), {"not adapted": street, "MinEnt": minent})
     plots.save(figure, args.out)
     print(args.out)
     return 0

@@ -23,7 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from common.errors import exit_with  # noqa: E402
-from common.files import save_tensors, write_text  # noqa: E402
+from common.files import save_tensors  # noqa: E402
+from common.writing import write_text  # noqa: E402
 from models import ModelCard, build_classifier, load_run  # noqa: E402
 from models.card import CARD, card_text  # noqa: E402
 from models.config import ModelConfig  # noqa: E402

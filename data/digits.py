@@ -8,7 +8,7 @@ import torch
 import torchvision
 
 from common.errors import UserError
-from common.files import write_atomically
+from common.writing import write_atomically
 from data.decoded import read_rgb
 from data.image_set import ImageSet, image_set
 from data.order import generator

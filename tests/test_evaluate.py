@@ -15,7 +15,7 @@ from analysis.compare import difference, groups_of, mcnemar
 from analysis.diagnosis import diagnose
 from analysis.features import principal_components, proxy_a_distance
 from analysis.measure import BINS, Predictions, predict
-from analysis.tables import per_class
+from analysis.tables import against_summary, per_class
 from common.errors import UserError
 from common.metrics import IGNORE_INDEX, accuracies, ious
 from models import load_run
@@ -287,12 +287,14 @@ def test_a_segmenter_is_evaluated(runs, capsys):
 
 def test_other_weights_have_other_figures(runs, tmp_path):
     """The control of `exactly the figures of summary.json`."""
-    opened = evaluate.open_run(runs / "dann", [])
+    run = evaluate.open_run(runs / "dann")
+    before = evaluate.predict_run(run)
     network, _ = load_run(runs / "source")
-    opened.network.load_state_dict(network.state_dict())
-    other = evaluate.open_run(runs / "source", [])
-    first, second = opened.predictions, other.predictions
-    assert first.log_likelihood != second.log_likelihood
+    run.network.load_state_dict(network.state_dict())
+    other = evaluate.predict_run(run)
+    assert other.log_likelihood != before.log_likelihood
+    text = against_summary(other.figures(), summary(runs / "dann"))
+    assert text.startswith("note: summary.json has")
 
 
 def write_digits(folder, name="0", count=3):

@@ -434,7 +434,8 @@ def test_evaluate_has_the_figures_of_the_summary(whole):
     target = result["target"]["selected"]
     if target[main_metric(target)] is None:
         pytest.skip("the config has no labeled target images to evaluate on")
-    predictions = load_script(ROOT / "evaluate.py").open_run(whole, []).predictions
+    evaluate = load_script(ROOT / "evaluate.py")
+    predictions = evaluate.predict_run(evaluate.open_run(whole))
     figures = predictions.figures()
     assert {name: figures[name] for name in target if name != "step"} == {
         name: value for name, value in target.items() if name != "step"

@@ -97,14 +97,14 @@ def test_predict_agrees_with_evaluate(runs, tmp_path):
         for i in range(2):
             noise(28, 36, 10 * label + i).save(tmp_path / f"set/{label}/{i}.png")
     words = ["data.target_test.name=folder", f"data.target_test.path={tmp_path / 'set'}"]
-    opened = evaluate.open_run(runs / "digits", words).predictions
+    opened = evaluate.predict_run(evaluate.open_run(runs / "digits", words))
     assert predict.main([str(runs / "digits"), "set"]) == 0
     rows = rows_of(tmp_path / "predictions/predictions.csv")
     of_image = {int(i): opened.classes[int(k)] for i, _, k, _ in opened.rows}
     # The card has the preparation of the run's own test set, at 28 px; that of files is 32 px.
     assert load_card(runs / "digits").resize == 28
     words.append("data.target_test.resize=28")
-    opened = evaluate.open_run(runs / "digits", words).predictions
+    opened = evaluate.predict_run(evaluate.open_run(runs / "digits", words))
     of_image = {int(i): opened.classes[int(k)] for i, _, k, _ in opened.rows}
     assert [row["class"] for row in rows] == [of_image[i] for i in range(20)]
     found = [float(row["confidence"]) for row in rows]

@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from common import ranks
 from common.errors import UserError
-from common.files import write_atomically
 from common.metrics import main_metric
+from common.writing import write_atomically
 
 
 def _is_kept(line: bytes, step: int, evaluated: bool) -> bool:

@@ -6,8 +6,8 @@ from torchvision.datasets import Cityscapes
 from torchvision.transforms.v2 import functional as F
 from torchvision.utils import make_grid
 
-from common.files import write_atomically
 from common.metrics import IGNORE_INDEX
+from common.writing import write_atomically
 
 WIDTH = 480  # px; largest width of one picture of a row
 MARK, GAP = 14, 8  # px; a color and the height of a name in the legend; between entries
