@@ -1,6 +1,6 @@
 """The run folder: what a run writes, and how it continues after a stop.
 
-config.yaml  metrics.jsonl  status.json  summary.json  checkpoints/step_00000080.pt
+config.yaml  metrics.jsonl  status.json  summary.json  MODEL.md  checkpoints/step_00000080.pt
 model.pt  model.yaml  and model.safetensors, if it is asked for
 .lock  held while a run uses the folder
 pictures/step_00000080.png  for segmentation
@@ -31,6 +31,7 @@ from data.fingerprint import difference
 from data.loaders import Loader, WorkerError
 from data.order import generator
 from models.card import card_text
+from training.card import model_card
 from training.changes import check_changes, config_of, config_tree, is_rate
 from training.collapse import CollapseMonitor
 from training.device import (
@@ -612,6 +613,7 @@ class Run:
             print("dry run: one step of training and of evaluation passed, nothing was written")
         if self.writes:
             files.write_text(self.folder / "summary.json", to_json(summary))
+            files.write_text(self.folder / "MODEL.md", model_card(self, domains, summary))
             self.run_folder.write_status("finished", summary["steps"])
             print_summary(summary, self.folder / "summary.json")
         observe(None)
