@@ -190,15 +190,15 @@ class Domains:
                 listed.add(files)
         return found
 
-    def describe(self) -> str:
-        """One line per set, and the sizes of a batch."""
+    def describe(self, storage: bool = True) -> str:
+        """One line per set, with where it is stored if `storage`, and the sizes of a batch."""
         names = ", ".join(self.classes[:12]) + (" ..." if self.num_classes > 12 else "")
         absent = f"; the target lacks {', '.join(self.absent_classes)}" * bool(self.absent_classes)
         lines = [f"{self.num_classes} classes: {names}{absent}"]
         roles = [] if self.target is None else ["source", "source_val", "target"]
         roles += ["target_labeled"] if self.target_labeled else []
         for role in [*roles, "target_test"]:
-            lines.append(f"{role:14} {self._describe_set(role)}")
+            lines.append(f"{role:14} {self._describe_set(role, storage)}")
         sets = {role: getattr(self, role) for role in ("source", "target", "target_labeled")}
         present = {role: images for role, images in sets.items() if images}
         sizes = task_module(self.config).describe_sizes(present, self.config)
@@ -220,7 +220,7 @@ class Domains:
         others = "source" if self.source else "labeled target" if self.target_labeled else ""
         return (f"{batch} {others} and " if others else "") + f"{target_batch} target images"
 
-    def _describe_set(self, role: str) -> str:
+    def _describe_set(self, role: str, storage: bool) -> str:
         images = getattr(self, role)
         if images is None:
             if role == "source_val" and self.source is not None:
@@ -230,7 +230,7 @@ class Domains:
         if role == "target_test":
             text += f" ({self.target_test_note})"
         trains = role in ("source", "target") or self.target is None
-        if isinstance(images.images, Decoded) and trains:
+        if storage and isinstance(images.images, Decoded) and trains:
             text += f", {images.images.describe()}"
         own_folder = role in ("source", "target", "target_labeled") or self.config.target_test
         if images.skipped and role != "source_val" and own_folder:

@@ -51,6 +51,7 @@ class RunConfig:
     select: Select | None = None  # the criterion that picks model.pt, or last; null: by task
     weights_format: Literal["pt", "safetensors"] = "pt"  # safetensors: that file beside model.pt
     pictures: Literal["end", "every"] = "end"  # segmentation: at the end, or at every evaluation
+    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"  # gets all metrics too
     init_from: str | None = None  # a run folder or model.pt to start from
     process_timeout: int = positive(600, most=10**6)  # s that one process waits for another
 

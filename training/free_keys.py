@@ -6,6 +6,7 @@ FREE_AT_RESUME = (
     "save_every",
     "process_timeout",
     "weights_format",
+    "tracker",
     "data.root",
     "data.workers",
     "data.worker_timeout",

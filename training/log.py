@@ -13,6 +13,7 @@ from common import ranks
 from common.errors import UserError
 from common.metrics import main_metric
 from common.writing import write_atomically
+from training.tracker import Tracker
 
 
 def _is_kept(line: bytes, step: int, evaluated: bool) -> bool:
@@ -75,6 +76,7 @@ class Log:
         resumable: whether there is a checkpoint to go on from, for messages.
         monitor: the `CollapseMonitor` of a run; its report is written with each line.
         scaler: the loss scaler of a run in float16; its `scale` is written with each line.
+        tracker: gets each line too.
     """
 
     def __init__(self, path: Path | None, steps: int, parts: int = 1):
@@ -85,6 +87,7 @@ class Log:
         self.start = 0
         self.muted = self.resumable = False
         self.monitor = self.scaler = None
+        self.tracker = Tracker()
         self.largest_scale = 0.0
 
     def _tensors(self) -> dict[str, torch.Tensor]:
@@ -209,7 +212,7 @@ class Log:
         return UserError(f"{fault}; lower optim.lr, or use amp: float32, and {way_on}", 3)
 
     def record(self, line: dict) -> None:
-        """Append one line to metrics.jsonl."""
+        """Append one line to metrics.jsonl, and send it to the tracker."""
         if self.path is not None:
             try:
                 with open(self.path, "a") as file:
@@ -218,6 +221,7 @@ class Log:
                 raise UserError(
                     f"{self.path}: cannot be written ({error.strerror}); free some space", 5
                 ) from None
+        self.tracker.log(line["step"], line)
 
     def print(self, text: str) -> None:
         """Print a line, above the progress bar if there is one."""

@@ -1,10 +1,11 @@
 """The run folder: what a run writes, and how it continues after a stop.
 
-config.yaml  metrics.jsonl  status.json  summary.json  checkpoints/step_00000080.pt
+config.yaml  metrics.jsonl  status.json  summary.json  MODEL.md  checkpoints/step_00000080.pt
 model.pt  model.yaml  and model.safetensors, if it is asked for
 .lock  held while a run uses the folder
 pictures/step_00000080.png  for segmentation
 stage1.pt  of fine-tuning
+tracker_id, tensorboard/, wandb/  of a tracker
 target_labeled.txt, train.txt, val.txt  where images were drawn by the seed
 """
 
@@ -30,6 +31,7 @@ from data.fingerprint import difference
 from data.loaders import Loader, WorkerError
 from data.order import generator
 from models.card import card_text
+from training.card import model_card
 from training.changes import check_changes, config_of, config_tree, is_rate
 from training.collapse import CollapseMonitor
 from training.device import (
@@ -44,6 +46,7 @@ from training.log import Log, evaluation_line
 from training.pictures import save_pictures
 from training.state import OWN_STATE, check_state, first_not_finite, first_that_differs
 from training.summary import print_summary, summarize, to_json
+from training.tracker import import_tracker, open_tracker
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # the run saves and leaves
 PAIR = 1.0  # seconds within which a second signal counts as the same one, sent to us twice
@@ -163,6 +166,7 @@ class Run:
         self.commits = [code_version()]  # now: the code may change while the run goes on
         self.machines = [describe_machine(get_device(config.device))]
         self.config_text, self.config_tree = dump(config), config_tree(config)
+        self.config_values = flat_values(config)
         self.allow_change = self.resume and args.allow_change
         self.changes: list[dict] = []  # of keys, by --allow-change, since the run began
         self.changed: set[str] = set()  # the keys that have changed now
@@ -171,6 +175,8 @@ class Run:
         self.run_folder = RunFolder(self.folder, type(config).method, config.steps)
         observe(self)
         self._check_folder()
+        if ranks.is_first():
+            import_tracker(config.tracker)  # a package that is missing is told at once
         self.resume = self.resume and not self.dry_run
         if self.dry_run:
             config.steps = 1
@@ -271,6 +277,9 @@ class Run:
                 if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:
                     continue  # as nohup asks
                 signal.signal(number, self._on_signal)
+        if self.writes:
+            what = self.config.tracker, self.folder, step, self.config_values
+            self.log.tracker = open_tracker(*what, self.log.print)
         self.log.open(step, evaluated=self.repeat is None)
         self.log.muted = self.repeat is not None
         self.started = time.monotonic()
@@ -562,6 +571,7 @@ class Run:
         if self.examples and self.writes:
             file = self.folder / "pictures" / f"step_{step:08d}.png"
             save_pictures(file, self.examples, self.domains.classes)
+            self.log.tracker.picture(step, file)
             self.examples = []
 
     def keep_selected(self, name: str) -> None:
@@ -588,6 +598,7 @@ class Run:
         print(f"stopped by {name} after step {step}; --resume goes on from here")
         self.agreement.end()
         ranks.leave()
+        self.log.tracker.finish()
         sys.exit(128 + number)
 
     def finish(self, domains: Domains, **facts) -> int:
@@ -602,9 +613,11 @@ class Run:
             print("dry run: one step of training and of evaluation passed, nothing was written")
         if self.writes:
             files.write_text(self.folder / "summary.json", to_json(summary))
+            files.write_text(self.folder / "MODEL.md", model_card(self, domains, summary))
             self.run_folder.write_status("finished", summary["steps"])
             print_summary(summary, self.folder / "summary.json")
         observe(None)
         self.agreement.end()
         ranks.leave()
+        self.log.tracker.finish()
         return 0
