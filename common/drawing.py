@@ -89,7 +89,8 @@ def _has_glyph(font: ImageFont.FreeTypeFont, character: str) -> bool:
 def drawable(text: str, font: ImageFont.FreeTypeFont) -> str:
     r"""The text with an escape such as `\u732b` in place of characters that the font lacks."""
     return "".join(
-        c if _has_glyph(font, c) else c.encode("ascii", "backslashreplace").decode() for c in text
+        c if _has_glyph(font, c) else c.encode("unicode_escape", "surrogatepass").decode()
+        for c in text
     )
 
 
