@@ -229,11 +229,15 @@ class MaskDecoder:
 
         return _open(path, read)
 
+    def look_up(self, numbers: np.ndarray) -> np.ndarray:
+        """The class number of each number in a mask, uint8; `UNKNOWN` where it has none."""
+        outside = (numbers < 0) | (numbers >= len(self.table))
+        return np.where(outside, np.uint8(UNKNOWN), self.table[np.where(outside, 0, numbers)])
+
     def __call__(self, path: Path) -> torch.Tensor:
         numbers = mask_numbers(path)
-        outside = (numbers < 0) | (numbers >= len(self.table))
-        classes = self.table[np.where(outside, 0, numbers)]
-        unknown = outside | (classes == UNKNOWN)
+        classes = self.look_up(numbers)
+        unknown = classes == UNKNOWN
         if unknown.any():
             found = np.unique(numbers[unknown]).tolist()
             shown = ", ".join(map(str, found[:SHOWN])) + (" ..." if len(found) > SHOWN else "")

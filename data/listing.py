@@ -21,6 +21,7 @@ class Listing:
         skipped: which files of its folder are no images; "" for none.
         decode: reads an image file; None without files.
         decode_mask: reads a mask file; None without such files.
+        by_pixel: whether labels are masks, or would be if there were any.
     """
 
     name: str
@@ -30,6 +31,7 @@ class Listing:
     skipped: str = ""
     decode: ImageDecoder | None = None
     decode_mask: MaskDecoder | None = None
+    by_pixel: bool = False
 
     def __len__(self) -> int:
         return len(self.images)
@@ -42,10 +44,9 @@ class Listing:
     @property
     def masks(self) -> torch.Tensor | list[Path] | None:
         """The masks, or None for a set without masks."""
-        return None if self.class_numbers is not None else self.labels
+        return self.labels if self.by_pixel else None
 
     @property
     def class_numbers(self) -> torch.Tensor | None:
         """The class number of each image, or None for a set with masks or without labels."""
-        numbers = isinstance(self.labels, torch.Tensor) and self.labels.dim() == 1
-        return self.labels if numbers else None
+        return None if self.by_pixel else self.labels

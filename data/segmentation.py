@@ -62,7 +62,7 @@ def list_set(domain: DomainConfig, role: str, config: DataConfig, train: bool) -
     if domain.name in FILES:
         return _listing(domain, _pairs(domain, role, config), role, config) if train else None
     images = open_set(domain, role, config, train, read_only=True)
-    return Listing(images.name, images.images, images.labels, images.classes)
+    return Listing(images.name, images.images, images.labels, images.classes, by_pixel=True)
 
 
 def _pairs(domain: DomainConfig, role: str, config: DataConfig) -> Pairs:
@@ -81,8 +81,9 @@ def _listing(domain: DomainConfig, pairs: Pairs, role: str, config: DataConfig) 
     if pairs.masks is not None:
         table, classes = _mask_ids(domain, role)
         decode_mask = MaskDecoder(table, classes)
-    name = f"{domain.name} {domain.path}"
-    return Listing(name, pairs.images, pairs.masks, classes, pairs.skipped, decode, decode_mask)
+    name, files = f"{domain.name} {domain.path}", pairs.images
+    decoders = decode, decode_mask
+    return Listing(name, files, pairs.masks, classes, pairs.skipped, *decoders, by_pixel=True)
 
 
 def _mask_ids(domain: DomainConfig, role: str) -> tuple[torch.Tensor, list[str]]:
