@@ -194,7 +194,7 @@ def describe_files(role: str, listing: Listing, survey: Survey) -> str:
     text = f"{role:14} {listing.name}: {len(listing)} images"
     if not listing.files:
         channels, height, width = listing.images.shape[1:]
-        return f"{text}, built in or of one file, {channels}x{height}x{width}"
+        return f"{text} of {channels}x{height}x{width}, which are not one file each"
     numbers = survey.images[role]
     sizes = survey.sizes[numbers]
     sizes = sizes[sizes.all(1)]
@@ -286,7 +286,8 @@ def id_tables(listings: dict[str, Listing], survey: Survey) -> list[str]:
         for number, count in sorted(ids.pixels.items()):
             name = suspicions.meaning(listing, number) or "NOT DEFINED"
             share = f"{100 * count / pixels:.2f} %"
-            rows.append([f"{number} {name}", share, str(ids.masks[number])])
+            number_of_masks = str(ids.masks[number])
+            rows.append([f"{suspicions.shown_number(number)} {name}", share, number_of_masks])
         head = [f"number in masks of {role}", "pixels", f"masks (of {ids.count}, all read)"]
         more = [f"and {len(rows) - MOST_IDS} more numbers"] if len(rows) > MOST_IDS else []
         lines += ["", *table(head, rows[:MOST_IDS]), *more]
@@ -355,7 +356,11 @@ def check(config: DataConfig, seed: int, sheet: Path, report: Report) -> None:
         print("no contact sheet, since no set could be listed")
         return
     picture = contact_sheet(shown_sets(listings, config, survey), seed)
-    write_atomically(sheet, lambda file: picture.save(file, format="png"))
+    try:
+        write_atomically(sheet, lambda file: picture.save(file, format="png"))
+    except UserError as error:
+        remedy = "name another file by --out"
+        raise UserError(str(error).replace("choose another out_dir", remedy), error.code) from None
     print(f"contact sheet: {sheet}")
 
 

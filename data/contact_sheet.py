@@ -68,10 +68,12 @@ def contact_sheet(sets: list[Shown], seed: int) -> Image.Image:
             cells = _pixel_cells(shown, seed, colors, occurring)
             strips += [_title(shown.title, len(cells), width), *_rows(cells, width)]
         return with_legend(_stack(strips, width), colors.legend(occurring))
-    classes = _choose_classes(classes, seed)
+    chosen = _choose_classes(classes, seed)
     for shown in sets:
-        cells = _class_cells(shown, classes, seed)
-        strips += [_title(shown.title, len(cells), width), *_rows(cells, width)]
+        cells, title = _class_cells(shown, chosen, seed), shown.title
+        if shown.listing.labels is not None and len(chosen) < len(classes):
+            title += f": {len(chosen)} of {len(classes)} classes"
+        strips += [_title(title, len(cells), width), *_rows(cells, width)]
     return _stack(strips, width)
 
 

@@ -1,6 +1,7 @@
 """The section `data` of a config of any method, read without knowing the method."""
 
 import ast
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -69,6 +70,13 @@ def read_script(text: str) -> Script | None:
     return Script(set(declared), name if name in KINDS else "DataConfig", data_keys)
 
 
+@functools.cache
+def read_scripts(folder: Path) -> list[Script]:
+    """The declarations of all scripts in a folder."""
+    texts = [file.read_text(encoding="utf-8", errors="replace") for file in folder.glob("*.py")]
+    return [script for script in map(read_script, texts) if script]
+
+
 def _fields(node: ast.ClassDef) -> dict[str, str]:
     """{name: last word of its type} of the fields that a class declares."""
     declared = [line for line in node.body if isinstance(line, ast.AnnAssign)]
@@ -117,8 +125,7 @@ def load_section(files: Sequence[str], overrides: Sequence[str]) -> tuple[Config
     Raises:
         UserError: naming every mistake in the section, and keys of it that no script knows.
     """
-    texts = [file.read_text(encoding="utf-8", errors="replace") for file in ROOT.glob("*.py")]
-    scripts = [script for script in map(read_script, texts) if script]
+    scripts = read_scripts(ROOT)
     tree, layers = read_layers(Config, files, overrides)
     kind = kind_of(tree, scripts)
     aside = [text for text in overrides if text.split("=")[0].split(".")[0] not in READ]

@@ -17,6 +17,7 @@ from data.listing import Listing
 from data.read_all import read_each
 
 BLOCK = 2**20  # bytes that are hashed at once
+NUMBERS, OUTSIDE = 2**16, -1  # a mask may have the numbers below; stands for all others
 
 
 class Job(NamedTuple):
@@ -84,13 +85,12 @@ def _look_at_mask(job: Job) -> Look:
 
 
 def _count(numbers: np.ndarray) -> dict[int, int]:
-    """How often each number occurs in a flat array."""
-    if numbers.size and numbers.min() >= 0 and numbers.max() < 2**16:
-        counts = np.bincount(numbers)  # much faster than np.unique
-        found = counts.nonzero()[0]
-        return dict(zip(found.tolist(), counts[found].tolist(), strict=True))
-    found, counts = np.unique(numbers, return_counts=True)
-    return dict(zip(found.tolist(), counts.tolist(), strict=True))
+    """How often each number occurs in a flat array; numbers that no mask has are `OUTSIDE`."""
+    inside = (numbers >= 0) & (numbers < NUMBERS)
+    counts = np.bincount(numbers[inside])
+    found = counts.nonzero()[0]
+    outside = {OUTSIDE: int((~inside).sum())} if not inside.all() else {}
+    return {**dict(zip(found.tolist(), counts[found].tolist(), strict=True)), **outside}
 
 
 def _hash_of(path: Path) -> bytes:
@@ -181,7 +181,9 @@ class Survey:
         return np.array(numbers, np.int64)
 
     def number_of(self, path: Path, is_mask: bool = False) -> int:
-        """The number of a file that one of the listings has."""
+        """The number of a file that one of the listings has. Raises `UserError` for another."""
+        if (path, is_mask) not in self._known:
+            raise UserError(f"{path}: is new since the files were listed; look again")
         return self._known[path, is_mask]
 
     def _read(self, config: DataConfig) -> None:

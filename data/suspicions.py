@@ -13,7 +13,7 @@ from data.config import DataConfig, DomainConfig
 from data.id_maps import UNKNOWN
 from data.image_set import ImageSet
 from data.listing import Listing
-from data.survey import Ids
+from data.survey import OUTSIDE, Ids
 
 LIKE = 0.85  # ratio of difflib from which two names are near
 UNEQUAL = 20  # images of the largest class per image of the smallest from which they are told
@@ -199,7 +199,7 @@ def of_ids(role: str, listing: Listing, ids: Ids) -> tuple[list[str], list[str]]
     undefined = sorted(number for number, name in meanings.items() if name is None)
     if undefined:
         masks = max(ids.masks[number] for number in undefined)
-        shown = ", ".join(map(str, undefined[:SHOWN])) + " ..." * (len(undefined) > SHOWN)
+        shown = ", ".join(map(shown_number, undefined[:SHOWN])) + " ..." * (len(undefined) > SHOWN)
         findings.append(
             f"data.{role}.ids: does not define {shown}, which up to {masks} of {ids.count} masks "
             f"contain (first: {ids.first[undefined[0]]}); add each to a class or to void"
@@ -226,6 +226,10 @@ def meaning(listing: Listing, number: int) -> str | None:
     if value == UNKNOWN:
         return None
     return listing.classes[value] if value < len(listing.classes) else "void"
+
+
+def shown_number(number: int) -> str:
+    return "numbers that are negative or above 65535" if number == OUTSIDE else str(number)
 
 
 def _list(names: list[str]) -> str:
