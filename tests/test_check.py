@@ -169,6 +169,19 @@ def test_one_domain_that_cannot_be_opened_hides_no_other(report, pictures):
         assert sum(text in line for line in found) == 1
 
 
+def test_what_only_a_run_refuses(report, pictures):
+    pictures("photo", {"cat": 5, "dog": 5})
+    pictures("sketch", {"cat": 5, "dog": 5})
+    lines = report(FOLDERS, "data.test_share=0.01")[1]
+    (found,) = findings(lines)
+    assert found == "data.test_share: 0.01 of the 5 images of class cat leaves none to measure on"
+    assert notes(lines) == []
+    (Path("images/sketch/cat/000.png")).write_text("no image")
+    lines = report(FOLDERS, "data.test_share=0.01")[1]
+    assert len(findings(lines)) == 1
+    assert "could not be split as a run does" in notes(lines)[0]
+
+
 # --- copies
 
 
@@ -205,10 +218,16 @@ def test_copies_within_a_set(report, pictures):
     assert code == 0
     shown = "images/sketch/cat/000.png = images/sketch/cat/again.png"
     assert f"(first: {shown})" in notes(lines)[-1]
+    shutil.copy(photo / "cat/000.png", sketch / "cat/other.png")
+    (found,) = findings(report()[1])  # and not again of the test set, which is the target
+    assert found.startswith("target: 1 of 12 images have copies in source, which train")
     for i in range(20):
         shutil.copy(photo / f"dog/{i:03d}.png", photo / f"dog/again_{i:03d}.png")
-    (found,) = findings(report(FOLDERS, "data.source_val=0.4")[1])
-    assert re.match(r"source_val: \d+ of 17 images have copies in source, which train", found)
+    upper_bound = FOLDERS.replace("sketch", "photo")
+    lines = report(upper_bound, "data.source_val=0.4")[1]
+    assert all(re.match(r"\w+: \d+ of 17 images have", line) for line in findings(lines))
+    starts = {line.split(":")[0] for line in findings(lines)}
+    assert starts == {"source_val", "target_test"}  # and not target, which is the source
 
 
 def test_only_files_of_one_size_are_hashed(report, pictures, monkeypatch):
@@ -230,10 +249,10 @@ def test_only_files_of_one_size_are_hashed(report, pictures, monkeypatch):
 
 
 def test_names_that_differ_a_little(report, pictures):
-    pictures("photo", {"Cat": 3, "dogs": 3, "bird_nest": 3, "class1": 3})
-    pictures("sketch", {"cat": 3, "dog": 3, "birdnest": 3, "class2": 3})
+    pictures("photo", {"Cat": 3, "dogs": 3, "bird_nest": 3, "class10": 3})
+    pictures("sketch", {"cat": 3, "dog": 3, "birdnest": 3, "class11": 3})
     (found,) = findings(report()[1])
-    assert "only here: birdnest, cat, class2, dog; only in the source: Cat, bird_nest" in found
+    assert "only here: birdnest, cat, class11, dog; only in the source: Cat, bird_nest" in found
     pairs = "birdnest (the source: bird_nest), cat (the source: Cat), dog (the source: dogs)"
     assert found.endswith(f"; if they are the same classes, rename {pairs}")
 
@@ -314,6 +333,8 @@ def test_mistakes_in_masks(report, streets):
     defined = "data.source.ids: does not define 9, 11, which up to 4 of 4 masks contain (first: "
     assert f"{defined}images/day/masks/0.png); add each" in text
     assert "data.source.ids: no mask has a pixel of car, which cannot be learned" in text
+    found = findings(report(STREETS, "data.source.path=none")[1])  # a run would stop before
+    assert sum("test/masks/1.png: the mask is 10x30 px" in line for line in found) == 1
 
 
 def test_images_with_masks_that_do_not_fit_a_run(report, streets):
