@@ -1,14 +1,15 @@
 """A finished run, opened again with the labeled images that it is evaluated on."""
 
+import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, make_dataclass
+from dataclasses import dataclass, fields, make_dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import nn
 
-from common.config import load_config, read_config
+from common.config import build_config, read_config, read_layers
 from common.errors import UserError
 from data import (
     DataConfig,
@@ -67,7 +68,11 @@ def load_evaluation_config(run: Path, overrides: Sequence[str] = ()) -> Evaluati
     if names_a_set(overrides):
         shares = [key for key in ("test_share", "val_share") if key in keys]
         overrides = [*(f"data.{key}=null" for key in shares), *overrides]
-    return load_config(cls, str(file), overrides, ignore_others=True)
+    tree, layers = read_layers(cls, [str(file)], overrides)
+    # Those of the run and of its method are left aside, but not misspelled in an override.
+    read = {spec.name for spec in fields(cls)} | {re.split(r"[.=]", word)[0] for word in overrides}
+    tree = {key: value for key, value in tree.items() if key in read}
+    return build_config(cls, tree, layers, str(file))
 
 
 def names_a_set(overrides: Sequence[str]) -> bool:

@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from analysis.prediction import TOP, predict_map, top_classes
+from common.drawing import class_colors
 from common.writing import write_atomically
 from data.decoded import Size, read_rgb
-from training.pictures import class_colors
 
 OVERLAY = 0.5  # weight of the colors of the classes over the image
 

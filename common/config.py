@@ -430,7 +430,6 @@ def load_config(
     files: str | Sequence[str],
     overrides: Sequence[str] = (),
     elsewhere: Callable[[str], list[str]] | None = None,
-    ignore_others: bool = False,
 ):
     """Read yaml files, of which later ones win, apply `key=value` overrides, and build `cls`.
 
@@ -439,19 +438,27 @@ def load_config(
         files: names of yaml files.
         overrides: texts `key=value`.
         elsewhere: the scripts that have a key, for messages about unknown ones.
-        ignore_others: whether the files may have other keys at the top, which are not read.
 
     Raises:
         UserError: naming every mistake, and the file or override that it came from.
     """
     files = [files] if isinstance(files, str) else files
+    tree, layers = read_layers(cls, files, overrides)
+    return build_config(cls, tree, layers, " ".join(map(str, files)), elsewhere)
+
+
+def read_layers(
+    cls, files: Sequence[str], overrides: Sequence[str]
+) -> tuple[dict, list[tuple[str, dict]]]:
+    """Merge yaml files and overrides.
+
+    Returns:
+        (the merged tree, (file or `key=value`, its own tree) of each).
+    """
     tree: dict = {}
     layers = []
     for file in files:
         part = read_config(file)
-        if ignore_others:
-            names = {spec.name for spec in dataclasses.fields(cls)}
-            part = {key: value for key, value in part.items() if key in names}
         tree = merge(cls, tree, copy.deepcopy(part))  # overrides change it in place
         layers.append((str(file), part))
     for override in overrides:
@@ -459,10 +466,30 @@ def load_config(
         part = {}
         _apply(override, part)
         layers.append((cut(override, 80), part))
+    return tree, layers
+
+
+def build_config(
+    cls,
+    tree: dict,
+    layers: list[tuple[str, dict]],
+    where: str,
+    elsewhere: Callable[[str], list[str]] | None = None,
+):
+    """`build` of a whole config.
+
+    Args:
+        cls: the class of the config.
+        tree, layers: see `read_layers`.
+        where: the files, for a mistake that is in none of the layers.
+        elsewhere: the scripts that have a key, for messages about unknown ones.
+
+    Raises:
+        UserError: naming every mistake, and the layer that it came from.
+    """
     mistakes: list[str] = []
     config = build(cls, tree, Hints(all_keys(cls), elsewhere), mistakes)
     if mistakes:
-        where = " ".join(map(str, files))
         lines = [
             f"{_origin(mistake, layers) or where}: {cut(mistake, 400)}"
             for mistake in mistakes[:MOST_MISTAKES]

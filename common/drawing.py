@@ -1,6 +1,7 @@
 """What pictures are made of: colors of classes, a legend that names them, and lines of text."""
 
 import functools
+import re
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -97,15 +98,14 @@ def drawable(text: str, font: ImageFont.FreeTypeFont) -> str:
 def wrapped(text: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
     """The lines of a text that are at most `width` px long; broken within a word if need be."""
     lines = [""]
-    for word in text.split(" "):
-        line = f"{lines[-1]} {word}" if lines[-1] else word
-        if font.getlength(line) <= width:
-            lines[-1] = line
+    for word in re.findall(r"[^ _/.-]*[ _/.-]|[^ _/.-]+", text):
+        if font.getlength((lines[-1] + word).rstrip()) <= width:
+            lines[-1] += word
             continue
         if lines[-1]:
             lines.append("")
         for character in word:
-            if lines[-1] and font.getlength(lines[-1] + character) > width:
+            if lines[-1] and font.getlength((lines[-1] + character).rstrip()) > width:
                 lines.append("")
             lines[-1] += character
-    return lines
+    return [line.rstrip() for line in lines]

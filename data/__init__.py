@@ -1,10 +1,10 @@
 """Data sets, and loaders whose order and augmentation depend only on seed, role and position."""
 
-from data.check import check_files
 from data.config import DataConfig, LabeledDataConfig, TargetDataConfig
 from data.domains import Domains, EvaluationSets, open_domains
 from data.loaders import eval_loader, train_loader
 from data.prepare import load_image, target_size
+from data.read_all import check_files
 from data.views import to_views
 
 __all__ = [

@@ -14,12 +14,13 @@ from common.errors import UserError
 from common.metrics import accuracies
 from data.augment import Augment, center, three_channels
 from data.config import FILES, DataConfig, DomainConfig
-from data.decoded import Decoded, decoded_images
+from data.decoded import Decoded, ImageDecoder, decoded_images
 from data.digits import open_digits
 from data.drawn import open_drawn
 from data.folder import Files, read_labeled, read_list, scan_folder, scan_unlabeled
 from data.image_set import ImageSet, image_set
 from data.labeled import hold_out_of_each
+from data.listing import Listing
 from data.order import generator
 from data.views import ViewBatches
 
@@ -59,16 +60,32 @@ def open_set(
             cache = Path(config.cache)
             images = open_digits(domain.name, domain.path, root, train, cache, read_only)
         return replace(images, images=_square(images.images, resize_of(domain, config)))
-    if not train:
-        return None
-    absent = config.absent_of(role)
+    return _decoded(domain, _files(domain, role, config), config, read_only) if train else None
+
+
+def list_set(domain: DomainConfig, role: str, config: DataConfig, train: bool) -> Listing | None:
+    """What `open_set` opens, before a file is read. For the parameters see there."""
+    if domain.name in FILES:
+        return _listing(domain, _files(domain, role, config), config) if train else None
+    images = open_set(domain, role, config, train, read_only=True)
+    return Listing(images.name, images.images, images.labels, images.classes)
+
+
+def _files(domain: DomainConfig, role: str, config: DataConfig) -> Files:
+    """The files of a folder or of a list; `role` is the place of the domain in the config."""
+    root, absent = Path(config.root), config.absent_of(role)
     if domain.name == "list":
-        files = read_list(domain.path, domain.classes, root, role, absent)
-    elif domain.labels:
-        files = scan_folder(domain.path, root, f"data.{role}.path", absent)
-    else:
-        files = scan_unlabeled(domain.path, root, f"data.{role}.path")
-    return _decoded(domain, files, config, read_only)
+        return read_list(domain.path, domain.classes, root, role, absent)
+    if domain.labels:
+        return scan_folder(domain.path, root, f"data.{role}.path", absent)
+    return scan_unlabeled(domain.path, root, f"data.{role}.path")
+
+
+def _listing(domain: DomainConfig, files: Files, config: DataConfig) -> Listing:
+    labels = None if files.labels is None else torch.tensor(files.labels)
+    side = resize_of(domain, config)
+    name, decode = f"{domain.name} {domain.path}", ImageDecoder((side, side), config.exif)
+    return Listing(name, files.images, labels, files.classes, files.skipped, decode)
 
 
 def resize_of(domain: DomainConfig, config: DataConfig) -> int:
@@ -169,11 +186,21 @@ def open_listed(path: str, config: DataConfig, classes: list[str], read_only: bo
         classes: the class names of the source, by number.
         read_only: store nothing (dry run).
     """
-    files, labels = read_labeled(
-        path, classes, Path(config.root), config.absent_of("target_labeled")
-    )
+    listed, files = _listed(path, config, classes)
+    return _decoded(listed, files, config, read_only)
+
+
+def list_listed(path: str, config: DataConfig, classes: list[str]) -> Listing:
+    """What `open_listed` opens, before a file is read. For the parameters see there."""
+    return _listing(*_listed(path, config, classes), config)
+
+
+def _listed(path: str, config: DataConfig, classes: list[str]) -> tuple[DomainConfig, Files]:
+    """The list file `data.target_labeled` as a domain, and its files."""
+    absent = config.absent_of("target_labeled")
+    files, labels = read_labeled(path, classes, Path(config.root), absent)
     listed = replace(config.target, name="list", path=path, labels=True)
-    return _decoded(listed, Files(files, labels, classes), config, read_only)
+    return listed, Files(files, labels, classes)
 
 
 def measure(config: DataConfig, classes: list[str]) -> Callable[[torch.Tensor], dict]:

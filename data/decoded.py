@@ -10,6 +10,7 @@ import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,14 +32,20 @@ CHECKSUM = 4  # bytes before each image of a cache file
 SHOWN = 20  # files or numbers that one message names
 
 
-def raise_all(mistakes: Sequence[str]) -> None:
-    """Raise one `UserError` for all files that cannot be used; do nothing without mistakes."""
-    if len(mistakes) == 1:
-        raise UserError(mistakes[0])
-    if mistakes:
+class UnusableFiles(UserError):
+    """Files that cannot be used: `mistakes` has a sentence for each, the message for the first."""
+
+    def __init__(self, mistakes: Sequence[str]):
         more = [f"and {len(mistakes) - SHOWN} more"] if len(mistakes) > SHOWN else []
         lines = [f"{len(mistakes)} files cannot be used:", *mistakes[:SHOWN], *more]
-        raise UserError("\n       ".join(lines))
+        super().__init__(mistakes[0] if len(mistakes) == 1 else "\n       ".join(lines))
+        self.mistakes = list(mistakes)
+
+
+def raise_all(mistakes: Sequence[str]) -> None:
+    """Raise one `UnusableFiles` for all files that cannot be used; do nothing without mistakes."""
+    if mistakes:
+        raise UnusableFiles(mistakes)
 
 
 def for_each(paths: Sequence[Path], read: Callable[[Path], object], doing: str) -> list:
@@ -125,10 +132,39 @@ def image_size(path: Path, exif: bool = True) -> Size:
 
     def read(image: Image.Image) -> Size:
         _check_depth(image, path)
-        width, height = image.size
-        # PIL turns a TIFF file by itself; its size is the turned one.
-        swapped = exif and image.format != "TIFF" and _orientation(image) >= 5
-        return (width, height) if swapped else (height, width)
+        return _turned_size(image, exif)
+
+    return _open(path, read)
+
+
+def _turned_size(image: Image.Image, exif: bool) -> Size:
+    """(height, width) of an image that is not decoded yet, once it is turned."""
+    width, height = image.size
+    # PIL turns a TIFF file by itself; its size is the turned one.
+    swapped = exif and image.format != "TIFF" and _orientation(image) >= 5
+    return (width, height) if swapped else (height, width)
+
+
+class Header(NamedTuple):
+    """What the header of an image file says.
+
+    Attributes:
+        mode: PIL's name of the channels, such as RGB, L (gray) or I;16 (gray of 16 bits).
+        size: (height, width), once the image is turned.
+        turned: whether it is turned by its EXIF orientation.
+    """
+
+    mode: str
+    size: Size
+    turned: bool
+
+
+def image_header(path: Path, exif: bool = True) -> Header:
+    """The header of an image file of any mode. Raises `UserError` if it cannot be read."""
+
+    def read(image: Image.Image) -> Header:
+        turned = exif and _orientation(image) > 1
+        return Header(image.mode, _turned_size(image, exif), turned)
 
     return _open(path, read)
 
@@ -193,13 +229,15 @@ class MaskDecoder:
 
         return _open(path, read)
 
-    def __call__(self, path: Path) -> torch.Tensor:
-        mask = _open(path, lambda image: image.copy())
-        _check_mode(mask, path)
-        numbers = np.asarray(mask).astype(np.int64)
+    def look_up(self, numbers: np.ndarray) -> np.ndarray:
+        """The class number of each number in a mask, uint8; `UNKNOWN` where it has none."""
         outside = (numbers < 0) | (numbers >= len(self.table))
-        classes = self.table[np.where(outside, 0, numbers)]
-        unknown = outside | (classes == UNKNOWN)
+        return np.where(outside, np.uint8(UNKNOWN), self.table[np.where(outside, 0, numbers)])
+
+    def __call__(self, path: Path) -> torch.Tensor:
+        numbers = mask_numbers(path)
+        classes = self.look_up(numbers)
+        unknown = classes == UNKNOWN
         if unknown.any():
             found = np.unique(numbers[unknown]).tolist()
             shown = ", ".join(map(str, found[:SHOWN])) + (" ..." if len(found) > SHOWN else "")
@@ -223,8 +261,36 @@ def _check_mode(mask: Image.Image, path: Path) -> None:
         )
 
 
+def mask_numbers(path: Path) -> np.ndarray:
+    """The numbers in a mask file, int64 (H, W).
+
+    Raises:
+        UserError: with the path, if the file cannot be read or has colors.
+    """
+    mask = _open(path, lambda image: image.copy())
+    _check_mode(mask, path)
+    return np.asarray(mask).astype(np.int64)
+
+
 def _size_name(size: Size | None) -> str:
     return "x".join(map(str, size)) if size else "whole"
+
+
+def size_mistake(mask: Path, mask_size: Size, image: Path, image_size: Size) -> str:
+    """A sentence for a mask that differs in size from its image, or an empty text.
+
+    Args:
+        mask, image: the files.
+        mask_size: (height, width) of the mask.
+        image_size: that of the image, once it is turned by its EXIF orientation.
+    """
+    if mask_size == image_size:
+        return ""
+    (mask_height, mask_width), (height, width) = mask_size, image_size
+    return (
+        f"{mask}: the mask is {mask_height}x{mask_width} px, its image {image} "
+        f"{height}x{width}; a mask has the size of its image: correct or remove the two"
+    )
 
 
 def check_sizes(images: list[Path], masks: list[Path], exif: bool) -> None:
@@ -236,13 +302,10 @@ def check_sizes(images: list[Path], masks: list[Path], exif: bool) -> None:
     image_of = dict(zip(masks, images, strict=True))
 
     def check(mask: Path) -> None:
-        mask_height, mask_width = _open(mask, lambda image: image.size)[::-1]
-        height, width = image_size(image_of[mask], exif)
-        if (mask_height, mask_width) != (height, width):
-            raise UserError(
-                f"{mask}: the mask is {mask_height}x{mask_width} px, its image {image_of[mask]} "
-                f"{height}x{width}; a mask has the size of its image: correct or remove the two"
-            )
+        size = _open(mask, lambda image: image.size)[::-1]
+        image = image_of[mask]
+        if mistake := size_mistake(mask, size, image, image_size(image, exif)):
+            raise UserError(mistake)
 
     for_each(masks, check, "sizes of masks")
 
@@ -485,7 +548,7 @@ class Decoded:
             self._decode_into(missing[0], places[missing[0]][0])
         elif missing:
             # Decoding releases the interpreter's lock, so that threads use several cores.
-            with ThreadPoolExecutor(_threads()) as pool:
+            with ThreadPoolExecutor(threads()) as pool:
                 list(pool.map(lambda i: self._decode_into(i, places[i][0]), missing))
         for first, *others in places.values():
             for row in others:
@@ -506,7 +569,7 @@ def _in_memory(shape: tuple[int, ...]) -> tuple[int, ...]:
     return (*shape[1:], shape[0]) if len(shape) == 3 else shape
 
 
-def _threads() -> int:
+def threads() -> int:
     """How many files this process decodes at once: the processes of a machine share its cores."""
     worker = get_worker_info()
     processes = ranks.local_count() * (worker.num_workers if worker else 1)

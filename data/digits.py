@@ -51,7 +51,7 @@ def _refuse_download(name: str, folder: Path, present: bool, read_only: bool) ->
     if read_only and not present:
         raise UserError(
             f"{name}: {folder} is not there; "
-            "put the files there, or run without --dry-run to download them"
+            "put the files there; a run without --dry-run downloads them"
         )
 
 

@@ -259,7 +259,7 @@ def open_domains(
         classes = source.classes
     else:
         source, source_val = None, None
-        classes = trained or _classes_of_run(config.classes_from)
+        classes = trained or classes_of_run(config.classes_from)
     _check_iou_classes(config, classes)
     _check_absent_classes(config, classes)
     opener = task_module(config)
@@ -313,7 +313,8 @@ def _matched(images: ImageSet, role: str, classes: list[str], config: DataConfig
     return images.relabeled(classes, absent=absent, remedy=remedy)
 
 
-def _classes_of_run(path: str) -> list[str]:
+def classes_of_run(path: str) -> list[str]:
+    """The class names of a run folder. Raises `UserError` if it does not name them."""
     classes = trained_classes(path)
     if classes is None:
         raise UserError(

@@ -13,11 +13,12 @@ from common.errors import UserError
 from common.metrics import ious
 from data.augment import IN_PLACE, Augment, Crops
 from data.config import FILES, DataConfig, DomainConfig
-from data.decoded import Decoded, MaskDecoder, check_sizes, decoded_images
+from data.decoded import Decoded, ImageDecoder, MaskDecoder, check_sizes, decoded_images
 from data.drawn_street import open_street
 from data.folder import Pairs, read_mask_list, scan_masks
 from data.id_maps import id_map
 from data.image_set import ImageSet, image_set, one
+from data.listing import Listing
 from data.order import generator
 from data.views import ViewBatches
 
@@ -44,7 +45,6 @@ def open_set(
         trains: whether the masks are for training; these are resized with their images. Masks for
             evaluation keep their size.
     """
-    root = Path(config.root)
     if domain.name not in FILES:
         images = open_street(domain.name, train)
         if domain.resize not in (None, list(images.images.shape[2:])):
@@ -54,12 +54,43 @@ def open_set(
         return replace(images, crop=domain.crop and tuple(domain.crop))
     if not train:
         return None
+    return _decoded(domain, _pairs(domain, role, config), role, config, read_only, trains)
+
+
+def list_set(domain: DomainConfig, role: str, config: DataConfig, train: bool) -> Listing | None:
+    """What `open_set` opens, before a file is read. For the parameters see there."""
+    if domain.name in FILES:
+        return _listing(domain, _pairs(domain, role, config), role, config) if train else None
+    images = open_set(domain, role, config, train, read_only=True)
+    return Listing(images.name, images.images, images.labels, images.classes, by_pixel=True)
+
+
+def _pairs(domain: DomainConfig, role: str, config: DataConfig) -> Pairs:
+    """The files of a folder or of a list; `role` is the place of the domain in the config."""
+    root = Path(config.root)
     if domain.name == "folder":
         suffixes = domain.image_suffix, domain.mask_suffix
-        pairs = scan_masks(domain.path, domain.masks, suffixes, root, role)
-    else:
-        pairs = read_mask_list(domain.path, root, f"data.{role}.path")
-    return _decoded(domain, pairs, role, config, read_only, trains)
+        return scan_masks(domain.path, domain.masks, suffixes, root, role)
+    return read_mask_list(domain.path, root, f"data.{role}.path")
+
+
+def _listing(domain: DomainConfig, pairs: Pairs, role: str, config: DataConfig) -> Listing:
+    """The files as a listing; for the parameters see `_decoded`."""
+    decode = ImageDecoder(domain.resize and tuple(domain.resize), config.exif)
+    classes = decode_mask = None
+    if pairs.masks is not None:
+        table, classes = _mask_ids(domain, role)
+        decode_mask = MaskDecoder(table, classes)
+    name, files = f"{domain.name} {domain.path}", pairs.images
+    decoders = decode, decode_mask
+    return Listing(name, files, pairs.masks, classes, pairs.skipped, *decoders, by_pixel=True)
+
+
+def _mask_ids(domain: DomainConfig, role: str) -> tuple[torch.Tensor, list[str]]:
+    """The table and the class names of the masks of a domain; see `id_map`."""
+    if domain.ids is None:
+        raise UserError(f"data.{role}.ids is missing: what the numbers of its masks mean")
+    return id_map(domain.ids, f"data.{role}.ids")
 
 
 def resize_of(domain: DomainConfig, config: DataConfig) -> tuple[int, int] | None:
@@ -95,9 +126,7 @@ def _decoded(
                 f"data.{role}.crop: {domain.crop} is larger than {file} of {list(shape[1:])} px"
             )
     if mask_files is not None:
-        if domain.ids is None:
-            raise UserError(f"data.{role}.ids is missing: what the numbers of its masks mean")
-        table, classes = id_map(domain.ids, f"data.{role}.ids")
+        table, classes = _mask_ids(domain, role)
         check_sizes(files, mask_files, config.exif)
         decoder = MaskDecoder(table, classes, size if trains else None)
         masks = Decoded(mask_files, decoder, *storage)
@@ -178,13 +207,23 @@ def open_listed(path: str, config: DataConfig, classes: list[str], read_only: bo
         classes: the class names of the source, by number.
         read_only: store nothing (dry run).
     """
+    listed, pairs = _listed(path, config)
+    labeled = _decoded(listed, pairs, "target", config, read_only, trains=True)
+    return labeled.relabeled(classes)
+
+
+def list_listed(path: str, config: DataConfig, classes: list[str]) -> Listing:
+    """What `open_listed` opens, before a file is read. For the parameters see there."""
+    return _listing(*_listed(path, config), "target", config)
+
+
+def _listed(path: str, config: DataConfig) -> tuple[DomainConfig, Pairs]:
+    """The list file `data.target_labeled` as a domain, and its files."""
     pairs = read_mask_list(path, Path(config.root), "data.target_labeled")
     if pairs.masks is None:
         raise UserError(f"data.target_labeled: {path} names no masks; its lines are `image mask`")
     no_folder = {"masks": None, "image_suffix": None, "mask_suffix": None}
-    listed = replace(config.target, name="list", path=path, **no_folder)
-    labeled = _decoded(listed, pairs, "target", config, read_only, trains=True)
-    return labeled.relabeled(classes)
+    return replace(config.target, name="list", path=path, **no_folder), pairs
 
 
 def measure(config: DataConfig, classes: list[str]) -> Callable[[torch.Tensor], dict]:

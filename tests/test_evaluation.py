@@ -10,13 +10,14 @@ import torch
 from PIL import Image
 from torch import nn
 
+from common import drawing
+from common.drawing import class_colors
 from common.errors import UserError
 from common.metrics import IGNORE_INDEX, Criteria, accuracies, confusion_matrix, ious
 from data import EvaluationSets
 from models import ModelOutput
-from training import pictures
 from training.evaluation import choose, compact, evaluate
-from training.pictures import class_colors, save_pictures
+from training.pictures import save_pictures
 
 CLASSES = ["a", "b", "c"]
 NOTHING = {
@@ -289,13 +290,13 @@ def test_class_colors():
 @pytest.mark.parametrize(("count", "least"), [(2, 70), (6, 70), (11, 50), (19, 40), (40, 25)])
 def test_the_colors_of_any_two_classes_differ_clearly(count, least):
     """In CIELAB, where 2 is just visible; pavement and car were 9 apart in two mixed palettes."""
-    lab = pictures._lab(class_colors([f"class {i}" for i in range(count)])[: count + 1])
+    lab = drawing.lab(class_colors([f"class {i}" for i in range(count)])[: count + 1])
     distances = torch.cdist(lab, lab).fill_diagonal_(1000)
     assert distances.min() > least  # the last is black
     streets = ["sky", "building", "road", "pavement", "tree", "car"]
-    lab = pictures._lab(class_colors(streets)[:6])
+    lab = drawing.lab(class_colors(streets)[:6])
     assert torch.cdist(lab, lab).fill_diagonal_(1000).min() > 70
-    lab = pictures._lab(torch.tensor([[0, 0, 128], [0, 0, 142]]))  # control: the two before
+    lab = drawing.lab(torch.tensor([[0, 0, 128], [0, 0, 142]]))  # control: the two before
     assert torch.dist(*lab) < 10
 
 
@@ -312,10 +313,10 @@ def test_pictures_show_image_prediction_and_label_in_the_colors_of_the_classes(t
     shown = {(9, 10): [99] * 3, (9, 34): road, (5, 58): black, (12, 58): sky}
     assert {place: pixels[place].tolist() for place in shown} == shown
     lines, height = 3, 2 * 14 + 4  # of the legend: each entry has its own, the picture is narrow
-    assert pixels.shape[0] == height + lines * (pictures.MARK + pictures.GAP)
-    marks = [pixels[height + 22 * i + 7, pictures.GAP + 7].tolist() for i in range(lines)]
+    assert pixels.shape[0] == height + lines * (drawing.MARK + drawing.GAP)
+    marks = [pixels[height + 22 * i + 7, drawing.GAP + 7].tolist() for i in range(lines)]
     assert marks == [road, sky, black]
-    names = pixels[height:, pictures.GAP + pictures.MARK + 2 :]
+    names = pixels[height:, drawing.GAP + drawing.MARK + 2 :]
     assert (names == 0).all(2).any()  # and they are written
 
 
