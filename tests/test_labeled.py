@@ -419,7 +419,7 @@ def test_labels_teach_what_the_source_does_not(tmp_path, pictures, few):
     )
     labels = 2 if few else "null"
     data = f"{{{domains}, size: 16, batch: 8, target_labeled: {labels}, root: {tmp_path}/images}}"
-    config = tiny_config(tmp_path, data=data, steps=60, eval_every=60, optim="{lr: 0.05}")
+    config = tiny_config(tmp_path, data=data, steps=120, eval_every=120, optim="{lr: 0.05}")
     assert train("train_source", config) == 0
     accuracy = summary(tmp_path / "run")["target"]["last"]["accuracy"]
     assert accuracy > 90 if few else accuracy < 80

@@ -52,6 +52,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # the run saves and le
 PAIR = 1.0  # seconds within which a second signal counts as the same one, sent to us twice
 # The keys that may differ between the machines of several processes.
 OF_A_MACHINE = ("data.root", "data.cache", "data.cache_gb", "data.storage", "data.workers")
+MODEL_FILES = {"pt": ".pt", "safetensors": files.SAFETENSORS}  # endings by weights_format
 LOADERS = ("source_val", "target_train", "target_test")  # of an evaluation
 
 
@@ -506,18 +507,17 @@ class Run:
         if self.selected is not None:
             self._write_selected()
             return
-        for file in self._model_files():
-            files.remove(file)
-
-    def _model_files(self) -> list[Path]:
-        """The files of the selected weights."""
-        endings = [".pt", files.SAFETENSORS] if self.config.weights_format != "pt" else [".pt"]
-        return [self.folder / f"model{ending}" for ending in endings]
+        for ending in MODEL_FILES.values():
+            files.remove(self.folder / f"model{ending}")
 
     def _write_selected(self) -> None:
-        """Write the selected weights."""
-        for file in self._model_files():
-            files.save_tensors(file, self.selected)
+        """Write the selected weights, in one format or in both."""
+        for name, ending in MODEL_FILES.items():
+            file = self.folder / f"model{ending}"
+            if name in ("pt", self.config.weights_format):
+                files.save_tensors(file, self.selected)
+            else:
+                files.remove(file)  # of the run before it was resumed: other weights by now
 
     def evaluate(self, step: int, model: torch.nn.Module, sets: EvaluationSets) -> dict:
         """Measure the model, record its metrics, and keep its weights if they are selected.
