@@ -2,10 +2,10 @@
 
     python benchmarks/picture.py                # trains the four runs that it shows, if need be
 
-Needs matplotlib. Upper row: two principal components of the features of the built-in digits of both
-domains, without adaptation and with DANN. Lower row: one target image of the built-in street
-scenes, its label, and the predictions without adaptation and with MinEnt: the image whose mean IoU
-gains as much as the median image.
+Needs matplotlib. Upper row: two principal components of the features of the built-in digits,
+without adaptation and with DANN: the source in gray, the target in the colors of its classes. Lower
+row: one target image of the built-in street scenes, its label, and the predictions without
+adaptation and with MinEnt: the image whose mean IoU gains as much as that of the median image.
 """
 
 import argparse
@@ -56,11 +56,14 @@ def figure_of(found: Predictions) -> float:
 
 
 def draw_features(axes, run: OpenedRun, title: str) -> None:
+    """Draw the features of the source in gray, and of the target in the style of their class."""
     images = run.domains.source_val, run.images
-    source, _, target, _ = domain_features(run.network, *images, run.config.data)
+    source, _, target, labels = domain_features(run.network, *images, run.config.data)
     points = principal_components(torch.cat([source, target]))
-    plots.scatter_domains(axes, points[: len(source)], points[len(source) :])
-    axes.set_title(f"{title}\naccuracy on the target {figure_of(predictions(run)):.1f} %")
+    gray = points[: len(source)].T.numpy()
+    axes.scatter(*gray, s=8, c="#BBBBBB", linewidths=0, label="source, any class")
+    plots.scatter_classes(axes, points[len(source) :], labels, run.card.classes)
+    axes.set_title(f"{title}: accuracy on the target {figure_of(predictions(run)):.1f} %")
     axes.set(xticks=[], yticks=[])
 
 
@@ -105,7 +108,7 @@ def main() -> int:
     left, right = upper.subplots(1, 2)
     draw_features(left, digits, "not adapted")
     draw_features(right, dann, "DANN")
-    right.legend(loc="upper left", bbox_to_anchor=(1, 1))
+    right.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
     draw_maps(lower.subplots(1, 4), {"not adapted": street, "MinEnt": minent})
     plots.save(figure, args.out)
     print(args.out)
