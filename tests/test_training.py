@@ -394,6 +394,7 @@ def test_what_a_run_leaves(tmp_path, script):
         "metrics.jsonl",
         "status.json",
         "summary.json",
+        "MODEL.md",
         "model.pt",
         "model.pt.sha256",
         "model.yaml",
