@@ -1,9 +1,8 @@
 """A finished run on labeled images: figures, tables, pictures, and what they say.
 
-The images are those that the run has held out for its test, or any others: their classes must have
-the names of the run's. The model is that of model.pt, the selected step. Everything is written to
-RUN/evaluation/ and the name of the set; what is there already is replaced. docs/use.md explains
-every file.
+The images are those that the run has held out for its test, or any others with the same classes.
+The model is that of model.pt, the selected step. Everything is written to RUN/evaluation/ and the
+name of the set, in place of an earlier evaluation. docs/use.md explains every file.
 
     python evaluate.py runs/demo/digits_dann
     python evaluate.py runs/demo/digits_dann --before runs/demo/digits
@@ -24,32 +23,33 @@ import argparse
 import dataclasses
 import json
 import re
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from analysis import plots
 from analysis.compare import comparison_table, difference, groups_of
 from analysis.diagnosis import diagnose
 from analysis.examples import write_examples
 from analysis.features import domain_features, proxy_a_distance, write_features
+from analysis.figures import HINT, available
 from analysis.measure import Predictions, predict
+from analysis.plots import draw_all
 from analysis.run_files import read_metrics, read_summary
-from analysis.sets import OpenedRun, open_run
+from analysis.sets import OpenedRun, names_a_set, open_run
 from analysis.tables import (
     against_summary,
     class_table,
     figures_text,
-    never_predicted,
     per_class,
+    remove_files,
     write_csv,
     write_tables,
 )
+from common.config import split_words
 from common.errors import UserError, exit_with
 from common.writing import write_text
-from models import load_run
+from models import Network, load_run
 
 
 def autocast_of(run: OpenedRun) -> torch.autocast:
@@ -63,41 +63,53 @@ def predict_run(run: OpenedRun) -> Predictions:
         return predict(run.network, run.loader(), run.card.classes, run.names(), run.measure)
 
 
-def compare_runs(run: OpenedRun, predictions: Predictions, args: argparse.Namespace) -> list[dict]:
+def compare_runs(
+    run: OpenedRun, predictions: Predictions, others: list[OpenedRun], groups: torch.Tensor
+) -> list[dict]:
     """A row per other run, with its difference to this one on the same images."""
     rows = []
-    groups = groups_of(predictions.images, args.sequences)
-    for folder in args.compare:
-        other = predict_run(open_run(folder, args.overrides))
-        if other.images != predictions.images or other.classes != predictions.classes:
+    for other in others:
+        second = predict_run(other)
+        same = second.images == predictions.images and second.classes == predictions.classes
+        if not same or not second.labels().equal(predictions.labels()):
             raise UserError(
-                f"--compare: {folder} has other test images than {run.folder}; name one set for "
-                "both, as data.target_test.name=folder data.target_test.path=FOLDER"
+                f"--compare: {other.folder} has other test images than {run.folder}; name one set "
+                "for both, as data.target_test.name=folder data.target_test.path=FOLDER"
             )
-        found = dataclasses.asdict(difference(predictions, other, groups))
-        rows.append({"run": str(folder), "compared_with": str(run.folder), **found})
+        row = dataclasses.asdict(difference(predictions, second, groups))
+        rows.append({"run": str(other.folder), "compared_with": str(run.folder), **row})
     return rows
 
 
-def features_of(run: OpenedRun, before: Path | None) -> dict[str, tuple[torch.Tensor, ...]]:
-    """{before, after: features of both domains}; nothing if there is no source.
-
-    Args:
-        run: the adapted run.
-        before: a run from before adaptation, or None.
-    """
-    source = run.domains and (run.domains.source_val or run.domains.source)
-    if not source:
-        return {}
-    networks = {"after": run.network}
-    if before is not None:
-        network, card = load_run(before, run.device)
+def load_before(run: OpenedRun, named: Path | None) -> Network | None:
+    """The model from before adaptation: the named run, else the one that this was started from."""
+    folder = named or run.start()
+    if folder is None or run.domains is None:
+        return None
+    try:
+        network, card = load_run(folder, run.device)
         if (card.classes, card.size) != (run.card.classes, run.card.size):
-            raise UserError(f"--before: {before} has other classes, or images of another size")
-        networks = {"before": network, **networks}
+            raise UserError(f"{folder} has other classes, or images of another size")
+    except UserError as error:
+        if named is not None:
+            raise
+        print(f"note: init_from is not shown as the model before adaptation: {error}")
+        return None
+    return network
+
+
+def features_of(run: OpenedRun, before: Network | None) -> dict[str, tuple[torch.Tensor, ...]]:
+    """{before, after: features of both domains}; nothing if there is no source."""
+    source = run.source()
+    if source is None:
+        return {}
+    networks = (
+        {"after": run.network} if before is None else {"before": before, "after": run.network}
+    )
+    separate = run.card.model.bn == "separate"
     with autocast_of(run):
         return {
-            name: domain_features(network, source, run.images, run.config.data)
+            name: domain_features(network, source, run.images, run.config.data, separate)
             for name, network in networks.items()
         }
 
@@ -106,64 +118,80 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("run", metavar="RUN", type=Path)
-    parser.add_argument(
-        "--compare", nargs="+", action="extend", default=[], type=Path, metavar="RUN"
-    )
+    parser.add_argument("words", nargs="+", metavar="RUN key=value")
+    parser.add_argument("--compare", nargs="+", action="extend", default=[], metavar="RUN")
     parser.add_argument("--sequences", metavar="P")
     parser.add_argument("--before", type=Path, metavar="RUN")
     parser.add_argument("--out", type=Path, metavar="FOLDER")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    words = sys.argv[1:] if argv is None else argv
-    overrides = [word for word in words if re.match(r"\w[\w.-]*=", word)]
-    args = parser.parse_args([word for word in words if word not in overrides])
+    args = parser.parse_intermixed_args(argv)
+    runs, overrides = split_words(args.words)
+    args.compare, more = split_words(args.compare)
+    args.overrides = [*overrides, *more]
+    if len(runs) != 1:
+        raise UserError(f"name one run, not {len(runs)}; others follow --compare")
+    args.run = Path(runs[0])
     if args.sequences and not args.compare:
         raise UserError("--sequences goes with --compare")
-    args.overrides = overrides
+    if args.before and names_a_set(args.overrides):
+        raise UserError(
+            "--before shows both domains of the run, but data.target_test names other images; "
+            "leave one of them out"
+        )
     return args
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     run = open_run(args.run, args.overrides)
+    others = [open_run(Path(folder), args.overrides) for folder in args.compare]
+    before = load_before(run, args.before)
+    groups = groups_of(run.names(), args.sequences)
     predictions = predict_run(run)
     figures, summary = predictions.figures(), read_summary(args.run)
     print(f"{args.run}: {len(run.images)} images of {run.images.name} ({run.note})")
+    if trained := run.trained_on():
+        print(f"warning: {len(trained)} of them are source images, trained on: {trained[0]} ...")
     print(figures_text(figures))
     if run.domains and (text := against_summary(figures, summary)):
         print(text)
-    print(class_table(per_class(predictions)))
-
-    features = features_of(run, args.before or run.start())
+    rows = per_class(predictions)
+    print(class_table(rows))
+    features = features_of(run, before)
     distances = {name: proxy_a_distance(*parts[::2]) for name, parts in features.items()}
-    never, records = never_predicted(predictions), read_metrics(args.run)
-    sentences = diagnose(records, summary, figures, never, distances)
+    distances = {name: value for name, value in distances.items() if value is not None}
+    first = None
+    if before is not None:
+        first = predict_run(dataclasses.replace(run, network=before)).figures()
+    sentences = diagnose(read_metrics(args.run), summary, figures, rows, distances, first)
     print("diagnosis:", *sentences, sep="\n- ")
 
     folder = args.out or args.run / "evaluation" / re.sub(r"[^\w.-]+", "_", run.images.name)
+    remove_files(folder)
     report = {
         "run": str(args.run),
         "images": run.images.name,
         "note": run.note,
         "count": len(run.images),
         "figures": figures,
+        "before": first,
         "a_distance": distances,
         "diagnosis": sentences,
     }
-    if args.compare:
-        report["comparison"] = rows = compare_runs(run, predictions, args)
-        print(comparison_table(rows))
-        write_csv(folder / "comparison.csv", list(rows[0]), [list(row.values()) for row in rows])
+    if others:
+        report["comparison"] = table = compare_runs(run, predictions, others, groups)
+        print(comparison_table(table))
+        write_csv(folder / "comparison.csv", list(table[0]), [list(x.values()) for x in table])
     write_text(folder / "figures.json", json.dumps(report, indent=2) + "\n")
     write_tables(predictions, folder)
     if features:
         write_features(features, folder / "features.npz")
     with autocast_of(run):
         write_examples(run.network, run.images, predictions, run.config.data, folder)
-    if plots.available():
-        plots.draw_all(args.run, predictions, features, run.card.method, folder)
+    if available():
+        draw_all(args.run, predictions, features, run.card.method, folder)
     else:
-        print(plots.HINT)
+        print(HINT)
     print(f"all of it: {folder}")
     return 0
 

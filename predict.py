@@ -14,7 +14,6 @@ read are skipped, listed at the end and in unreadable.txt; the exit code is then
 """
 
 import argparse
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,10 +23,17 @@ from typing import Literal
 import torch
 from tqdm import tqdm
 
-from analysis.export import export, save_onnx, save_program
+from analysis.export import check_onnx, export, save_onnx, save_program
 from analysis.prediction import predict_logits
-from analysis.writers import ClassWriter, MapWriter
-from common.config import describe, load_config, not_negative, positive, range_rules
+from analysis.writers import open_writer
+from common.config import (
+    describe,
+    load_config,
+    not_negative,
+    positive,
+    range_rules,
+    split_words,
+)
 from common.errors import UserError, exit_with, require
 from common.writing import write_text
 from data.image_files import FileBatches, NamedFiles, find_images
@@ -60,12 +66,17 @@ class Config:
                 for key, pair in pairs.items()
             ),
             (self.stride is None or self.window is not None, "stride goes with window"),
+            (
+                not (self.stride and self.window)
+                or all(step <= side for step, side in zip(self.stride, self.window, strict=False)),
+                "stride must not be larger than window, or pixels are left out",
+            ),
         )
 
     def check(self, card: ModelCard) -> None:
-        """Raise `UserError` for a key that is not for the task of the model."""
+        """Raise `UserError` for a key that is for maps, if the model has one class per image."""
         keys = [key for key in ("window", "overlays", "soft") if getattr(self, key)]
-        if keys and card.task == "classification":
+        if keys and not card.predicts_maps:
             raise UserError(f"{', '.join(keys)}: for a segmenter; this run has a class per image")
 
 
@@ -76,30 +87,35 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Config]:
         epilog=f"keys:\n{describe(Config)}",
     )
     parser.add_argument("run", metavar="RUN", help="a run folder, or weights in one")
-    parser.add_argument("images", nargs="*", metavar="IMAGES", help="folders or files")
+    parser.add_argument("words", nargs="*", metavar="IMAGES key=value", help="folders or files")
     parser.add_argument("--export", type=Path, metavar="FILE", help="for torch.export.load")
     parser.add_argument("--onnx", type=Path, metavar="FILE", help="needs onnx and onnxscript")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    words = sys.argv[1:] if argv is None else argv
-    overrides = [w for w in words if re.match(r"\w+=", w) and not Path(w).exists()]
-    args = parser.parse_args([word for word in words if word not in overrides])
+    args = parser.parse_intermixed_args(argv)
+    args.images, overrides = split_words(args.words)
     config = load_config(Config, [], overrides)
     if not (args.images or args.export or args.onnx):
-        raise UserError("name images, or folders of images, behind the run; or --export FILE")
+        raise UserError(
+            f"name images, or folders of images, behind the run {args.run}; or --export FILE"
+        )
     return args, config
 
 
 def export_model(run: str, file: Path | None, onnx: Path | None) -> None:
     """Write the model of a run to one file, or two."""
+    if onnx is not None:
+        check_onnx()
     network, card = load_run(run)
     program, difference = export(network, card)
     folder = Path(run) if Path(run).is_dir() else Path(run).parent
     text = (folder / CARD).read_text(encoding="utf-8")
-    for place, save in ((file, save_program), (onnx, save_onnx)):
-        if place is not None:
-            save(program, text, place)
-            print(f"{place}: uint8 images (N, 3, H, W) -> logits, {len(card.classes)} classes")
     print(f"the exported program agrees with the network: logits differ by {difference:.1g}")
+    if file is not None:
+        save_program(program, text, file)
+        print(f"{file}: uint8 images (N, 3, H, W) -> logits of {len(card.classes)} classes")
+    if onnx is not None:
+        save_onnx(program, text, onnx)
+        print(f"{onnx}: the same program, as onnxscript converts it")
 
 
 def predict_files(run: str, images: NamedFiles, config: Config) -> list[tuple[int, str]]:
@@ -108,21 +124,17 @@ def predict_files(run: str, images: NamedFiles, config: Config) -> list[tuple[in
     network, card = load_run(run, device)
     amp = config.amp or card.amp
     autocast = torch.autocast(device.type, getattr(torch, amp), amp != "float32")
-    if card.task == "classification":
-        writer = ClassWriter(out, card.classes, images.names)
-    else:
-        outputs = config.overlays, config.soft
-        writer = MapWriter(out, card.classes, images.names, images.files, card.exif, *outputs)
-    batch = config.batch or (1 if card.size is None else 64)
-    batches = FileBatches(images.files, batch, card)
+    writer = open_writer(out, card, images, config.overlays, config.soft)
+    batches = FileBatches(images.files, config.batch or writer.batch, card)
     loader = Loader(batches, range(len(batches)), config, "images", device)
     mistakes = []
     bar = tqdm(total=len(images.files), unit="image", disable=None)
-    with torch.inference_mode(), autocast:
+    with torch.inference_mode():
         for prepared in loader:
             for numbers, x, sizes in prepared.groups():
                 x = x.to(device, non_blocking=True)
-                logits = predict_logits(network, x, config.flip, config.window, config.stride)
+                with autocast:
+                    logits = predict_logits(network, x, config.flip, config.window, config.stride)
                 writer.add(numbers, sizes, logits)
             mistakes += prepared.mistakes
             bar.update(len(prepared.numbers) + len(prepared.mistakes))
@@ -149,7 +161,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     mistakes = predict_files(args.run, images, config)
     count = len(images.files) - len(mistakes)
     skipped = f"; {images.skipped}" if images.skipped else ""
-    print(f"{count} of {len(images.files)} images predicted: {out / 'predictions.csv'}{skipped}")
+    print(f"{count} of {len(images.files)} files predicted: {out / 'predictions.csv'}{skipped}")
     if mistakes:
         lines = [text for _, text in sorted(mistakes)]
         write_text(out / "unreadable.txt", "\n".join(lines) + "\n")

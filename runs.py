@@ -19,7 +19,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from analysis.curves import MOST, Series, check_available, compare_curves, series_of
+from analysis.curves import MOST, Series, compare_curves, series_of
+from analysis.figures import check_available
 from analysis.run_files import RunFacts, find_runs, read_metrics, read_run
 from analysis.run_table import Table, printable
 from common.config import Hints, cut

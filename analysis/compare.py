@@ -25,6 +25,7 @@ class Difference:
         difference: second - first, in points.
         low, high: the ends of the 95 % interval of the bootstrap.
         units: how many images, or sequences of images, were drawn from.
+        images: how many images there are.
         only_first, only_second: how many images only one of the two predicts correctly; None for
             masks.
         p_value: of McNemar's test on them; None for masks.
@@ -37,6 +38,7 @@ class Difference:
     low: float
     high: float
     units: int
+    images: int
     only_first: int | None = None
     only_second: int | None = None
     p_value: float | None = None
@@ -75,13 +77,13 @@ def groups_of(names: Sequence[str], pattern: str | None) -> torch.Tensor:
         expression = re.compile(pattern)
     except re.error as error:
         raise UserError(
-            f"--sequences: {pattern!r} is no regular expression ({error}); "
+            f"--sequences: {pattern} is no regular expression ({error}); "
             "correct it, as '[^/]+(?=_)'"
         ) from None
     found = [expression.search(name) for name in names]
     if None in found:
         name = names[found.index(None)]
-        raise UserError(f"--sequences: {pattern!r} is not found in {name}; correct the pattern")
+        raise UserError(f"--sequences: {pattern} is not found in {name}; correct the pattern")
     texts = [match[0] for match in found]
     numbers = {text: number for number, text in enumerate(dict.fromkeys(texts))}
     return torch.tensor([numbers[text] for text in texts])
@@ -117,7 +119,7 @@ def difference(
     tails = torch.tensor([(1 - LEVEL) / 2, (1 + LEVEL) / 2], dtype=torch.float64)
     low, high = torch.tensor(values, dtype=torch.float64).quantile(tails).tolist()
     a, b = figure(first), figure(second)
-    result = Difference(metric, a, b, b - a, low, high, count)
+    result = Difference(metric, a, b, b - a, low, high, count, len(groups))
     if not first.maps:
         right_a, right_b = first.shares() == 1, second.shares() == 1
         result.only_first = int((right_a & ~right_b).sum())
@@ -128,17 +130,17 @@ def difference(
 
 def comparison_table(rows: Sequence[dict]) -> str:
     """Rows of `Difference`, with the `run`, as text for the screen."""
-    width = max(len(row["run"]) for row in rows)
-    unit = "images" if rows[0]["p_value"] is not None else "units"
+    first, width = rows[0], max(len(row["run"]) for row in rows)
+    drawn = "images" if first["units"] == first["images"] else "sequences"
     lines = [
-        f"compared with {rows[0]['compared_with']} ({rows[0]['metric']} {rows[0]['first']:.2f}), "
-        f"95 % intervals over {rows[0]['units']} {unit}"
+        f"minus {first['compared_with']}, {first['metric'].replace('_', ' ')} {first['first']:.2f}"
+        f" (95 % intervals over {first['units']} {drawn}):"
     ]
     for row in rows:
         test = ""
         if row["p_value"] is not None:
             test = (
-                f"   only it is right in {row['only_second']} images, only the other in "
+                f"   right alone in {row['only_second']} images, wrong alone in "
                 f"{row['only_first']}: McNemar p = {row['p_value']:.2g}"
             )
         lines.append(

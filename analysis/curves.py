@@ -4,21 +4,28 @@ They need matplotlib, which is optional. Nothing here imports torch.
 """
 
 import math
-import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from analysis.figures import (
+    BLACK,
+    BLUE,
+    GRAY,
+    GREEN,
+    ORANGE,
+    PINK,
+    RED,
+    SKY,
+    new_figure,
+    plain_label,
+    save_figure,
+)
 from analysis.run_files import inner, main_metric, number
 from common.errors import UserError
-from common.optional import optional
-from common.writing import write_atomically
 
-HINT = "pictures need matplotlib; install it by: pip install matplotlib"
-# Of Okabe and Ito, which people with any color vision tell apart; their yellow is too pale a line.
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+COLORS = (BLUE, RED, GREEN, PINK, ORANGE, SKY, BLACK)  # without yellow, too pale for a line
 LINES = ("-", "--", "-.", ":")
-GRAY = "#777777"
 TOTAL = {"color": COLORS[-1], "linestyle": "-", "linewidth": 2.5, "zorder": 3}  # beside its parts
 MOST = 2 * len(COLORS) * len(LINES)  # curves that can be told apart
 FEW = 25  # points of a curve up to which each is marked
@@ -26,12 +33,6 @@ WIDTH, HEIGHT = 8.0, 2.4  # inches, of a panel
 LETTER, ROW, HANDLE = 0.063, 0.17, 0.55  # inches, of a legend: a letter, a row, a line and its gaps
 
 Series = tuple[list[int], list[float]]  # steps and values; nan where a record has null
-
-
-def check_available() -> None:
-    """Raise `UserError` if no picture can be made."""
-    if optional("matplotlib.figure") is None:
-        raise UserError(HINT)
 
 
 def series_of(records: Sequence[dict]) -> dict[str, Series]:
@@ -65,25 +66,6 @@ def _plot(axes, curve: Series, **style):
     return axes.plot(*curve, **{"linewidth": 1.3, **style})[0]
 
 
-def _label(name: str, width: int) -> str:
-    """A name in a legend, in lines of `width` letters, without a meaning to matplotlib."""
-    lines = textwrap.wrap(name, width, break_on_hyphens=False) or ["-"]
-    text = "\n".join(lines).replace("$", r"\$")
-    return f" {text}" if text.startswith("_") else text  # a label that begins so is left out
-
-
-def _figure(height: float):
-    """An empty figure of this height in inches, without matplotlib's global state."""
-    check_available()
-    size = (WIDTH, height)
-    return optional("matplotlib.figure").Figure(figsize=size, dpi=120, layout="constrained")
-
-
-def _save(figure, file: Path) -> None:
-    """Write a figure as png; it is enlarged to what lies outside."""
-    write_atomically(file, lambda f: figure.savefig(f, format="png", bbox_inches="tight"))
-
-
 def _dress(axes, title: str) -> None:
     axes.set_title(title, fontsize=9, loc="left")
     axes.tick_params(labelsize=8)
@@ -99,12 +81,12 @@ def compare_curves(runs: Sequence[tuple[str, dict]], names: Sequence[str], file:
         names: of the metrics.
         file: a png.
     """
-    labels = [_label(name, int(WIDTH / LETTER) - 10) for name, _ in runs]
+    labels = [plain_label(name, int(WIDTH / LETTER) - 10) for name, _ in runs]
     longest = max(len(line) for label in labels for line in label.splitlines())
     columns = min(max(int(WIDTH / (LETTER * longest + HANDLE)), 1), len(labels))
     lines = sum(label.count("\n") + 1 for label in labels)
     height = HEIGHT if len(runs) <= len(COLORS) else 1.5 * HEIGHT
-    figure = _figure(height * len(names) + ROW * (math.ceil(lines / columns) + 1) + 0.5)
+    figure = new_figure(WIDTH, height * len(names) + ROW * (math.ceil(lines / columns) + 1) + 0.5)
     panels = figure.subplots(len(names), 1, sharex=True, squeeze=False)[:, 0]
     handles = {}
     for axes, name in zip(panels, names, strict=True):
@@ -122,7 +104,7 @@ def compare_curves(runs: Sequence[tuple[str, dict]], names: Sequence[str], file:
         fontsize=8,
         handlelength=3.5,
     )
-    _save(figure, file)
+    save_figure(figure, file)
 
 
 # --- one run
@@ -211,7 +193,7 @@ def _draw(axes, panel: _Panel) -> None:
         _plot(axes, curve, color=GRAY, alpha=0.4, label=label)
     for index, (name, curve) in enumerate(panel.curves.items()):
         style = TOTAL if name == panel.total else _style(index)
-        _plot(axes, curve, label=_label(name, 32), **style)
+        _plot(axes, curve, label=plain_label(name, 32), **style)
     if panel.level:
         axes.axhline(panel.level[0], color=GRAY, linestyle=":", label=panel.level[1])
     for index, (step, value, marker, size, name) in enumerate(panel.marks, 1):
@@ -242,9 +224,9 @@ def learning_curves(records: Sequence[dict], summary: dict, file: Path) -> None:
     panels = _panels(series_of(records), summary)
     if not panels:
         raise UserError(f"{file}: metrics.jsonl has no curve to draw; train longer than log_every")
-    figure = _figure(HEIGHT * len(panels) + 0.4)
+    figure = new_figure(WIDTH, HEIGHT * len(panels) + 0.4)
     grid = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
     for axes, panel in zip(grid, panels, strict=True):
         _draw(axes, panel)
     grid[-1].set_xlabel("step", fontsize=8)
-    _save(figure, file)
+    save_figure(figure, file)

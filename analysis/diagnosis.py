@@ -6,7 +6,8 @@ from common.metrics import main_metric
 
 WON = 95  # domain accuracy, in percent, from which the discriminator tells all features apart
 CONFUSED = (45, 60)  # within which it guesses
-UNCALIBRATED = 10  # points of the expected calibration error
+UNCALIBRATED, CHANCE = 10, 2  # percent of calibration error; times what chance would give
+TOO_OFTEN, FEW = 1.5, 0.03  # predictions per label; their excess as a share of all labels
 FALLEN = 5  # points that the source validation may lose, and selection below the best step
 RARE = 0.1  # share of accepted pseudo-labels below which few images train
 
@@ -86,27 +87,78 @@ def _selection(summary: dict) -> list[str]:
     return lines
 
 
-def _figures(figures: dict, never: Sequence[str]) -> list[str]:
+def _calibration(figures: dict) -> list[str]:
+    ece, over = figures.get("ece"), figures.get("overconfidence")
+    if ece is None or ece < UNCALIBRATED or ece < CHANCE * figures["ece_by_chance"]:
+        return []
+    word = "overconfident" if over > 0 else "underconfident"
+    tendency = f"is {word}" if abs(over) > ece / 2 else "is both over- and underconfident"
+    return [
+        f"calibration is off: the model {tendency}, with an expected calibration error of "
+        f"{ece:.1f} %; do not read its confidence as a probability (reliability.png)"
+    ]
+
+
+def _classes(rows: Sequence[dict]) -> list[str]:
+    """What the rows of `per_class` show."""
+    total = max(sum(row["labels"] for row in rows), 1)
+    never = [row["class"] for row in rows if row["labels"] and not row["predictions"]]
     lines = []
     if never:
         names = ", ".join(never[:8]) + (" ..." if len(never) > 8 else "")
         lines.append(f"never predicted, though they occur ({len(never)} classes): {names}")
-    ece = figures.get("ece")
-    if ece is not None and ece >= UNCALIBRATED:
-        word = "over" if figures["overconfidence"] > 0 else "under"
-        lines.append(
-            f"calibration is off: the model is {word}confident, with an expected calibration error "
-            f"of {ece:.1f} points; do not read its confidence as a probability"
-        )
+    for row in rows:
+        labels, predictions = row["labels"], row["predictions"]
+        if predictions > TOO_OFTEN * labels and predictions - labels > FEW * total:
+            lines.append(
+                f"{row['class']} is predicted too often: {predictions} times for {labels} labels, "
+                f"of which {row['precision']:.0f} % are right"
+            )
     return lines
+
+
+def _adaptation(figures: dict, before: dict | None) -> list[str]:
+    """Whether the model is better than the one from before adaptation."""
+    if before is None:
+        return []
+    figure = main_metric(figures)
+    name = figure.replace("_", " ")
+    first, second = before[figure], figures[figure]
+    if first is None or second is None:
+        return []
+    if second < first:
+        return [
+            f"adaptation has made the model worse: {name} {first:.1f} before, {second:.1f} after; "
+            "--compare tells whether by chance"
+        ]
+    return [f"{name} {first:.1f} before adaptation, {second:.1f} after"]
+
+
+def _accepted(records: Sequence[dict]) -> list[str]:
+    """What the accepted pseudo-labels show."""
+    accepted = _late(records, "accepted")
+    if accepted is None:
+        return []
+    if accepted < RARE:
+        return [
+            f"only {100 * accepted:.0f} % of the pseudo-labels are accepted at the end: few target "
+            "images train; lower the threshold (docs/pseudo.md)"
+        ]
+    names = {name for record in records for name in record if name.startswith("accepted.")}
+    none = [name.partition(".")[2] for name in sorted(names) if not _late(records, name)]
+    if not none:
+        return []
+    shown = ", ".join(none[:8]) + (" ..." if len(none) > 8 else "")
+    return [f"no pseudo-label of these classes is accepted at the end: {shown} (docs/pseudo.md)"]
 
 
 def diagnose(
     records: Sequence[dict],
     summary: dict,
     figures: dict,
-    never: Sequence[str],
+    rows: Sequence[dict],
     distances: dict[str, float],
+    before: dict | None = None,
 ) -> list[str]:
     """One sentence per thing that the log and the figures show; a line if they show nothing.
 
@@ -114,26 +166,26 @@ def diagnose(
         records: of metrics.jsonl.
         summary: of summary.json; {} if the run is not finished.
         figures: of `Predictions.figures`.
-        never: classes with labels that are never predicted.
+        rows: of `per_class`.
         distances: the proxy A-distance `before` and `after` adaptation, if computed.
+        before: the figures of the model from before adaptation, or None.
     """
     lines = [
+        *_adaptation(figures, before),
         *_collapse(summary),
         *_discriminator(records),
         *_source(records),
         *_selection(summary),
-        *_figures(figures, never),
+        *_classes(rows),
+        *_calibration(figures),
+        *_accepted(records),
     ]
-    accepted = _late(records, "accepted")
-    if accepted is not None and accepted < RARE:
-        lines.append(
-            f"only {100 * accepted:.0f} % of the pseudo-labels are accepted at the end: few target "
-            "images train; lower the threshold (docs/pseudo.md)"
-        )
     if "after" in distances:
-        before = f"{distances['before']:.2f} before, " if "before" in distances else ""
+        values = f"{distances['after']:.2f}"
+        if "before" in distances:
+            values = f"{distances['before']:.2f} before adaptation, {values} after"
         lines.append(
-            f"A-distance of the two domains' features: {before}{distances['after']:.2f} after "
-            "adaptation (0: a linear classifier cannot tell them apart, 2: it always can)"
+            f"A-distance of the features of source and target: {values} (0: a linear classifier "
+            "cannot tell them apart, 2: it always can; docs/use.md)"
         )
     return lines or ["nothing unusual"]

@@ -9,9 +9,8 @@ from torch import nn
 from torchvision.transforms.v2 import functional as F
 
 from analysis.measure import Predictions
-from common.drawing import class_colors, drawable, with_legend, wrapped
+from common.drawing import class_colors, drawable, save_png, with_legend, wrapped
 from common.metrics import IGNORE_INDEX
-from common.writing import write_atomically
 from data import DataConfig, eval_loader
 from data.image_set import ImageSet, one
 from training.evaluation import predict_labeled
@@ -45,10 +44,6 @@ def sheet(cells: Sequence[tuple[Image.Image, str]], columns: int) -> Image.Image
                 draw.text((x, y + image.height + 2 + LINE * i), drawable(line, font), "black", font)
         y += height
     return result
-
-
-def _save(image: Image.Image, file: Path) -> None:
-    write_atomically(file, lambda f: image.save(f, format="png"))
 
 
 def _thumbnail(image: torch.Tensor, width: int, most: int | None = None) -> Image.Image:
@@ -98,9 +93,7 @@ def _write_sheets(images: ImageSet, predictions: Predictions, folder: Path) -> N
             cells.append((picture, f"{text} ({share:.1f} %)"))
         file = folder / f"{name}.png"
         if cells:
-            _save(sheet(cells, min(COLUMNS, len(cells))), file)
-        else:
-            file.unlink(missing_ok=True)  # of an earlier evaluation
+            save_png(sheet(cells, min(COLUMNS, len(cells))), file)
 
 
 def _colored(image: Image.Image, mask: torch.Tensor, colors: torch.Tensor) -> Image.Image:
@@ -134,10 +127,9 @@ def _write_overlays(
             (_colored(image, label, colors), "label"),
         ]
     if not cells:
-        file.unlink(missing_ok=True)
         return
     names = enumerate(predictions.classes)
     entries = [(name, tuple(colors[i].tolist())) for i, name in names if i in shown]
     if IGNORE_INDEX in shown:
         entries.append(("ignored", (0, 0, 0)))
-    _save(with_legend(sheet(cells, 3), entries), file)
+    save_png(with_legend(sheet(cells, 3), entries), file)

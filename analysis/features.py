@@ -1,5 +1,6 @@
 """Features of both domains: two dimensions of them, and how well a classifier tells them apart."""
 
+import copy
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,9 @@ from common.metrics import labeled_mask
 from common.writing import write_atomically
 from data import DataConfig, eval_loader, to_views
 from data.image_set import ImageSet
+from models.backbones import BatchNorm
 
-MOST = 1000  # images per domain
+MOST, FEWEST = 1000, 20  # images per domain; below the latter no distance is computed
 RIDGE = 0.1  # weight of the squared coefficients beside the mean squared error
 
 
@@ -21,6 +23,29 @@ def sample(images: ImageSet) -> ImageSet:
     count = min(len(images), MOST)
     positions = torch.arange(count) * len(images) // max(count, 1)
     return images.subset(positions)
+
+
+@torch.inference_mode()
+def with_own_statistics(model: nn.Module, images: ImageSet, config: DataConfig) -> nn.Module:
+    """A copy of a model whose batch norm has the statistics of these images, in eval mode.
+
+    Args:
+        model: a network.
+        images: the set.
+        config: the section `data`.
+    """
+    model = copy.deepcopy(model)
+    device = next(model.parameters()).device
+    norms = [module for module in model.modules() if isinstance(module, BatchNorm)]
+    for module in norms:
+        module.reset_running_stats()
+        module.momentum = None  # the mean over all batches
+        module.train()
+    # In a random order, since sets are sorted by class, and a batch must have all.
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))
+    for batch in eval_loader(images.subset(order), config, device=device):
+        model(to_views(batch[0] if isinstance(batch, tuple) else batch, device))
+    return model.eval()
 
 
 @torch.inference_mode()
@@ -77,7 +102,7 @@ def principal_components(features: torch.Tensor, count: int = 2) -> torch.Tensor
     return components * torch.where(largest < 0, -1.0, 1.0)
 
 
-def proxy_a_distance(source: torch.Tensor, target: torch.Tensor) -> float:
+def proxy_a_distance(source: torch.Tensor, target: torch.Tensor) -> float | None:
     """How well a linear classifier tells the features of two domains apart, from 0 to 2.
 
     2 (1 - 2 error) (Ben-David et al. 2007, "Analysis of representations for domain adaptation"),
@@ -87,11 +112,11 @@ def proxy_a_distance(source: torch.Tensor, target: torch.Tensor) -> float:
     Args:
         source, target: features (N, D), (M, D).
 
-    Raises:
-        ValueError: a domain has fewer than two images.
+    Returns:
+        The distance; None if a domain has fewer than `FEWEST` images.
     """
-    if min(len(source), len(target)) < 2:
-        raise ValueError("a domain has fewer than two images")
+    if min(len(source), len(target)) < FEWEST:
+        return None
     train = torch.cat([source[::2], target[::2]]).double()
     count_s, count_t = len(source[::2]), len(target[::2])
     mean, std = train.mean(0), train.std(0)
@@ -112,15 +137,25 @@ def proxy_a_distance(source: torch.Tensor, target: torch.Tensor) -> float:
 
 
 def domain_features(
-    model: nn.Module, source: ImageSet, target: ImageSet, config: DataConfig
+    model: nn.Module, source: ImageSet, target: ImageSet, config: DataConfig, separate: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """Features and labels of a sample of both domains; see `compute_features`.
+
+    Args:
+        model: in eval mode.
+        source, target: the sets.
+        config: the section `data`.
+        separate: whether each domain is normalized by its own batch-norm statistics, as in training
+            with `bn: separate`, where methods compare features that are.
 
     Returns:
         (source features, their labels, target features, their labels).
     """
-    pairs = (compute_features(model, sample(images), config) for images in (source, target))
-    return tuple(x for pair in pairs for x in pair)
+    parts: list[torch.Tensor] = []
+    for images in map(sample, (source, target)):
+        network = with_own_statistics(model, images, config) if separate else model
+        parts += compute_features(network, images, config)
+    return tuple(parts)
 
 
 def write_features(features: dict[str, tuple[torch.Tensor, ...]], file: Path) -> None:

@@ -56,6 +56,13 @@ class Predictions:
         sums = torch.zeros(k * k, dtype=count.dtype)
         return sums.index_add_(0, label * k + prediction, count).view(k, k)
 
+    def labels(self) -> torch.Tensor:
+        """How many labels of each class each image has: int64 (N, K)."""
+        image, label, _, count = self.rows.unbind(1)
+        sums = torch.zeros(len(self.images) * len(self.classes), dtype=torch.int64)
+        sums.index_add_(0, image * len(self.classes) + label, count)
+        return sums.view(len(self.images), len(self.classes))
+
     def shares(self) -> torch.Tensor:
         """(N,) share of each image's labels that are predicted correctly; nan without a label."""
         image, label, prediction, count = self.rows.unbind(1)
@@ -76,18 +83,23 @@ class Predictions:
         return 100 * iou.view(n, k).nanmean(1)
 
     def calibration(self) -> dict[str, float | None]:
-        """`ece`, mean `confidence` minus `accuracy`, and the mean `confidence`, in percent.
+        """The calibration, in percent; all None without labels.
 
-        The expected calibration error is the mean, over all labels, of the distance between the
-        accuracy and the mean confidence in a label's bin (Guo et al. 2017, arXiv:1706.04599, eq.
-        3).
+        Returns:
+            `ece`, the expected calibration error: the mean, over all labels, of the distance
+            between the accuracy and the mean confidence in a label's bin (Guo et al. 2017,
+            arXiv:1706.04599, eq. 3); `ece_by_chance`, what it would be in the mean if the
+            confidences were true probabilities, since a bin has few labels (pixels are taken as
+            independent); `overconfidence`, the mean confidence minus the accuracy; `confidence`.
         """
         count, correct, confidence = self.bins
         total = count.sum()
         if total == 0:
-            return {"ece": None, "overconfidence": None, "confidence": None}
+            return dict.fromkeys(("ece", "ece_by_chance", "overconfidence", "confidence"))
+        p = (confidence / count.clamp_min(1)).clamp(0, 1)
         return {
             "ece": 100 * float((correct - confidence).abs().sum() / total),
+            "ece_by_chance": 100 * float((2 / math.pi * p * (1 - p) * count).sqrt().sum() / total),
             "overconfidence": 100 * float((confidence.sum() - correct.sum()) / total),
             "confidence": 100 * float(confidence.sum() / total),
         }

@@ -5,45 +5,41 @@ from pathlib import Path
 
 import torch
 
-from analysis.curves import HINT, learning_curves
+from analysis.curves import learning_curves
 from analysis.features import principal_components
+from analysis.figures import (
+    BLACK,
+    BLUE,
+    GRAY,
+    GREEN,
+    ORANGE,
+    PALE,
+    PINK,
+    RED,
+    SKY,
+    WINE,
+    YELLOW,
+    new_figure,
+    plain_label,
+    save_figure,
+)
 from analysis.measure import BINS, Predictions
 from analysis.run_files import read_metrics, read_summary
-from common.optional import optional
-from common.writing import write_atomically
+from common.errors import UserError
 
-# Of Okabe and Ito, and of Tol, which people with any color vision tell apart.
-BLUE, ORANGE, GREEN, GRAY, WINE = "#0072B2", "#E69F00", "#009E73", "#888888", "#882255"
-COLORS = (BLUE, ORANGE, GREEN, "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000", GRAY, WINE)
+COLORS = (BLUE, ORANGE, GREEN, PINK, SKY, RED, YELLOW, BLACK, GRAY, WINE)
 MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
 NUMBERED = 20  # classes up to which a confusion matrix shows its numbers
+NAMED, LARGEST = 150, 30  # classes up to which it shows their names; inches of its side
 TOLD_APART = len(COLORS)  # classes up to which features are drawn in the style of their class
-
-
-def available() -> bool:
-    """Whether pictures can be made."""
-    return optional("matplotlib.figure") is not None
-
-
-def new_figure(width: float, height: float):
-    """An empty figure of this size in inches, without matplotlib's global state."""
-    figure_module = optional("matplotlib.figure")
-    if figure_module is None:
-        raise RuntimeError(HINT)
-    return figure_module.Figure(figsize=(width, height), dpi=120, layout="constrained")
-
-
-def save(figure, file: Path) -> None:
-    """Write a figure as png."""
-    write_atomically(file, lambda f: figure.savefig(f, format="png"))
 
 
 def shorten(name: str, length: int = 24) -> str:
     """A class name for an axis: cut in the middle, which is shown, if it is very long."""
-    if len(name) <= length:
-        return name
-    half = (length - 1) // 2
-    return f"{name[:half]}\u2026{name[-half:]}"
+    if len(name) > length:
+        half = (length - 1) // 2
+        name = f"{name[:half]}\u2026{name[-half:]}"
+    return plain_label(name, length)
 
 
 def plot_confusion(confusion: torch.Tensor, classes: Sequence[str], file: Path) -> None:
@@ -52,17 +48,19 @@ def plot_confusion(confusion: torch.Tensor, classes: Sequence[str], file: Path) 
     counts = confusion.double()
     shares = (counts / counts.sum(1, keepdim=True)).nan_to_num()
     cell = 0.45 if k <= NUMBERED else 0.2
-    side = max(cell * k, 2.5)
-    longest = 0.085 * max(len(shorten(name)) for name in classes)
+    side = min(max(cell * k, 2.5), LARGEST)
+    longest = 0.085 * max(len(shorten(name)) for name in classes) if k <= NAMED else 0.0
     figure = new_figure(side + longest + 1.6, side + longest + 0.9)
     axes = figure.add_subplot()
     image = axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
     size = 9 if k <= NUMBERED else 6
     names = [shorten(name) for name in classes]
-    axes.set_xticks(range(k), names, rotation=90, fontsize=size)
-    axes.set_yticks(range(k), names, fontsize=size)
-    axes.set_xlabel("predicted class")
-    axes.set_ylabel("label")
+    if k <= NAMED:
+        axes.set_xticks(range(k), names, rotation=90, fontsize=size)
+        axes.set_yticks(range(k), names, fontsize=size)
+    number = "" if k <= NAMED else ", by its number in confusion.csv"
+    axes.set_xlabel(f"predicted class{number}")
+    axes.set_ylabel(f"label{number}")
     axes.set_title("Share of each label's predictions", fontsize=10)
     if k <= NUMBERED:
         for i, row in enumerate((100 * shares).round().int().tolist()):
@@ -72,7 +70,7 @@ def plot_confusion(confusion: torch.Tensor, classes: Sequence[str], file: Path) 
                     axes.text(j, i, value, ha="center", va="center", fontsize=8, color=color)
     bar = figure.colorbar(image, ax=axes, fraction=0.04, pad=0.02)
     bar.set_ticks([0, 0.5, 1], labels=["0 %", "50 %", "100 %"])
-    save(figure, file)
+    save_figure(figure, file)
 
 
 def plot_reliability(bins: torch.Tensor, ece: float, file: Path) -> None:
@@ -94,13 +92,13 @@ def plot_reliability(bins: torch.Tensor, ece: float, file: Path) -> None:
     upper.plot([0, 1], [0, 1], color=GRAY, linestyle="--", label="calibrated")
     upper.set_ylabel("accuracy")
     upper.set_ylim(0, 1)
-    upper.legend(loc="lower right")
+    figure.legend(loc="outside lower center", ncols=2)
     upper.set_title(f"Expected calibration error {ece:.1f} %", fontsize=10)
     lower.bar(centers, (count / count.sum()).numpy(), width, color=GRAY)
     lower.set_ylabel("share")
     lower.set_xlabel("confidence")
     lower.set_xlim(0, 1)
-    save(figure, file)
+    save_figure(figure, file)
 
 
 def scatter_domains(axes, source: torch.Tensor, target: torch.Tensor) -> None:
@@ -132,7 +130,8 @@ def plot_features(
 ) -> None:
     """Two principal components of the features of both domains, one column per model.
 
-    The lower row has the classes of all images that have a label, if there are few classes.
+    A lower row shows the classes of the target's images, above the source in gray, if there are
+    labels of several classes, and few enough to tell them apart.
 
     Args:
         columns: {title: (source features (N, D), their labels (N,), target features (M, D), their
@@ -140,22 +139,26 @@ def plot_features(
         classes: the class names.
         file: the picture.
     """
-    labeled = any((part[3] >= 0).any() for part in columns.values())
-    rows = 2 if labeled and len(classes) <= TOLD_APART else 1
+    labels = torch.cat([part[3] for part in columns.values()])
+    several = len(labels[labels >= 0].unique()) > 1
+    rows = 2 if several and len(classes) <= TOLD_APART else 1
     figure = new_figure(4.6 * len(columns) + 1.4, 3.9 * rows + 0.4)
     grid = figure.subplots(rows, len(columns), squeeze=False)
-    for j, (title, (source, source_labels, target, target_labels)) in enumerate(columns.items()):
+    for j, (title, (source, _, target, target_labels)) in enumerate(columns.items()):
         points = principal_components(torch.cat([source, target]))
         scatter_domains(grid[0][j], points[: len(source)], points[len(source) :])
         grid[0][j].set_title(title, fontsize=10)
         if rows == 2:
-            scatter_classes(grid[1][j], points, torch.cat([source_labels, target_labels]), classes)
+            gray = points[: len(source)].T.numpy()
+            grid[1][j].scatter(*gray, s=8, c=PALE, linewidths=0, label="source")
+            scatter_classes(grid[1][j], points[len(source) :], target_labels, classes)
+            grid[1][j].set_title("classes of the target", fontsize=10)
     for row in grid:
         for axes in row:
             axes.set_xticks([])
             axes.set_yticks([])
         row[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=9)
-    save(figure, file)
+    save_figure(figure, file)
 
 
 def draw_all(
@@ -179,8 +182,11 @@ def draw_all(
     if ece is not None:
         plot_reliability(predictions.bins, ece, folder / "reliability.png")
     if features:
-        titles = {"before": "before adaptation", "after": f"after: {method}"}
+        alone = len(features) == 1
+        titles = {"before": "before adaptation", "after": method if alone else f"after ({method})"}
         columns = {titles[name]: value for name, value in features.items()}
         plot_features(columns, predictions.classes, folder / "features.png")
-    if records := read_metrics(run):
-        learning_curves(records, read_summary(run), folder / "curves.png")
+    try:
+        learning_curves(read_metrics(run), read_summary(run), folder / "curves.png")
+    except UserError as error:  # the log has no number yet
+        print(f"no curves.png: {error}")

@@ -1,5 +1,7 @@
 """A finished run, opened again with the labeled images that it is evaluated on."""
 
+import contextlib
+import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, make_dataclass
@@ -24,10 +26,11 @@ from data.domains import open_test
 from data.image_set import ImageSet
 from data.loaders import Loader
 from data.tasks import task_module
-from models import ModelCard, load_run
+from models import ModelCard, load_card, load_run
 from training.device import get_device
 
 TEST = "data.target_test"
+HELD_OUT = 200  # held-out source images from which on they suffice for features
 
 
 @dataclass(kw_only=True)
@@ -66,8 +69,7 @@ def load_evaluation_config(run: Path, overrides: Sequence[str] = ()) -> Evaluati
     data_class = _data_class(keys)
     cls = make_dataclass("Config", [("data", data_class)], bases=(EvaluationConfig,), kw_only=True)
     if names_a_set(overrides):
-        shares = [key for key in ("test_share", "val_share") if key in keys]
-        overrides = [*(f"data.{key}=null" for key in shares), *overrides]
+        overrides = [*_of_another_set(run, keys, overrides), *overrides]
     tree, layers = read_layers(cls, [str(file)], overrides)
     # Those of the run and of its method are left aside, but not misspelled in an override.
     read = {spec.name for spec in fields(cls)} | {re.split(r"[.=]", word)[0] for word in overrides}
@@ -78,6 +80,25 @@ def load_evaluation_config(run: Path, overrides: Sequence[str] = ()) -> Evaluati
 def names_a_set(overrides: Sequence[str]) -> bool:
     """Whether the overrides name another test set than that of the run."""
     return any(word.startswith((f"{TEST}.", f"{TEST}=")) for word in overrides)
+
+
+def _of_another_set(run: Path, keys: Sequence[str], overrides: Sequence[str]) -> list[str]:
+    """The overrides that another set needs before its own.
+
+    It takes the place of the images that the run has held out, with keys of its own, and files are
+    prepared as those of the run.
+
+    Args:
+        run: the run folder.
+        keys: of the run's section `data`.
+        overrides: those that name the set.
+    """
+    words = [f"data.{key}=null" for key in ("test_share", "val_share") if key in keys]
+    if any(word.startswith(f"{TEST}.name=") for word in overrides):
+        words.append(f"{TEST}=null")
+        resize = load_card(run).resize
+        words += [f"{TEST}.resize={resize}"] if resize is not None else []
+    return words
 
 
 @dataclass
@@ -115,12 +136,42 @@ class OpenedRun:
         return eval_loader(self.images, self.config.data, device=self.device)
 
     def names(self) -> list[str]:
-        """The name of each image: its path, below `data.root` if it lies there, or its number."""
+        """The name of each image: its path, below `data.root` if there; or set and number."""
         images, root = self.images, Path(self.config.data.root)
         if not isinstance(images.images, Decoded):
-            return [str(i) for i in images.indices.tolist()]
+            return [f"{images.name} {i}" for i in images.indices.tolist()]
         paths = (images.images.paths[i] for i in images.indices.tolist())
         return [str(p.relative_to(root) if p.is_relative_to(root) else p) for p in paths]
+
+    def source(self) -> ImageSet | None:
+        """Source images to compute features of: the held-out ones, or if few the training images.
+
+        None without a source.
+        """
+        if self.domains is None:
+            return None
+        held_out, trained = self.domains.source_val, self.domains.source
+        few = held_out is None or len(held_out) < HELD_OUT
+        return trained if few else held_out
+
+    def trained_on(self) -> list[str]:
+        """The names of the labeled images that are files of the run's source.
+
+        Only the images of a named set can be: those of the run are apart.
+        """
+        if self.domains is not None or not isinstance(self.images.images, Decoded):
+            return []
+        config, files = self.config.data, set()
+        for i, domain in enumerate(config.sources):
+            with contextlib.suppress(UserError):  # such as of a folder that is gone
+                listing = task_module(config).list_set(domain, f"source[{i}]", config, True)
+                files |= set(map(os.path.realpath, listing.files))
+        numbers = self.images.indices.tolist()
+        return [
+            name
+            for name, i in zip(self.names(), numbers, strict=True)
+            if os.path.realpath(self.images.images.paths[i]) in files
+        ]
 
     def start(self) -> Path | None:
         """The run that this one was started from, if its folder is there."""
@@ -142,6 +193,8 @@ def open_run(folder: Path, overrides: Sequence[str] = ()) -> OpenedRun:
     device = get_device(config.device)
     network, card = load_run(folder, device)
     if names_a_set(overrides):
+        if config.data.target_test is None:
+            raise UserError(f"{TEST} is null: name a set, such as {TEST}.name=folder {TEST}.path=F")
         images, note, domains = open_test(config.data, card.classes), TEST, None
     else:
         domains = open_domains(config.data, config.seed, trained=card.classes)

@@ -6,12 +6,21 @@ import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import torch
-
 from analysis.measure import Predictions
 from common.writing import write_text
 
 SHOWN = 30  # classes up to which the screen shows a row per class
+
+
+PICTURES = ("best", "confusion", "curves", "features", "overlays", "reliability", "worst")
+TABLES = ("comparison.csv", "confusion.csv", "features.npz", "figures.json", "images.csv")
+FILES = [*(f"{name}.png" for name in PICTURES), *TABLES, "per_class.csv"]  # of an evaluation
+
+
+def remove_files(folder: Path) -> None:
+    """Remove what an earlier evaluation has written to a folder; other files stay."""
+    for name in FILES:
+        (folder / name).unlink(missing_ok=True)
 
 
 def write_csv(file: Path, head: Sequence[str], rows: Iterable[Sequence]) -> None:
@@ -96,13 +105,6 @@ def write_tables(predictions: Predictions, folder: Path) -> None:
     write_csv(
         folder / "images.csv", head, zip(names, labels, predicted, confidence, entropy, strict=True)
     )
-
-
-def never_predicted(predictions: Predictions) -> list[str]:
-    """The classes that have a label and are never predicted."""
-    confusion = predictions.confusion()
-    missing: torch.Tensor = (confusion.sum(1) > 0) & (confusion.sum(0) == 0)
-    return [name for name, gone in zip(predictions.classes, missing.tolist(), strict=True) if gone]
 
 
 def figures_text(figures: dict) -> str:

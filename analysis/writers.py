@@ -10,21 +10,30 @@ import torch
 from PIL import Image
 
 from analysis.prediction import TOP, predict_map, top_classes
-from common.drawing import class_colors
+from common.drawing import class_colors, save_png, with_legend
 from common.writing import write_atomically
 from data.decoded import Size, read_rgb
+from data.image_files import NamedFiles
+from models import ModelCard
 
 OVERLAY = 0.5  # weight of the colors of the classes over the image
 
 
+def _short(value: str | float) -> str:
+    """A cell of a table; numbers have the six digits that are known of a float32."""
+    return value if isinstance(value, str) else f"{value:.6g}"
+
+
 class ClassWriter:
-    """predictions.csv of a classifier.
+    """predictions.csv of a classifier. `batch` is the number of images that are predicted at once.
 
     Args:
         folder: where to write; it is made.
         classes: the class names.
         names: what each image is called.
     """
+
+    batch = 64
 
     def __init__(self, folder: Path, classes: Sequence[str], names: Sequence[Path]):
         self.classes, self.names = classes, names
@@ -52,7 +61,8 @@ class ClassWriter:
         rows = zip(numbers, top_classes(logits, self.classes), strict=True)
         for number, (entropy, ((name, confidence), *others)) in rows:
             more = (word for pair in others for word in pair)
-            self.table.writerow([self.names[number], name, confidence, entropy, *more])
+            row = [name, confidence, entropy, *more]
+            self.table.writerow([self.names[number], *map(_short, row)])
         self.file.flush()
 
     def close(self) -> None:
@@ -60,7 +70,7 @@ class ClassWriter:
 
 
 class MapWriter(ClassWriter):
-    """predictions.csv of a segmenter, and masks/, overlays/ and soft/.
+    """predictions.csv and legend.png of a segmenter, and masks/, overlays/ and soft/.
 
     Args:
         folder, classes, names: see `ClassWriter`.
@@ -68,6 +78,8 @@ class MapWriter(ClassWriter):
         exif: whether they are turned by their EXIF orientation.
         overlays, soft: whether these are written.
     """
+
+    batch = 1
 
     def __init__(
         self,
@@ -83,6 +95,8 @@ class MapWriter(ClassWriter):
         self.folder, self.files, self.exif = folder, files, exif
         self.overlays, self.soft = overlays, soft
         self.colors = class_colors(list(classes))
+        entries = [(name, tuple(self.colors[i].tolist())) for i, name in enumerate(classes)]
+        save_png(with_legend(Image.new("RGB", (400, 1), "white"), entries), folder / "legend.png")
         # A file keeps its stem, as a mask beside its image; of two with one stem, the whole name.
         stems = Counter(name.with_suffix("") for name in names)
         self.outputs = [
@@ -98,24 +112,38 @@ class MapWriter(ClassWriter):
 
     def add(self, numbers, sizes, logits):
         for number, size, logit in zip(numbers, sizes, logits, strict=True):
-            found = predict_map(logit, size, self.soft)
-            mask = Image.fromarray(found.classes.to(torch.uint8).numpy(), mode="P")
+            prediction = predict_map(logit, size, self.soft)
+            mask = Image.fromarray(prediction.classes.to(torch.uint8).numpy(), mode="P")
             mask.putpalette(self.colors.flatten().tolist())
-            _save(mask, self._place("masks", number, ".png"))
+            save_png(mask, self._place("masks", number, ".png"))
             if self.overlays:
                 self._save_overlay(number, mask)
             if self.soft:
-                probabilities = found.probabilities.numpy()
+                probabilities = prediction.probabilities.numpy()
                 place = self._place("soft", number, ".npy")
                 write_atomically(place, lambda file, x=probabilities: np.save(file, x))
-            self.table.writerow([self.names[number], found.confidence, found.entropy])
+            doubts = prediction.confidence, prediction.entropy
+            self.table.writerow([self.names[number], *map(_short, doubts)])
         self.file.flush()
 
     def _save_overlay(self, number: int, mask: Image.Image) -> None:
         image = read_rgb(self.files[number], exif=self.exif)
         overlay = Image.blend(image, mask.convert("RGB"), OVERLAY)
-        _save(overlay, self._place("overlays", number, ".png"))
+        save_png(overlay, self._place("overlays", number, ".png"))
 
 
-def _save(image: Image.Image, file: Path) -> None:
-    write_atomically(file, lambda f: image.save(f, format="png"))
+def open_writer(
+    folder: Path, card: ModelCard, images: NamedFiles, overlays: bool, soft: bool
+) -> ClassWriter:
+    """The writer for the predictions of a model.
+
+    Args:
+        folder: where to write.
+        card: of the run.
+        images: the files that are predicted.
+        overlays, soft: whether these are written; for maps.
+    """
+    if not card.predicts_maps:
+        return ClassWriter(folder, card.classes, images.names)
+    outputs = overlays, soft
+    return MapWriter(folder, card.classes, images.names, images.files, card.exif, *outputs)

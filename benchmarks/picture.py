@@ -21,10 +21,11 @@ sys.path.insert(0, str(ROOT))
 
 from analysis import plots  # noqa: E402
 from analysis.features import domain_features, principal_components  # noqa: E402
+from analysis.figures import PALE, check_available, new_figure, save_figure  # noqa: E402
 from analysis.measure import Predictions, predict  # noqa: E402
 from analysis.sets import OpenedRun, open_run  # noqa: E402
 from common.drawing import class_colors  # noqa: E402
-from common.errors import UserError, exit_with  # noqa: E402
+from common.errors import exit_with  # noqa: E402
 from common.metrics import main_metric  # noqa: E402
 from data import eval_loader  # noqa: E402
 from training.evaluation import predict_labeled  # noqa: E402
@@ -58,10 +59,12 @@ def figure_of(found: Predictions) -> float:
 def draw_features(axes, run: OpenedRun, title: str) -> None:
     """Draw the features of the source in gray, and of the target in the style of their class."""
     images = run.domains.source_val, run.images
-    source, _, target, labels = domain_features(run.network, *images, run.config.data)
+    source, _, target, labels = domain_features(
+        run.network, *images, run.config.data, separate=True
+    )
     points = principal_components(torch.cat([source, target]))
     gray = points[: len(source)].T.numpy()
-    axes.scatter(*gray, s=8, c="#BBBBBB", linewidths=0, label="source, any class")
+    axes.scatter(*gray, s=8, c=PALE, linewidths=0, label="source, any class")
     plots.scatter_classes(axes, points[len(source) :], labels, run.card.classes)
     axes.set_title(f"{title}: accuracy on the target {figure_of(predictions(run)):.1f} %")
     axes.set(xticks=[], yticks=[])
@@ -99,18 +102,17 @@ def main() -> int:
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/demo", metavar="FOLDER")
     parser.add_argument("--out", type=Path, default=ROOT / "docs/adaptation.png", metavar="FILE")
     args = parser.parse_args()
-    if not plots.available():
-        raise UserError(plots.HINT)
+    check_available()
     train(args.runs)
     digits, dann, street, minent = (open_run(args.runs / name) for name in RUNS)
-    figure = plots.new_figure(9, 6.6)
+    figure = new_figure(9, 6.6)
     upper, lower = figure.subfigures(2, 1, height_ratios=[1.75, 1])
     left, right = upper.subplots(1, 2)
     draw_features(left, digits, "not adapted")
     draw_features(right, dann, "DANN")
     right.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=8)
     draw_maps(lower.subplots(1, 4), {"not adapted": street, "MinEnt": minent})
-    plots.save(figure, args.out)
+    save_figure(figure, args.out)
     print(args.out)
     return 0
 

@@ -56,7 +56,7 @@ def make_run(folder: Path, backbone: str) -> None:
     classes = [str(i) for i in range(10)]
     network = build_classifier(model, len(classes), ".")
     save_tensors(folder / "model.pt", network.state_dict())
-    write_text(folder / CARD, card_text(config, classes, 256))
+    write_text(folder / CARD, card_text(config, model, classes, 256))
 
 
 def bare_forward(run: Path, batch: int) -> float:

@@ -10,6 +10,7 @@ import dataclasses
 import difflib
 import inspect
 import math
+import os
 import re
 import reprlib
 import sys
@@ -498,6 +499,15 @@ def build_config(
             lines.append(f"and {len(mistakes) - MOST_MISTAKES} more mistakes")
         raise UserError(("\n" + " " * 7).join(lines))
     return config
+
+
+def split_words(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(other words, overrides `key=value`) of a command line; a file of such a name is no override.
+
+    The values of options must not be among the words.
+    """
+    overrides = [w for w in words if re.match(r"\w[\w.-]*=", w) and not os.path.exists(w)]
+    return [word for word in words if word not in overrides], overrides
 
 
 def flatten(tree: dict, prefix: str = "") -> dict:

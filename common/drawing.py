@@ -2,12 +2,14 @@
 
 import functools
 import re
+from pathlib import Path
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torchvision.datasets import Cityscapes
 
 from common.metrics import IGNORE_INDEX
+from common.writing import write_atomically
 
 MARK, GAP = 14, 8  # px; a color and the height of a name in the legend; between entries
 LEVELS = 10  # per channel; the colors to choose from
@@ -109,3 +111,8 @@ def wrapped(text: str, width: int, font: ImageFont.FreeTypeFont) -> list[str]:
                 lines.append("")
             lines[-1] += character
     return [line.rstrip() for line in lines]
+
+
+def save_png(image: Image.Image, file: Path) -> None:
+    """Write an image as png."""
+    write_atomically(file, lambda f: image.save(f, format="png"))

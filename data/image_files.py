@@ -47,12 +47,16 @@ def find_images(paths: Sequence[str]) -> NamedFiles:
             skipped += [found.skipped] if found.skipped else []
         elif path.is_file():
             files.append(path)
-            names.append(Path(path.name))
+            inside = not path.is_absolute() and ".." not in path.parts
+            names.append(path if inside else Path(path.name))
         else:
             raise UserError(f"{path}: there is no such file or folder; name images, or folders")
     twice = [name for name, count in Counter(names).items() if count > 1]
     if twice:
-        raise UserError(f"{twice[0]}: two images have this name; predict their folders one by one")
+        raise UserError(
+            f"{twice[0]}: is named twice, or two images have this name; name each image once, and "
+            "predict folders one by one"
+        )
     return NamedFiles(files, names, "; ".join(skipped))
 
 

@@ -39,12 +39,20 @@ class ModelCard:
             ((self.size is None) == (self.task == "segmentation"), "size is for classification"),
         )
 
+    @property
+    def predicts_maps(self) -> bool:
+        """Whether every pixel has a prediction, and not the image."""
+        return self.task == "segmentation"
 
-def card_text(config, classes: list[str], resize: int | tuple[int, int] | None) -> str:
+
+def card_text(
+    config, model: ModelConfig, classes: list[str], resize: int | tuple[int, int] | None
+) -> str:
     """The content of model.yaml.
 
     Args:
         config: of the run.
+        model: its section `model`, as it was at the start: a run that goes on reads no weights.
         classes: names of the classes.
         resize: what the files of the target are resized to: px of a square, or (height, width).
     """
@@ -58,7 +66,7 @@ def card_text(config, classes: list[str], resize: int | tuple[int, int] | None) 
         amp=config.amp,
         mean=list(IMAGENET_MEAN),
         std=list(IMAGENET_STD),
-        model=config.model,
+        model=model,
     )
     return HEAD + dump(card)
 
@@ -72,7 +80,8 @@ def _weights_file(path: Path) -> Path:
         if (path / name).is_file():
             return path / name
     raise UserError(
-        f"{path}: has neither {' nor '.join(names)}; a run writes it at its first evaluation"
+        f"{path}: has neither {' nor '.join(names)}; a run writes it at its first evaluation; "
+        "go on with it by --resume"
     )
 
 

@@ -80,7 +80,7 @@ def _read_weights(name: str, weights: str, root: str) -> dict:
     except OSError as error:
         raise UserError(
             f"model.weights: {weights} of {name} cannot be downloaded ({error}); "
-            "name a file instead"
+            "name a file below data.root by model.weights=FILE"
         ) from None
 
 

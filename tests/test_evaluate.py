@@ -4,16 +4,17 @@ import csv
 import json
 import math
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from analysis import plots
+from analysis import figures, plots
 from analysis.compare import difference, groups_of, mcnemar
 from analysis.diagnosis import diagnose
-from analysis.features import principal_components, proxy_a_distance
+from analysis.features import domain_features, principal_components, proxy_a_distance
 from analysis.measure import BINS, Predictions, predict
 from analysis.tables import against_summary, per_class
 from common.errors import UserError
@@ -179,8 +180,33 @@ def test_the_distance_of_two_domains():
     assert 0.5 < proxy_a_distance(source, target + 0.4) < 1.9
     constant = torch.cat([source, torch.ones(400, 3)], 1)
     assert proxy_a_distance(constant, constant) < 0.3
-    with pytest.raises(ValueError, match="fewer than two"):
-        proxy_a_distance(source[:1], target)
+    assert proxy_a_distance(source[:19], target) is None
+
+
+def test_features_of_each_domain_by_its_own_statistics(runs):
+    """Shifting all images of a domain alters nothing, as in training with bn: separate."""
+    run = evaluate.open_run(runs / "dann")
+    before = {name: x.clone() for name, x in run.network.state_dict().items()}
+    images = run.images
+    darker = replace(images, images=images.images // 2)
+    spread = []
+    for separate in (False, True):
+        first, _, second, _ = domain_features(
+            run.network, images, darker, run.config.data, separate
+        )
+        spread.append(float((first - second).norm() / first.norm()))
+    assert spread[1] < 0.3 * spread[0]
+    after = run.network.state_dict()
+    assert all(after[name].equal(x) for name, x in before.items())  # the model is not changed
+
+
+def test_names_without_a_meaning_to_matplotlib(tmp_path):
+    names = ["_background_", "x_{$", "a$b$"]
+    plots.plot_confusion(torch.eye(3, dtype=torch.int64), names, tmp_path / "c.png")
+    points = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    columns = {"after": (points, torch.arange(6) % 3, points + 1, torch.arange(6) % 3)}
+    plots.plot_features(columns, names, tmp_path / "f.png")
+    assert Image.open(tmp_path / "c.png").size[0] > 200
 
 
 def test_principal_components_keep_the_largest_variance():
@@ -193,9 +219,10 @@ def test_principal_components_keep_the_largest_variance():
     assert principal_components(torch.randn(4, 1)).shape == (4, 2)
 
 
-def sentences(records=(), summary=None, figures=None, never=(), distances=None) -> str:
-    figures = figures or {"ece": 1.0, "overconfidence": 1.0}
-    return "\n".join(diagnose(records, summary or {}, figures, never, distances or {}))
+def sentences(records=(), summary=None, figures=None, rows=(), distances=None, before=None) -> str:
+    calm = {"accuracy": 70.0, "ece": 1.0, "ece_by_chance": 1.0, "overconfidence": 1.0}
+    figures = {**calm, **(figures or {})}
+    return "\n".join(diagnose(records, summary or {}, figures, rows, distances or {}, before))
 
 
 def test_the_diagnosis_says_what_the_log_shows():
@@ -218,10 +245,37 @@ def test_the_diagnosis_says_what_the_log_shows():
     target["selected"] = {"step": 2, "accuracy": 79.0}
     assert "the last step has 50.0, but step 1 had 80.0" in sentences(summary={"target": target})
     assert "the selected step" not in sentences(summary={"target": target})
-    off = sentences(figures={"ece": 30.0, "overconfidence": 29.0}, never=["dog"])
-    assert "overconfident" in off
-    assert "never predicted, though they occur (1 classes): dog" in off
-    assert "0.50 before, 0.10 after" in sentences(distances={"before": 0.5, "after": 0.1})
+    off = {"ece": 30.0, "overconfidence": 29.0, "ece_by_chance": 3.0}
+    assert "the model is overconfident" in sentences(figures=off)
+    assert "both over- and under" in sentences(figures={**off, "overconfidence": -4.0})
+    assert "calibration" not in sentences(figures={**off, "ece_by_chance": 20.0})  # few images
+    names = ("class", "labels", "predictions", "precision")
+    rows = [dict(zip(names, row, strict=True)) for row in (("dog", 9, 0, None), ("cat", 9, 18, 50))]
+    found = sentences(rows=rows)
+    assert "never predicted, though they occur (1 classes): dog" in found
+    assert "cat is predicted too often: 18 times for 9 labels, of which 50 % are right" in found
+    assert "0.50 before adaptation, 0.10 after" in sentences(
+        distances={"before": 0.5, "after": 0.1}
+    )
+    assert "source and target: 0.10 (0:" in sentences(distances={"after": 0.1})
+    worse, better = ({"accuracy": figure} for figure in (83.6, 60.0))
+    assert "has made the model worse: accuracy 83.6 before, 70.0" in sentences(before=worse)
+    assert "accuracy 60.0 before adaptation, 70.0 after" in sentences(before=better)
+    none = [{"step": 1, "accepted": 0.9, "accepted.cat": 0.9, "accepted.dog": 0.0}]
+    assert "no pseudo-label of these classes is accepted at the end: dog" in sentences(none)
+
+
+def test_the_error_of_calibration_by_chance():
+    """Of confidences that are true probabilities, in the mean over many draws."""
+    generator = torch.Generator().manual_seed(0)
+    p = 0.5 + 0.5 * torch.rand(80, generator=generator)
+    logits = torch.stack([p.log(), (1 - p).log()], 1)
+    errors = []
+    for _ in range(200):
+        labels = (torch.rand(80, generator=generator) > p).long()
+        figures = predicted(logits, labels, batch=80).figures()
+        errors.append(figures["ece"])
+    assert figures["ece_by_chance"] == pytest.approx(sum(errors) / len(errors), rel=0.15)
 
 
 @pytest.fixture(scope="module")
@@ -231,6 +285,9 @@ def runs(tmp_path_factory):
     for name in ("source", "dann"):
         config = tiny_config(folder, out_dir=folder / name, log_every=2)
         assert train(f"train_{name}", config) == 0
+    config = tiny_config(folder, out_dir=folder / "other", steps=1, eval_every=1)
+    config.write_text(config.read_text().replace("drawn_digits_shifted", "drawn_digits"))
+    assert train("train_source", config, "data.source_val=5") == 0
     config = street_config(folder, "train_source", out_dir=folder / "street", steps=4)
     assert train("train_source", config) == 0
     return folder
@@ -314,6 +371,7 @@ def test_another_set_is_evaluated(runs, tmp_path, capsys):
     names = [row["image"] for row in rows_of(tmp_path / "out/images.csv")]
     assert names[0].endswith("new set/0/00.png")
     assert not (tmp_path / "out/features.npz").exists()  # the source is not opened
+    assert "warning" not in capsys.readouterr().out
     (tmp_path / "new set/0").rename(tmp_path / "new set/zero")
     with pytest.raises(UserError, match=r"only here: zero; only in the source: 0"):
         evaluate.main([str(runs / "dann"), *words])
@@ -327,6 +385,13 @@ def test_another_set_is_evaluated(runs, tmp_path, capsys):
         (["{runs}/dann", "adv_weight=3"], r"unknown key adv_weight"),
         (["{runs}/dann", "--sequences", "x"], "goes with --compare"),
         (["{runs}/dann", "--compare", "{runs}/street"], "has other test images"),
+        (["{runs}/dann", "--compare", "{runs}/other"], "has other test images"),
+        (["{runs}/dann", "{runs}/source"], "name one run, not 2"),
+        (["{runs}/dann", "data.target_test=null"], r"data\.target_test is null: name a set"),
+        (
+            ["{runs}/dann", "--before", "{runs}/source", "data.target_test.name=drawn_digits"],
+            "leave one of them out",
+        ),
     ],
 )
 def test_mistakes_are_one_line(runs, words, message):
@@ -336,9 +401,9 @@ def test_mistakes_are_one_line(runs, words, message):
 
 
 def test_without_matplotlib_there_are_tables(runs, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(plots, "optional", lambda name: None)
+    monkeypatch.setattr(figures, "optional", lambda name: None)
     assert evaluate.main([str(runs / "source"), "--out", str(tmp_path / "out")]) == 0
-    assert plots.HINT in capsys.readouterr().out
+    assert figures.HINT in capsys.readouterr().out
     made = {file.name for file in (tmp_path / "out").iterdir()}
     assert {"figures.json", "per_class.csv", "confusion.csv", "images.csv", "worst.png"} <= made
     assert not made & {"confusion.png", "reliability.png", "features.png", "curves.png"}

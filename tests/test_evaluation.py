@@ -94,7 +94,7 @@ def test_evaluate_without_a_source():
     metrics, _ = evaluate(Answers(), sets_of(None, [first[0]], [second]))
     assert metrics["source_val"] == NOTHING
     assert metrics["target"] == figures_of(second)
-    assert metrics["confusion"] == confusion_matrix(*second, 3).tolist()
+    assert metrics["confusion"].equal(confusion_matrix(*second, 3))
     assert metrics["criteria"] == criteria_of(first[0])  # no source_val among them
 
 

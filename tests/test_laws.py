@@ -193,6 +193,7 @@ def test_a_script_that_reads_runs_is_short(script):
     lines = script.read_text().splitlines()
     assert len(lines) < 200, "move what is not the command itself into analysis/"
     assert max(map(len, lines)) <= 100
+    assert "task" not in names(ast.parse(script.read_text())), "ask for the task in a folder"
     assert lines[-2:] == ['if __name__ == "__main__":', "    exit_with(main)"]
     assert any(line.startswith(f"    python {script.name}") for line in lines)
 

@@ -11,17 +11,20 @@ from common import safetensors
 from common.errors import UserError
 from common.files import load_tensors, save_tensors
 from models import build_model, load_card, load_run
+from models.backbones import build_backbone
 from tests.helpers import (
     ROOT,
     finetune_config,
     load_script,
     stop_after,
     street_config,
+    summary,
     tiny_config,
     train,
     weights,
 )
 from training.config import load_run_config
+from training.summary import to_json
 
 TENSORS = {
     "weight": torch.arange(6.0).view(2, 3),
@@ -203,3 +206,37 @@ def test_the_card_is_there_before_the_model(tmp_path, monkeypatch):
     assert load_card(tmp_path / "run").classes == [str(digit) for digit in range(10)]
     with pytest.raises(UserError, match="writes it at its first evaluation"):
         load_run(tmp_path / "run")
+
+
+def test_a_resumed_run_has_the_same_card(tmp_path):
+    """Its weights are read no more, but where they came from stays in the card."""
+    backbone, _ = build_backbone("lenet", True)
+    torch.save(backbone.state_dict(), tmp_path / "w.pth")
+    model = f"{{backbone: lenet, weights: {tmp_path}/w.pth}}"
+    assert train("train_source", tiny_config(tmp_path, model=model, steps=5)) == 0
+    card = (tmp_path / "run/model.yaml").read_text()
+    assert "w.pth" in card
+    config = tiny_config(tmp_path, model=model, steps=10)
+    assert train("train_source", config, "--resume", "--allow-change") == 0
+    assert (tmp_path / "run/model.yaml").read_text() == card
+
+
+def test_a_checkpoint_of_an_earlier_version_goes_on(tmp_path):
+    """Its evaluations have no confusion matrix; the figures are there all the same."""
+    assert train("train_source", tiny_config(tmp_path)) == 0
+    file = tmp_path / "run/checkpoints/step_00000010.pt"
+    state = load_tensors(file)
+    for entry in state["history"]:
+        entry.pop("confusion", None)
+    save_tensors(file, state)
+    (tmp_path / "run/summary.json").unlink()
+    assert train("train_source", tiny_config(tmp_path), "--resume") == 0
+    result = summary(tmp_path / "run")
+    assert result["confusion"] == {"last": None, "selected": None}
+    assert result["target"]["last"]["accuracy"] is not None
+
+
+def test_a_class_named_as_a_row_of_numbers(tmp_path):
+    result = {"classes": ["[ 1 ]", "b"], "confusion": {"last": [[1, 2], [3, 4]], "selected": None}}
+    assert json.loads(to_json(result)) == result
+    assert "[1, 2],\n" in to_json(result)

@@ -66,7 +66,7 @@ def test_images_of_any_kind_are_predicted(runs, tmp_path, capsys, workers):
     words = [str(runs / "digits"), "in", "batch=4", f"workers={workers}"]
     assert predict.main(words) == 1
     printed = capsys.readouterr()
-    assert "6 of 9 images predicted" in printed.out
+    assert "6 of 9 files predicted" in printed.out
     mistakes = (tmp_path / "predictions/unreadable.txt").read_text().splitlines()
     assert [line.split(":")[0].split("/")[-1] for line in mistakes] == [
         "sixteen.png",
@@ -97,14 +97,13 @@ def test_predict_agrees_with_evaluate(runs, tmp_path):
         for i in range(2):
             noise(28, 36, 10 * label + i).save(tmp_path / f"set/{label}/{i}.png")
     words = ["data.target_test.name=folder", f"data.target_test.path={tmp_path / 'set'}"]
+    # Both prepare files as the run's own test set, at 28 px; by themselves they would have 32 px.
+    assert load_card(runs / "digits").resize == 28
     opened = evaluate.predict_run(evaluate.open_run(runs / "digits", words))
+    other = evaluate.open_run(runs / "digits", [*words, "data.target_test.resize=32"])
+    assert not evaluate.predict_run(other).confidence.equal(opened.confidence)  # control
     assert predict.main([str(runs / "digits"), "set"]) == 0
     rows = rows_of(tmp_path / "predictions/predictions.csv")
-    of_image = {int(i): opened.classes[int(k)] for i, _, k, _ in opened.rows}
-    # The card has the preparation of the run's own test set, at 28 px; that of files is 32 px.
-    assert load_card(runs / "digits").resize == 28
-    words.append("data.target_test.resize=28")
-    opened = evaluate.predict_run(evaluate.open_run(runs / "digits", words))
     of_image = {int(i): opened.classes[int(k)] for i, _, k, _ in opened.rows}
     assert [row["class"] for row in rows] == [of_image[i] for i in range(20)]
     found = [float(row["confidence"]) for row in rows]
@@ -130,6 +129,23 @@ def test_maps_are_predicted_at_the_size_of_the_image(runs, tmp_path):
         soft = np.load(out / f"soft/{mask}.npy")
         assert np.abs(soft - logits.softmax(0).numpy()).max() < 2e-3
         assert Image.open(out / f"overlays/{mask}.png").size == image.shape[:0:-1]
+
+
+def test_doubt_is_computed_in_float32(runs, tmp_path):
+    """Under bfloat16 only the network is: masks, confidences and soft maps are of its logits."""
+    (tmp_path / "in").mkdir()
+    noise(70, 90).save(tmp_path / "in/a.png")
+    words = [str(runs / "street"), "in", "soft=true", "workers=0", "amp=bfloat16"]
+    assert predict.main(words) == 0
+    network, card = load_run(runs / "street")
+    image = load_image(tmp_path / "in/a.png", card)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        logits = network(image[None]).logits[0].float()
+    soft = np.load(tmp_path / "predictions/soft/a.npy")
+    assert np.abs(soft - logits.softmax(0).numpy()).max() < 1e-3
+    (row,) = rows_of(tmp_path / "predictions/predictions.csv")
+    confidence = float(logits.softmax(0).amax(0).mean())
+    assert float(row["confidence"]) == pytest.approx(confidence, abs=1e-5)
 
 
 def test_maps_of_resized_images_have_the_size_of_the_file():
@@ -194,8 +210,9 @@ def test_flips_are_averaged():
         (["in", "bacth=3"], "unknown key bacth; did you mean batch"),
         (["in", "window=[3,4]"], "window: for a segmenter"),
         (["in", "window=[3]"], "window must be two sizes"),
+        (["in", "window=[8,8]", "stride=[8,9]"], "stride must not be larger than window"),
         (["in", "out=in/out"], r"out: in/out lies in in"),
-        (["in", "in/a.png"], "two images have this name"),
+        (["in/a.png", "in/a.png"], "is named twice, or two images have this name"),
         (["in", "device=cuda:77"], "device: cuda:77"),
     ],
 )
@@ -224,6 +241,7 @@ def test_an_export_is_loaded_without_the_repository(runs, tmp_path, task, capsys
     assert "agrees with the network" in capsys.readouterr().out
     network, card = load_run(runs / task)
     images = [export.example(card, *pair) for pair in ((1, 1.0), (3, 1.0), (2, 1.7))]
+    images.append(images[2][:, :, :32, :37])
     torch.save(images, "images.pt")
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     command = [sys.executable, "-c", FRESH.format(file="model.pt2")]
@@ -234,8 +252,9 @@ def test_an_export_is_loaded_without_the_repository(runs, tmp_path, task, capsys
             assert (network(x).logits - logits).abs().max() < export.TOLERANCE
     assert found[2].shape[0] == 2
     if task == "street":
-        assert (network(images[2]).logits - found[2]).abs().max() < export.TOLERANCE
-        assert found[2].shape[2:] == images[2].shape[2:]
+        for x, logits in zip(images[2:], found[2:], strict=True):
+            assert (network(x).logits - logits).abs().max() < export.TOLERANCE
+            assert logits.shape[2:] == x.shape[2:]
 
 
 def test_the_preparation_is_in_the_export(runs, tmp_path):

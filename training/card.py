@@ -192,6 +192,7 @@ def _use(run) -> str:
     return (
         "With the code of the commit above, where `RUN` is this folder and `FOLDER` has images:\n\n"
         + _block("python evaluate.py RUN\npython predict.py RUN FOLDER")
+        + "\n\nThe first needs the images of the run, or others that `data.target_test` names."
     )
 
 

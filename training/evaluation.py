@@ -115,7 +115,7 @@ def evaluate(model: nn.Module, sets: EvaluationSets) -> tuple[dict, list]:
         without labels, and `criteria`: `source_val`, the label-free ones, and `neg_val_loss`,
         minus the loss in nats, each if there is a set for it; higher is better;
         `predicted`, how many of the unlabeled target images (pixels) are predicted as each class;
-        and `confusion`, the target's confusion matrix as K rows, None without labels.
+        and `confusion`, the target's confusion matrix (K, K), None without labels.
         examples: the rows of `Examples`.
 
     Raises:
@@ -169,7 +169,7 @@ def _figures(
                 "correct its masks or its ids"
             )
         values["neg_val_loss"] = -loss.value()
-    confusion = target_confusion.tolist() if target_confusion.any() else None
+    confusion = target_confusion if target_confusion.any() else None
     return {
         "source_val": source,
         "target": target,

@@ -168,6 +168,7 @@ class Run:
         self.machines = [describe_machine(get_device(config.device))]
         self.config_text, self.config_tree = dump(config), config_tree(config)
         self.config_values = flat_values(config)
+        self.model_section = replace(config.model)
         self.allow_change = self.resume and args.allow_change
         self.changes: list[dict] = []  # of keys, by --allow-change, since the run began
         self.changed: set[str] = set()  # the keys that have changed now
@@ -272,7 +273,8 @@ class Run:
             self._check_same(step)
             if self.writes:
                 lists, config = self.domains.lists, self.config
-                card = card_text(config, self.domains.classes, target_size(config.data))
+                resize = target_size(config.data)
+                card = card_text(config, self.model_section, self.domains.classes, resize)
                 self.run_folder.open(step, self.command, self.config_text, card, lists)
             for number in SIGNALS:
                 if number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN:

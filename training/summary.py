@@ -1,7 +1,6 @@
 """summary.json of a run, and what the screen shows of it."""
 
 import json
-import re
 from pathlib import Path
 
 from data import Domains
@@ -23,9 +22,23 @@ def iou_table(target: dict[str, dict]) -> str:
 
 def to_json(summary: dict) -> str:
     """The text of summary.json, in which a row of a confusion matrix is one line."""
-    text = json.dumps(summary, indent=2)
-    row = re.compile(r"\[\s+(-?\d+(?:,\s+-?\d+)*)\s+\]")
-    return row.sub(lambda found: f"[{' '.join(found[1].split())}]", text) + "\n"
+    others = {name: value for name, value in summary.items() if name != "confusion"}
+    matrices = []
+    for name, matrix in summary["confusion"].items():
+        rows = matrix and ",\n      ".join(map(json.dumps, matrix))
+        text = f"[\n      {rows}\n    ]" if matrix else "null"
+        matrices.append(f"    {json.dumps(name)}: {text}")
+    confusion = ",\n".join(matrices)
+    return f'{json.dumps(others, indent=2)[:-2]},\n  "confusion": {{\n{confusion}\n  }}\n}}\n'
+
+
+def _matrix(entry: dict) -> list[list[int]] | None:
+    """The confusion matrix of an evaluation as rows; None without labels.
+
+    A run that an earlier version has begun has none of its evaluations until then.
+    """
+    confusion = entry.get("confusion")
+    return None if confusion is None else confusion.tolist()
 
 
 def summarize(run, domains: Domains, facts: dict) -> dict:
@@ -52,7 +65,7 @@ def summarize(run, domains: Domains, facts: dict) -> dict:
         "commit": commit,
         "seconds": round(run.total_seconds(), 1),
         "target": target,
-        "confusion": {"last": run.history[-1]["confusion"], "selected": selected["confusion"]},
+        "confusion": {"last": _matrix(run.history[-1]), "selected": _matrix(selected)},
         **({"changed": run.changes} if run.changes else {}),
         **({"target_labeled": len(labeled)} if labeled else {}),
         "target_test": domains.target_test_note,
