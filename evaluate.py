@@ -20,10 +20,10 @@ key=value        overrides of the run's config: data.*, device, amp
 """
 
 import argparse
-import dataclasses
 import json
 import re
 from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -76,7 +76,7 @@ def compare_runs(
                 f"--compare: {other.folder} has other test images than {run.folder}; name one set "
                 "for both, as data.target_test.name=folder data.target_test.path=FOLDER"
             )
-        row = dataclasses.asdict(difference(predictions, second, groups))
+        row = asdict(difference(predictions, second, groups))
         rows.append({"run": str(other.folder), "compared_with": str(run.folder), **row})
     return rows
 
@@ -160,9 +160,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     features = features_of(run, before)
     distances = {name: proxy_a_distance(*parts[::2]) for name, parts in features.items()}
     distances = {name: value for name, value in distances.items() if value is not None}
-    first = None
-    if before is not None:
-        first = predict_run(dataclasses.replace(run, network=before)).figures()
+    first = predict_run(replace(run, network=before)).figures() if before is not None else None
     sentences = diagnose(read_metrics(args.run), summary, figures, rows, distances, first)
     print("diagnosis:", *sentences, sep="\n- ")
 

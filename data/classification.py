@@ -88,7 +88,7 @@ def _listing(domain: DomainConfig, files: Files, config: DataConfig) -> Listing:
     return Listing(name, files.images, labels, files.classes, files.skipped, decode)
 
 
-def resize_of(domain: DomainConfig, config: DataConfig) -> int:
+def resize_of(domain: DomainConfig, config: DataConfig) -> int | tuple[int, int] | None:
     """The side, in px, of the square that images are resized to before they are cropped."""
     if domain.name in FILES:
         return domain.resize or round(config.size * 8 / 7)

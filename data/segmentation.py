@@ -93,7 +93,7 @@ def _mask_ids(domain: DomainConfig, role: str) -> tuple[torch.Tensor, list[str]]
     return id_map(domain.ids, f"data.{role}.ids")
 
 
-def resize_of(domain: DomainConfig, config: DataConfig) -> tuple[int, int] | None:
+def resize_of(domain: DomainConfig, config: DataConfig) -> int | tuple[int, int] | None:
     """The height and width that images are resized to; None if they keep their size."""
     return domain.resize and tuple(domain.resize)
 

@@ -448,7 +448,7 @@ def test_each_stage_learns(tmp_path):
         if "criteria.neg_val_loss" in m
     }
     assert loss[40] < loss[20] - 0.03
-    assert loss[80] < loss[40] - 0.2
+    assert loss[80] < loss[40] - 0.1
     result = summary(tmp_path / "run")
     before = summary(tmp_path / "source")["target"]["selected"]["accuracy"]
     assert result["stage2"]["accuracy"] >= result["stage1"]["accuracy"] > before + 5

@@ -39,6 +39,7 @@ from training.config import load_run_config
 
 # Without batch norm and dropout, whose statistics and draws are those of a process.
 PLAIN = "{batch_norm: false}"
+ROUNDING = 5e-5  # of weights after 20 steps, in which it grows; it depends on the processor
 
 
 def tensors(value, name: str = "") -> dict[str, torch.Tensor]:
@@ -72,7 +73,7 @@ def largest_difference(a: dict, b: dict) -> float:
 
 def assert_equal_runs(one: Path, two: Path) -> None:
     """Weights, statistics and all that is logged differ by rounding only."""
-    assert largest_difference(last_state(one), last_state(two)) < 1e-5
+    assert largest_difference(last_state(one), last_state(two)) < ROUNDING
     for line, other in zip(metrics(one), metrics(two), strict=True):
         assert line.keys() == other.keys()
         for name, value in line.items():
@@ -401,7 +402,10 @@ def test_another_number_of_processes_goes_on(tmp_path, before, after):
     every = send_itself(signal.SIGTERM, *range(before))
     assert start_on(before, "train_dann", config, prepare=every).wait() == [143] * before
     train_on(after, "train_dann", config, "--resume")
-    assert largest_difference(last_state(tmp_path / "through"), last_state(tmp_path / "run")) < 1e-5
+    assert (
+        largest_difference(last_state(tmp_path / "through"), last_state(tmp_path / "run"))
+        < ROUNDING
+    )
     assert "was trained on" in (tmp_path / "process_0.log").read_text()
 
 
@@ -564,7 +568,7 @@ def test_the_cache_of_decoded_images_is_shared(tmp_path, pictures):
     train_on(2, "train_source", config, f"out_dir={tmp_path}/two")
     assert len(list((tmp_path / "cache").glob("*.bin"))) == 2  # one per set
     assert train("train_source", config, f"out_dir={tmp_path}/one", "data.workers=1") == 0
-    assert largest_difference(last_state(tmp_path / "one"), last_state(tmp_path / "two")) < 1e-5
+    assert largest_difference(last_state(tmp_path / "one"), last_state(tmp_path / "two")) < ROUNDING
 
 
 def test_a_dry_run_writes_nothing(tmp_path, digits):
@@ -605,7 +609,10 @@ def test_a_signal_within_an_evaluation_stops_all(tmp_path, digits):
         "step": 4,
     }
     train_on(2, "train_dann", digits, "data.eval_batch=10", "--resume")
-    assert largest_difference(last_state(tmp_path / "through"), last_state(tmp_path / "run")) < 1e-5
+    assert (
+        largest_difference(last_state(tmp_path / "through"), last_state(tmp_path / "run"))
+        < ROUNDING
+    )
 
 
 def test_a_signal_to_one_process_does_not_wait_for_a_pass_of_the_others(tmp_path, digits):

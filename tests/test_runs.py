@@ -14,7 +14,8 @@ import yaml
 from PIL import Image
 
 import runs
-from analysis import curves, figures
+from analysis import curves
+from analysis import figures as empty_figures
 from analysis.run_configs import SECTIONS, differing_keys, short_names, value_text
 from analysis.run_files import find_runs, main_metric, read_config, read_metrics, read_run
 from analysis.run_table import COLUMNS, printable
@@ -27,7 +28,7 @@ from training.free_keys import FREE_AT_RESUME
 
 EVALUATION = {"target.accuracy": 71.25, "criteria.infomax": 0.5, "collapsed": None}
 save = curves.save_figure
-PICTURES = pytest.mark.skipif(not figures.available(), reason="no matplotlib")
+PICTURES = pytest.mark.skipif(not empty_figures.available(), reason="no matplotlib")
 
 
 def target(last: float | None, selected: float | None) -> dict:
@@ -109,7 +110,7 @@ def test_two_real_runs(tmp_path, capsys, command):
         }
     assert note == ["2 runs (2 finished); last, selected: target accuracy in percent"]
 
-    picture = ["--plot", "out/curves.png"] if figures.available() else []
+    picture = ["--plot", "out/curves.png"] if empty_figures.available() else []
     words = "--sort", "optim.lr", "--csv", "out/table.csv", *picture
     code, out, err = command("runs", *words)
     assert (code, err) == (0, "")
@@ -560,7 +561,7 @@ def test_without_matplotlib(tmp_path, command, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(block))
     code, out, err = command("runs", "--plot", "c.png")
     assert (code, out) == (2, "")
-    assert err == f"error: {figures.HINT}\n"
+    assert err == f"error: {empty_figures.HINT}\n"
     code, out, _ = command("runs")  # the table needs none
     assert code == 0
     assert "80.0" in out

@@ -136,16 +136,19 @@ class RunFolder:
                 raise UserError(
                     f"--resume: {file} is gone, or was drawn from other images; restore them"
                 )
-        self._write_config(command, config)
+        self._write_config(step, command, config)
         files.write_text(self.path / CARD, card)
         for name, text in lists.items():
             files.write_text(self.path / name, text)
         self.write_status("running", step)
 
-    def _write_config(self, command: str, config: str) -> None:
-        """Write config.yaml; its head has a line with command and date per start of the run."""
+    def _write_config(self, step: int, command: str, config: str) -> None:
+        """Write config.yaml; its head has a line with command and date per start of the run.
+
+        A start that ended before the first checkpoint has no part in a run that begins at step 0.
+        """
         file = self.path / "config.yaml"
-        text = file.read_text(encoding="utf-8") if file.is_file() else ""
+        text = file.read_text(encoding="utf-8") if step > 0 and file.is_file() else ""
         head = list(itertools.takewhile(lambda line: line.startswith("# "), text.splitlines()))
         date = time.strftime("%Y-%m-%d %H:%M:%S %z")
         files.write_text(file, "\n".join([*head, f"# {command}  # {date}", config]))
