@@ -336,7 +336,7 @@ def check(config: DataConfig, seed: int, sheet: Path, report: Report) -> None:
     report.find(copies.findings)
     report.notes += copies.notes
 
-    print(f"task: {config.task}, seed {seed}, data.root: {config.root}; sizes: height x width")
+    print(f"seed {seed}, data.root: {config.root}; sizes: height x width")
     for role, listing in listings.items():
         print(describe_files(role, listing, survey))
     if parts:
