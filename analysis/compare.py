@@ -80,11 +80,11 @@ def groups_of(names: Sequence[str], pattern: str | None) -> torch.Tensor:
             f"--sequences: {pattern} is no regular expression ({error}); "
             "correct it, as '[^/]+(?=_)'"
         ) from None
-    found = [expression.search(name) for name in names]
-    if None in found:
-        name = names[found.index(None)]
-        raise UserError(f"--sequences: {pattern} is not found in {name}; correct the pattern")
-    texts = [match[0] for match in found]
+    matches = [expression.search(name) for name in names]
+    if None in matches:
+        name = names[matches.index(None)]
+        raise UserError(f"--sequences: {pattern} is not matches in {name}; correct the pattern")
+    texts = [match[0] for match in matches]
     numbers = {text: number for number, text in enumerate(dict.fromkeys(texts))}
     return torch.tensor([numbers[text] for text in texts])
 

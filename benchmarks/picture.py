@@ -50,9 +50,9 @@ def predictions(run: OpenedRun) -> Predictions:
     return predict(run.network, run.loader(), run.card.classes, run.names(), run.measure)
 
 
-def figure_of(found: Predictions) -> float:
+def figure_of(predicted: Predictions) -> float:
     """The main figure of a model on its labeled target images."""
-    figures = found.measure(found.confusion())
+    figures = predicted.measure(predicted.confusion())
     return figures[main_metric(figures)]
 
 
@@ -73,15 +73,15 @@ def draw_features(axes, run: OpenedRun, title: str) -> None:
 @torch.inference_mode()
 def draw_maps(row, runs: dict[str, OpenedRun]) -> None:
     """Draw an image, its label, and the prediction of each run, by title."""
-    found = {title: predictions(run) for title, run in runs.items()}
-    first, second = (model.image_ious() for model in found.values())
+    predicted = {title: predictions(run) for title, run in runs.items()}
+    first, second = (model.image_ious() for model in predicted.values())
     number = int((second - first).argsort()[len(first) // 2])
     titles, masks = ["target image", "label"], []
     for title, run in runs.items():
         loader = eval_loader(run.images.subset(torch.tensor([number])), run.config.data)
         image, logits, label = next(iter(predict_labeled(run.network, loader, run.device)))
         masks.append(logits[0].argmax(0))
-        titles.append(f"{title}\nmean IoU {figure_of(found[title]):.1f} %")
+        titles.append(f"{title}\nmean IoU {figure_of(predicted[title]):.1f} %")
     classes = run.card.classes
     colors = class_colors(classes)
     masks = [label[0], *masks]

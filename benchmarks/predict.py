@@ -4,7 +4,7 @@
 
 Photographs of 256 px are made in a temporary folder, as JPEG, and a run of an untrained network.
 The bare forward takes one batch of prepared images again and again, in eval mode, before and after.
-The memory is that of the process of predict.py, without its workers, at a quarter and at the end.
+The memory is that of the process of predict.py, without its workers.
 """
 
 import argparse
@@ -93,9 +93,10 @@ def predict(run: Path, images: Path, out: Path, count: int, words: list[str]) ->
             if now > rows:
                 rows, last = now, time.perf_counter()
                 first = first or (now, last)
-                memory["quarter" if rows < count / 4 else "end"] = resident(process.pid)
+                quarter = min(4 * rows // count, 3)
+                memory[quarter] = max(memory.get(quarter, 0), resident(process.pid))
     rate = (rows - first[0]) / (last - first[1])
-    return {"code": process.returncode, "rows": rows, "rate": rate, **memory}
+    return {"code": process.returncode, "rows": rows, "rate": rate, "memory": memory}
 
 
 def main() -> int:
@@ -110,14 +111,15 @@ def main() -> int:
         make_run(folder, args.backbone)
         before = bare_forward(folder, args.batch)
         words = [f"batch={args.batch}"]
-        found = predict(folder, folder / "images", folder / "out", args.files, words)
+        result = predict(folder, folder / "images", folder / "out", args.files, words)
         after = bare_forward(folder, args.batch)
     bare = (before + after) / 2
     print(
-        f"{args.backbone}, {found['rows']} of {args.files} images of 256 px at 224 px, exit code "
-        f"{found['code']}\npredict.py {found['rate']:.1f} images per second, bare forward "
-        f"{before:.1f} before and {after:.1f} after: {found['rate'] / bare:.2f}\n"
-        f"memory {found['quarter']:.0f} MiB at a quarter, {found['end']:.0f} MiB at the end"
+        f"{args.backbone}, {result['rows']} of {args.files} images of 256 px at 224 px, exit code "
+        f"{result['code']}\npredict.py {result['rate']:.1f} images per second, bare forward "
+        f"{before:.1f} before and {after:.1f} after: {result['rate'] / bare:.2f}\n"
+        "largest memory in each quarter of the images, MiB: "
+        + " ".join(f"{value:.0f}" for value in result["memory"].values())
     )
     return 0
 

@@ -105,8 +105,8 @@ def _groups(survey: Survey, roles: dict) -> list[list[int]]:
 
 
 def _files(parts: dict[str, Part], roles: str) -> set[int]:
-    found = (parts[role].files for role in roles.split("+") if role in parts)
-    return set(np.concatenate([x for x in found if x is not None] or [[]]).tolist())
+    numbers = (parts[role].files for role in roles.split("+") if role in parts)
+    return set(np.concatenate([x for x in numbers if x is not None] or [[]]).tolist())
 
 
 def _leak(leak: Leak, parts: dict, groups: list[list[int]], survey: Survey) -> list[str]:

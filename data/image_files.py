@@ -41,10 +41,10 @@ def find_images(paths: Sequence[str]) -> NamedFiles:
     files, names, skipped = [], [], []
     for path in map(Path, paths):
         if path.is_dir():
-            found = scan_unlabeled(str(path.absolute()), path, str(path))
-            names += [file.relative_to(path.absolute()) for file in found.images]
-            files += found.images
-            skipped += [found.skipped] if found.skipped else []
+            listed = scan_unlabeled(str(path.absolute()), path, str(path))
+            names += [file.relative_to(path.absolute()) for file in listed.images]
+            files += listed.images
+            skipped += [listed.skipped] if listed.skipped else []
         elif path.is_file():
             files.append(path)
             inside = not path.is_absolute() and ".." not in path.parts

@@ -88,9 +88,9 @@ def _count(numbers: np.ndarray) -> dict[int, int]:
     """How often each number occurs in a flat array; numbers that no mask has are `OUTSIDE`."""
     inside = (numbers >= 0) & (numbers < NUMBERS)
     counts = np.bincount(numbers[inside])
-    found = counts.nonzero()[0]
+    present = counts.nonzero()[0]
     outside = {OUTSIDE: int((~inside).sum())} if not inside.all() else {}
-    return {**dict(zip(found.tolist(), counts[found].tolist(), strict=True)), **outside}
+    return {**dict(zip(present.tolist(), counts[present].tolist(), strict=True)), **outside}
 
 
 def _hash_of(path: Path) -> bytes:
@@ -193,17 +193,17 @@ class Survey:
         self.sizes = np.zeros((len(jobs), 2), np.int32)
         self.turned = np.zeros(len(jobs), bool)
         self.modes, self.digests, self.mistakes = [], {}, []
-        for number, found in enumerate(read_each(jobs, look, config, "data.check")):
-            self.modes.append(found.mode)
-            self.sizes[number], self.turned[number] = found.size, found.turned
-            if found.digest:
-                self.digests[number] = found.digest
-            if found.mistake:
+        for number, facts in enumerate(read_each(jobs, look, config, "data.check")):
+            self.modes.append(facts.mode)
+            self.sizes[number], self.turned[number] = facts.size, facts.turned
+            if facts.digest:
+                self.digests[number] = facts.digest
+            if facts.mistake:
                 self.usable[number] = False
-                self.mistakes.append(found.mistake)
+                self.mistakes.append(facts.mistake)
                 continue
             for role in self._mask_roles.get(number, ()):
-                self.ids[role].add(found.pixels, str(self.paths[number]))
+                self.ids[role].add(facts.pixels, str(self.paths[number]))
         self._compare_sizes()
 
     def _same_size(self) -> list[bool]:

@@ -156,7 +156,7 @@ def _selection(summary: dict) -> str:
 
 def _collapse(summary: dict) -> list[str]:
     """What went wrong, if anything did."""
-    found = [
+    sentences = [
         f"**The predictions of the {name} step have collapsed: {reason}.**"
         for name, reason in summary["collapsed"].items()
     ]
@@ -164,8 +164,8 @@ def _collapse(summary: dict) -> list[str]:
         lines = [f"- step {alarm['step']}: {alarm['reason']}" for alarm in alarms[:ALARMS]]
         if len(alarms) > ALARMS:
             lines.append(f"- and {len(alarms) - ALARMS} more, in `summary.json`")
-        found.append("Collapse alarms of the training:\n\n" + "\n".join(lines))
-    return found
+        sentences.append("Collapse alarms of the training:\n\n" + "\n".join(lines))
+    return sentences
 
 
 def _training(run, summary: dict) -> str:
