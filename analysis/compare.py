@@ -83,7 +83,7 @@ def groups_of(names: Sequence[str], pattern: str | None) -> torch.Tensor:
     matches = [expression.search(name) for name in names]
     if None in matches:
         name = names[matches.index(None)]
-        raise UserError(f"--sequences: {pattern} is not matches in {name}; correct the pattern")
+        raise UserError(f"--sequences: {pattern} is not found in {name}; correct the pattern")
     texts = [match[0] for match in matches]
     numbers = {text: number for number, text in enumerate(dict.fromkeys(texts))}
     return torch.tensor([numbers[text] for text in texts])

@@ -92,9 +92,13 @@ def test_one_forward_on_both_gives_each_its_own_part():
     model, x = build(bn="frozen", aux_weight=0.1).eval(), images(3)
     out_s, out_t = forward_domains(model, x[:2], x[2:], config)
     for part, whole in ((out_s, model(x[:2])), (out_t, model(x[2:]))):
-        torch.testing.assert_close(part.logits, whole.logits)
-        torch.testing.assert_close(part.aux_logits, whole.aux_logits)
-        torch.testing.assert_close(part.features["layer3"], whole.features["layer3"])
+        for ours, expected in (
+            (part.logits, whole.logits),
+            (part.aux_logits, whole.aux_logits),
+            (part.features["layer3"], whole.features["layer3"]),
+        ):
+            # A batch of three may be multiplied in another order than one of two.
+            torch.testing.assert_close(ours, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_the_discriminator_of_maps_is_the_papers():

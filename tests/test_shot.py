@@ -152,7 +152,7 @@ def test_a_forced_collapse_raises_the_alarm(tmp_path):
     healthy = ["optim.lr=0.005"]
     assert train("train_shot", config, *short, *healthy, f"out_dir={tmp_path}/healthy") == 0
     assert summary(tmp_path / "healthy")["collapse_alarms"] == []
-    collapse = ["ent_weight=3", "div_weight=0", "pseudo_weight=0", "optim.lr=0.02"]
+    collapse = ["ent_weight=10", "div_weight=0", "pseudo_weight=0", "optim.lr=0.05"]
     assert train("train_shot", config, *short, *collapse, f"out_dir={tmp_path}/collapsed") == 0
     assert any(
         "vanished" in alarm["reason"]
