@@ -30,7 +30,7 @@ from losses.supervised import supervised_loss
 from models import build_model, cache_features
 from training.config import RunConfig, parse_args
 from training.device import get_device
-from training.optim import build_optimizer, set_rates
+from training.optim import build_optimizer, clip_gradients, set_rates
 from training.run import Run
 from training.stages import Stages
 
@@ -137,6 +137,8 @@ def main(argv: list[str] | None = None) -> int:
             run.log.add(cls_loss=loss)
 
         average_gradients(trained, model)
+        scaler.unscale_(trained)
+        clip_gradients(trained, config.optim.clip_norm)
         scaler.step(trained)
         scaler.update()
 

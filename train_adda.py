@@ -31,7 +31,7 @@ from losses.supervised import supervised_loss
 from models import DomainDiscriminator, build_model, feature_vectors
 from training.config import RunConfig, parse_args
 from training.device import get_device
-from training.optim import OptimConfig, build_optimizer, set_rates
+from training.optim import OptimConfig, build_optimizer, clip_gradients, set_rates
 from training.run import Run
 
 
@@ -67,8 +67,7 @@ class Config(RunConfig):
             ),
             (
                 self.accumulate == 1,
-                "accumulate: the discriminator is updated between two losses on the same images; "
-                "leave it out",
+                "accumulate: the discriminator is updated between two losses; leave it out",
             ),
         ]
 
@@ -95,6 +94,7 @@ def main(argv: list[str] | None = None) -> int:
         name="adam",
         lr=config.target_lr,
         backbone_lr_scale=config.optim.backbone_lr_scale,
+        layer_decay=config.optim.layer_decay,
         betas=[0.5, 0.999],
         weight_decay=0.0,
         schedule="constant",
@@ -132,6 +132,8 @@ def main(argv: list[str] | None = None) -> int:
             source_optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
             average_gradients(source_optimizer, source_model)
+            scaler.unscale_(source_optimizer)
+            clip_gradients(source_optimizer, config.optim.clip_norm)
             scaler.step(source_optimizer)
             if step == source_steps:
                 model.load_state_dict(source_model.state_dict())
@@ -151,20 +153,21 @@ def main(argv: list[str] | None = None) -> int:
                 features_s = feature_vectors(out_s.features[layer], locations)
                 features_t = feature_vectors(out_t.features[layer], locations)
                 features = torch.cat([features_s, features_t])
-                sizes = [len(features_s), len(features_t)]
-                domain_logits_s, domain_logits_t = discriminator(features.detach()).split(sizes)
-                disc_loss = domain_loss(domain_logits_s, domain_logits_t)
-                domain_accuracy = discriminator_accuracy(domain_logits_s, domain_logits_t)
+                domain_logits = discriminator(features.detach()).tensor_split([len(features_s)])
+                disc_loss = domain_loss(*domain_logits)
+                domain_accuracy = discriminator_accuracy(*domain_logits)
 
             disc_optimizer.zero_grad(set_to_none=True)
             scaler.scale(disc_loss).backward()
             average_gradients(disc_optimizer)
+            scaler.unscale_(disc_optimizer)
+            clip_gradients(disc_optimizer, config.optim.clip_norm)
             scaler.step(disc_optimizer)
 
             # the target encoder, under inverted labels, with the discriminator held fixed
             discriminator.requires_grad_(False)
             with autocast:
-                _, domain_logits_t = discriminator(features).split(sizes)
+                _, domain_logits_t = discriminator(features).tensor_split([len(features_s)])
                 loss = one_domain_loss(domain_logits_t, SOURCE)
                 losses = {"adv_loss": loss, "disc_loss": disc_loss}
                 losses["domain_accuracy"] = domain_accuracy
@@ -176,6 +179,8 @@ def main(argv: list[str] | None = None) -> int:
             target_optimizer.zero_grad(set_to_none=True)
             scaler.scale(loss).backward()
             average_gradients(target_optimizer, model, discriminator)
+            scaler.unscale_(target_optimizer)
+            clip_gradients(target_optimizer, config.optim.clip_norm)
             scaler.step(target_optimizer)
             run.monitor.add(out_t.logits)
         scaler.update()

@@ -34,7 +34,7 @@ from losses.supervised import nll_loss, supervised_loss
 from models import build_discriminator, build_model, forward_domains
 from training.config import RunConfig, parse_args
 from training.device import get_device
-from training.optim import OptimConfig, build_optimizer, set_rates
+from training.optim import OptimConfig, build_optimizer, clip_gradients, set_rates
 from training.run import Run
 
 
@@ -170,9 +170,13 @@ def main(argv: list[str] | None = None) -> int:
             run.monitor.add(out_t.logits)
 
         average_gradients(optimizer, model)
+        scaler.unscale_(optimizer)
+        clip_gradients(optimizer, config.optim.clip_norm)
         scaler.step(optimizer)
         if adversarial:
             average_gradients(disc_optimizer, discriminators)
+            scaler.unscale_(disc_optimizer)
+            clip_gradients(disc_optimizer, config.optim.clip_norm)
             scaler.step(disc_optimizer)
         scaler.update()
 

@@ -6,11 +6,10 @@
     adv_loss = 0.5 * (mean BCE(D(R(features_s)), 1) + mean BCE(D(R(features_t)), 0)),
                summed over feature layers
 
-R is the identity whose gradient is multiplied by -reversal_coeff (the paper's lambda). One step
-thus trains the discriminator D to tell the domains apart, at full strength, and the features to
-confuse it. D judges the mean of a feature map, or with `disc_locations` every location.
-`conditional` gives D the outer product of features and class probabilities (CDAN); CDAN+E weights
-confident images more. docs/dann.md explains every metric and departure from the papers.
+R is the identity whose gradient is multiplied by -reversal_coeff (the paper's lambda): one step
+trains the discriminator D to tell the domains apart, and the features to confuse it. D judges the
+mean of a feature map, or with `disc_locations` every location. `conditional` gives D the outer
+product of features and class probabilities (CDAN; CDAN+E). docs/dann.md explains the rest.
 
     python train_dann.py --config configs/demo/digits.yaml configs/demo/dann.yaml
     python train_dann.py --config configs/demo/digits.yaml configs/demo/dann.yaml --resume
@@ -38,7 +37,7 @@ from models import (
 )
 from training.config import RunConfig, parse_args
 from training.device import get_device
-from training.optim import build_optimizer, set_rates
+from training.optim import build_optimizer, clip_gradients, set_rates
 from training.run import Run
 from training.schedules import progress, reversal_coefficient
 
@@ -182,6 +181,8 @@ def main(argv: list[str] | None = None) -> int:
             run.monitor.add(out_t.logits)
 
         average_gradients(optimizer, model, discriminators)
+        scaler.unscale_(optimizer)
+        clip_gradients(optimizer, config.optim.clip_norm)
         scaler.step(optimizer)
         scaler.update()
 

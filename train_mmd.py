@@ -30,7 +30,7 @@ from losses.supervised import supervised_loss
 from models import build_model, feature_vectors, forward_domains
 from training.config import RunConfig, parse_args
 from training.device import get_device
-from training.optim import build_optimizer, set_rates
+from training.optim import build_optimizer, clip_gradients, set_rates
 from training.run import Run
 
 
@@ -108,6 +108,8 @@ def main(argv: list[str] | None = None) -> int:
             run.monitor.add(out_t.logits)
 
         average_gradients(optimizer, model)
+        scaler.unscale_(optimizer)
+        clip_gradients(optimizer, config.optim.clip_norm)
         scaler.step(optimizer)
         scaler.update()
 

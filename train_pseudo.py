@@ -1,7 +1,6 @@
 """Self-training on pseudo-labels: FixMatch (arXiv:2001.07685), AdaMatch, CBST, DACS, mean teacher.
 
-    minimize  cls_loss + w * pseudo_loss + div_weight * div_loss
-    with w rising from 0 to pseudo_weight over pseudo_warmup
+    minimize  cls_loss + w * pseudo_loss + div_weight * div_loss, where w rises to pseudo_weight
 
     pseudo_loss = mean over target predictions of weight * CE(model(x_strong), y_t)
     y_t         = argmax of p_t, the teacher's prediction on the weak view of the same image;
@@ -11,10 +10,9 @@
     weight      = mask: 1 where accepted, else 0 | confident_fraction: the accepted share (DACS)
     div_loss    = 1 - entropy of the mean target prediction
 
-The teacher is the model's exponential moving average (arXiv:1703.01780), or the model itself. With
-`mix: classmix` half of the source image's classes are pasted onto the strong view, image and label
-(DACS, arXiv:2007.08702). An auxiliary head adds model.aux_weight times its own losses.
-docs/pseudo.md explains every metric and departure from the papers.
+The teacher is the model's exponential moving average (arXiv:1703.01780), or the model itself.
+`mix: classmix` pastes half of the source image's classes onto the strong view (arXiv:2007.08702).
+An auxiliary head adds model.aux_weight times its own losses. docs/pseudo.md explains the rest.
 
     python train_pseudo.py --config configs/demo/digits.yaml configs/demo/pseudo.yaml
     python train_pseudo.py --config configs/demo/digits.yaml configs/demo/pseudo.yaml --resume
@@ -45,7 +43,7 @@ from models import build_model, eval_mode, forward_domains
 from training.collapse import AcceptedShares
 from training.config import RunConfig, parse_args
 from training.device import get_device
-from training.optim import build_optimizer, set_rates
+from training.optim import build_optimizer, clip_gradients, set_rates
 from training.run import Run
 from training.schedules import progress, warm_up
 
@@ -181,6 +179,8 @@ def main(argv: list[str] | None = None) -> int:
             run.log.add(**losses, confidence=confidence.mean(), agreement=agreement)
 
         average_gradients(optimizer, model, teacher)
+        scaler.unscale_(optimizer)
+        clip_gradients(optimizer, config.optim.clip_norm)
         scaler.step(optimizer)
         scaler.update()
         if teacher:

@@ -45,7 +45,7 @@ from losses.supervised import nll_loss, supervised_loss
 from models import Network, build_model
 from training.config import RunConfig, parse_args
 from training.device import get_device
-from training.optim import build_optimizer, set_rates
+from training.optim import build_optimizer, clip_gradients, set_rates
 from training.run import Run
 
 
@@ -70,10 +70,7 @@ class Config(RunConfig):
     def rules(self):
         return [
             *super().rules(),
-            (
-                self.init_from is not None,
-                "init_from is missing: the run of train_source.py to start from",
-            ),
+            (self.init_from is not None, "init_from is missing: name a run of train_source.py"),
             (
                 self.select != "source_val",
                 "select: source_val needs source images, which are not read here",
@@ -183,6 +180,8 @@ def main(argv: list[str] | None = None) -> int:
             run.log.add(**losses, confidence=p_t.amax(1).mean(), agreement=agreement)
 
         average_gradients(optimizer, model)
+        scaler.unscale_(optimizer)
+        clip_gradients(optimizer, config.optim.clip_norm)
         scaler.step(optimizer)
         scaler.update()
 

@@ -25,7 +25,7 @@ from losses.supervised import supervised_loss
 from models import build_model
 from training.config import RunConfig, parse_args
 from training.device import get_device
-from training.optim import build_optimizer, set_rates
+from training.optim import build_optimizer, clip_gradients, set_rates
 from training.run import Run
 
 
@@ -75,6 +75,8 @@ def main(argv: list[str] | None = None) -> int:
             run.log.add(**losses)
 
         average_gradients(optimizer, model)
+        scaler.unscale_(optimizer)
+        clip_gradients(optimizer, config.optim.clip_norm)
         scaler.step(optimizer)
         scaler.update()
 

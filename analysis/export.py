@@ -12,11 +12,12 @@ from common.optional import optional
 from common.resize import resize_maps
 from common.writing import write_atomically
 from models import ModelCard, Network
+from models.backbones import has_windows
 from models.card import CARD
 
 TOLERANCE = 1e-4  # of the logits, between the exported program and the network
 BATCHES = (1, 3)  # that are compared
-LEAST = 32  # px of a side of the smallest images
+LEAST = 64  # px of a side of the smallest images
 
 
 class Deployed(nn.Module):
@@ -76,8 +77,14 @@ def export(network: Network, card: ModelCard) -> tuple[ExportedProgram, float]:
         (the program, the largest difference of its logits from the network's).
 
     Raises:
-        UserError: they differ by more than `TOLERANCE`.
+        UserError: they differ by more than `TOLERANCE`, or the network needs images of one size
+            and gets them as they are.
     """
+    if card.resize is None and has_windows(card.model.backbone):
+        raise UserError(
+            f"--export: {card.model.backbone} is exported for images of one size; train with "
+            "data.target.resize, which the exported program then does itself"
+        )
     network.memory_format = torch.contiguous_format
     module = Deployed(network.to(memory_format=torch.contiguous_format), card).eval()
     free = {0: Dim.DYNAMIC, 2: Dim.DYNAMIC, 3: Dim.DYNAMIC}

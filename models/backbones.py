@@ -1,178 +1,215 @@
-"""Feature extractors: every backbone yields `layer1` to `layer4`, at strides 4, 8, 16 and 32."""
+"""Feature extractors: one table of them, by the names of torchvision where it has them."""
 
 from typing import NamedTuple
 
 import torch
 import torchvision
 from torch import nn
-from torchvision.models._utils import IntermediateLayerGetter
+from torchvision.ops import StochasticDepth
 
 from common.errors import UserError
+from models.caffe import CaffeResNet
+from models.layers import BLOCKS, LAYERS, Backbone, Layers
+from models.lenet import LeNet
+from models.vit import build_vit
 
-LAYERS = ("layer1", "layer2", "layer3", "layer4")
-STRIDES = (4, 8, 16, 32)
-PROBE = 64  # px of the zero image that widths and strides are read off
+STRIDES = (4, 8, 16, 32)  # of layer1 to layer4, but for those of a `Transformer`
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 
 
-class Entry(NamedTuple):
-    """Where a network of torchvision has the four layers.
+class Cut(NamedTuple):
+    """A network of torchvision, cut at the ends of its stages.
 
     Attributes:
-        layers: the children of the body that end layer1 to layer4.
+        ends: names of the children that end layer1 to layer4; in `body`, names in there.
+        body: the child that has the stages as its children; None if the network has them itself.
         dense_last: the child that ends layer4 for segmentation, if another: MobileNetV2 ends before
             its last 1x1 convolution, at 320 channels in place of 1280, as in its paper (Sandler et
-            al. 2018, arXiv:1801.04381, section 6.3), and EfficientNet likewise.
-        body: the attribute of the network that holds the children; None for the network itself.
+            al. 2018, arXiv:1801.04381, section 6.3), and the others that have one likewise.
+        norm: path of the layer that normalizes the mean of layer4, the classifier's input.
+        relu: whether torchvision's forward has a ReLU behind layer4.
+        channels_first: whether its children take maps (N, C, H, W), and not (N, H, W, C).
+        multiple: see `Backbone`.
+        dilates: whether the heads of DeepLab are possible, which need dilation.
     """
 
-    layers: tuple[str, str, str, str]
-    dense_last: str | None = None
+    ends: tuple[str, str, str, str]
     body: str | None = None
+    dense_last: str | None = None
+    norm: str | None = None
+    relu: bool = False
+    channels_first: bool = True
+    multiple: int = 1
+    dilates: bool = False
 
 
-RESNET = Entry(LAYERS)
-BACKBONES: dict[str, Entry | None] = {
+class Caffe(NamedTuple):
+    """The kind of ResNet that Caffe had; `network` is torchvision's of the same depth."""
+
+    network: str
+    dilates: bool = True
+
+
+class Transformer(NamedTuple):
+    """A vision transformer; see `build_vit`.
+
+    `weights_of` is the name in torchvision whose weights fit; None for DINOv2.
+    """
+
+    image_size: int
+    patch: int
+    depth: int
+    heads: int
+    width: int
+    weights_of: str | None = None
+    dilates: bool = False
+
+
+RESNET = Cut(LAYERS, dilates=True)
+CONVNEXT = Cut(("1", "3", "5", "7"), "features", norm="classifier.0", multiple=32)
+# The final norm of Swin is outside its body, and ends layer4.
+SWIN = Cut(("1", "3", "5", "norm"), "features", channels_first=False, multiple=32)
+REGNET = Cut(("block1", "block2", "block3", "block4"), "trunk_output")
+DENSENET = Cut(("denseblock1", "denseblock2", "denseblock3", "norm5"), "features", relu=True)
+MOBILENET_V2 = Cut(("3", "6", "13", "18"), "features", dense_last="17", dilates=True)
+MOBILENET_V3 = Cut(("3", "6", "12", "16"), "features", dense_last="15", dilates=True)
+EFFICIENTNET_B0 = Cut(("2", "3", "5", "8"), "features", dense_last="7", dilates=True)
+EFFICIENTNET_V2_S = Cut(("2", "3", "5", "7"), "features", dense_last="6", dilates=True)
+
+BACKBONES: dict[str, Cut | Caffe | Transformer | None] = {
     "lenet": None,  # `LeNet`
     "resnet18": RESNET,
     "resnet34": RESNET,
     "resnet50": RESNET,
     "resnet101": RESNET,
-    "mobilenet_v2": Entry(("3", "6", "13", "18"), dense_last="17", body="features"),
-    "efficientnet_b0": Entry(("2", "3", "5", "8"), dense_last="7", body="features"),
+    "resnet152": RESNET,
+    "resnext50_32x4d": RESNET,
+    "resnet50_caffe": Caffe("resnet50"),
+    "resnet101_caffe": Caffe("resnet101"),
+    "convnext_tiny": CONVNEXT,
+    "convnext_small": CONVNEXT,
+    "convnext_base": CONVNEXT,
+    "swin_t": SWIN,
+    "swin_s": SWIN,
+    "swin_b": SWIN,
+    "swin_v2_t": SWIN,
+    "regnet_y_400mf": REGNET,
+    "regnet_y_3_2gf": REGNET,
+    "regnet_y_16gf": REGNET,
+    "densenet121": DENSENET,
+    "mobilenet_v2": MOBILENET_V2,
+    "mobilenet_v3_large": MOBILENET_V3,
+    "efficientnet_b0": EFFICIENTNET_B0,
+    "efficientnet_v2_s": EFFICIENTNET_V2_S,
+    "vit_b_16": Transformer(224, 16, 12, 12, 768, "vit_b_16"),
+    "vit_b_16_384": Transformer(384, 16, 12, 12, 768, "vit_b_16"),
+    "vit_l_16": Transformer(224, 16, 24, 16, 1024, "vit_l_16"),
+    "vit_l_16_512": Transformer(512, 16, 24, 16, 1024, "vit_l_16"),
+    "dinov2_vits14": Transformer(518, 14, 12, 6, 384),
+    "dinov2_vitb14": Transformer(518, 14, 12, 12, 768),
+    "dinov2_vitl14": Transformer(518, 14, 24, 16, 1024),
 }
 
 
-class LeNet(nn.Module):
-    """LeNet-like digit network: two 5x5 convolutions (layer1), then three 3x3 ones, one per layer.
+def can_be_dilated(name: str) -> bool:
+    entry = BACKBONES[name]
+    return entry is not None and entry.dilates
 
-    Every convolution is followed by max pooling, batch norm (with `batch_norm`) and ReLU. An image
-    of 28 px ends at 1x1.
-    """
 
-    left_out: tuple[str, ...] = ()
+def is_hierarchical(name: str) -> bool:
+    """Whether layer1 to layer4 have the strides 4, 8, 16 and 32."""
+    return not isinstance(BACKBONES[name], Transformer)
 
-    def __init__(self, batch_norm: bool = True):
-        super().__init__()
 
-        def conv(in_channels, out_channels, kernel_size):
-            return nn.Sequential(
-                nn.Conv2d(
-                    in_channels, out_channels, kernel_size, padding="same", bias=not batch_norm
-                ),
-                nn.MaxPool2d(2, ceil_mode=True),
-                nn.BatchNorm2d(out_channels) if batch_norm else nn.Identity(),
-                nn.ReLU(inplace=True),
-            )
-
-        self.layer1 = nn.Sequential(conv(3, 32, 5), conv(32, 64, 5))
-        self.layer2 = conv(64, 128, 3)
-        self.layer3 = conv(128, 128, 3)
-        self.layer4 = conv(128, 128, 3)
-
-    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        features = {}
-        for name in LAYERS:
-            x = features[name] = self.get_submodule(name)(x)
-        return features
+def has_windows(name: str) -> bool:
+    """Whether attention is within windows, so that its code depends on the size of an image."""
+    return BACKBONES[name] is SWIN
 
 
 @torch.no_grad()
-def measure(backbone: nn.Module) -> tuple[dict[str, int], dict[str, int]]:
+def measure(backbone: Backbone) -> tuple[dict[str, int], dict[str, int]]:
     """(channels, strides) of each layer, read off a forward of a small zero image in eval mode."""
     was_training = backbone.training
     backbone.eval()
-    features = backbone(torch.zeros(1, 3, PROBE, PROBE))
+    features = backbone(torch.zeros(1, 3, backbone.probe, backbone.probe))
     backbone.train(was_training)
-    channels = {name: feature.shape[1] for name, feature in features.items()}
-    strides = {name: PROBE // feature.shape[-1] for name, feature in features.items()}
+    maps = {name: features[name] for name in features if name in LAYERS}
+    channels = {name: feature.shape[1] for name, feature in maps.items()}
+    strides = {name: backbone.probe // (m.shape[-1] - backbone.border) for name, m in maps.items()}
     return channels, strides
+
+
+def _cut(name: str, entry: Cut, dense: bool) -> Layers:
+    """The layers of a network of torchvision."""
+    network = torchvision.models.get_model(name, weights=None)
+    modules = {}  # path in the network -> module
+    for child, module in network.named_children():
+        if child == entry.body:
+            modules |= {f"{child}.{inner}": part for inner, part in module.named_children()}
+        else:
+            modules[child] = module
+    last = entry.dense_last if dense and entry.dense_last else entry.ends[3]
+    ends = (*entry.ends[:3], last)
+    children, paths = {}, {}
+    for path, module in modules.items():
+        child = path.rpartition(".")[2]
+        children[child], paths[path] = module, child
+        if child == last:
+            break
+    if entry.relu:
+        children["relu"] = nn.ReLU(inplace=True)
+        ends = (*ends[:3], "relu")
+    norm = None
+    if entry.norm is not None and not dense:
+        norm, paths[entry.norm] = network.get_submodule(entry.norm), "pool_norm"
+    backbone = Layers(children, ends, not dense, norm, entry.channels_first)
+    backbone.multiple, backbone.paths = entry.multiple, paths
+    backbone.left_out = tuple(f"{path}." for path in modules if path not in paths)
+    return backbone
 
 
 def build_backbone(
     name: str, batch_norm: bool = True, dense: bool = False
-) -> tuple[nn.Module, dict[str, int]]:
+) -> tuple[Backbone, dict[str, int]]:
     """A backbone of the table `BACKBONES`, with random weights.
 
     Args:
         name: its key.
-        batch_norm: whether LeNet has batch norm; the other backbones always have it.
-        dense: whether it is for segmentation, see `Entry.dense_last`.
+        batch_norm: whether LeNet has batch norm.
+        dense: whether it is for segmentation: without `pooled`, and see `Cut.dense_last`.
 
     Returns:
-        (module, channels by layer name). The module maps images (N, 3, H, W) to a dict of features
-        (N, C, H', W'). Its attribute `left_out` has the prefixes of the tensors that only
-        torchvision's network has.
+        (backbone, channels by layer name).
     """
-    entry = BACKBONES[name]
+    entry, strides = BACKBONES[name], STRIDES
     if entry is None:
-        backbone: nn.Module = LeNet(batch_norm)
+        backbone: Backbone = LeNet(not dense, batch_norm)
+    elif isinstance(entry, Caffe):
+        backbone = CaffeResNet(entry.network, not dense)
+    elif isinstance(entry, Transformer):
+        backbone = build_vit(*entry[:5], not dense, dinov2=entry.weights_of is None)
+        strides = (entry.patch,) * 4
     else:
-        network = torchvision.models.get_model(name, weights=None)
-        body = network if entry.body is None else network.get_submodule(entry.body)
-        last = entry.dense_last if dense and entry.dense_last else entry.layers[3]
-        ends = (*entry.layers[:3], last)
-        backbone = IntermediateLayerGetter(body, dict(zip(ends, LAYERS, strict=True)))
-        named = {*dict(body.named_children()), *dict(network.named_children())}
-        inside = {*dict(backbone.named_children()), entry.body}
-        backbone.left_out = tuple(f"{child}." for child in sorted(named - inside))
-    channels, strides = measure(backbone)
+        backbone = _cut(name, entry, dense)
+    channels, measured = measure(backbone)
     assert tuple(channels) == LAYERS, f"{name}: has the layers {list(channels)}"
-    assert tuple(strides.values()) == STRIDES, f"{name}: has the strides {strides}"
+    assert tuple(measured.values()) == strides, f"{name}: has the strides {measured}"
     return backbone, channels
 
 
-def backbone_stages(backbone: nn.Module) -> dict[str, list[nn.Module]]:
-    """The backbone's modules by stage: all modules after the stage before, up to its own output."""
-    outputs, stages, modules = getattr(backbone, "return_layers", {}), {}, []
-    for name, module in backbone.named_children():
-        modules.append(module)
-        if stage := outputs.get(name, name if name in LAYERS else None):
-            stages[stage], modules = modules, []
-    return stages
+def set_drop_path(backbone: Backbone, name: str, rate: float) -> None:
+    """Set the rate of drop path, which rises from 0 in the first block to `rate` in the last.
 
-
-def dilate(backbone: nn.Module, output_stride: int) -> None:
-    """Let layer4, and at `output_stride` 8 layer3 too, keep the resolution, by dilation.
-
-    A strided convolution becomes dense and reads the dilated map before it; those behind it are
-    dilated once more (Chen et al. 2017, arXiv:1706.05587, section 3.2), as torchvision's
-    `replace_stride_with_dilation` does.
+    Huang et al. 2016, arXiv:1603.09382: a training image skips a residual branch by chance.
 
     Raises:
-        UserError: the backbone has other strided convolutions than a ResNet, such as those of
-            ConvNeXt, so that nothing or too much would be dilated.
+        UserError: the backbone has none.
     """
-    stride = dilation = 1
-    for module in backbone.modules():
-        if isinstance(module, nn.MaxPool2d):
-            stride *= module.stride
-        if not isinstance(module, nn.Conv2d):
-            continue
-        kernel, step = module.kernel_size, module.stride
-        if kernel[0] != kernel[1] or kernel[0] % 2 == 0 or step not in ((1, 1), (2, 2)):
-            raise _cannot_dilate(f"a {kernel[0]}x{kernel[1]} convolution of stride {step[0]}")
-        before, strided = dilation, step == (2, 2)
-        if strided and kernel == (1, 1):  # a ResNet's shortcut, beside the 3x3 that strides or did
-            module.stride = (2, 2) if dilation == 1 else (1, 1)
-        elif strided and stride < output_stride:
-            stride *= 2
-        elif strided:
-            dilation *= 2
-            module.stride = (1, 1)
-        if kernel > (1, 1):
-            half = before * (kernel[0] // 2)
-            module.dilation = (before, before)
-            module.padding = (half, half)
-    wanted = tuple(min(stride, output_stride) for stride in STRIDES)
-    strides = tuple(measure(backbone)[1].values())
-    if strides != wanted:
-        raise _cannot_dilate(f"strides {strides} where {wanted} are wanted")
-
-
-def _cannot_dilate(reason: str) -> UserError:
-    return UserError(
-        f"model.output_stride: this backbone cannot be dilated (it has {reason}); "
-        "choose a ResNet, mobilenet_v2 or efficientnet_b0"
-    )
+    blocks = [module for module in backbone.modules() if isinstance(module, BLOCKS)]
+    drops = [[m for m in block.modules() if isinstance(m, StochasticDepth)] for block in blocks]
+    if not any(drops):
+        raise UserError(f"model.drop_path: backbone {name} has no drop path; leave it out")
+    for number, modules in enumerate(drops):
+        for module in modules:
+            module.p = rate * number / max(len(blocks) - 1, 1)

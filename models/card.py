@@ -11,7 +11,8 @@ from common.errors import UserError, require
 from common.files import SAFETENSORS, load_tensors
 from models.build import BUILDERS
 from models.config import ModelConfig
-from models.network import IMAGENET_MEAN, IMAGENET_STD, Network
+from models.network import Network
+from models.published import normalization
 from models.weights import compare
 
 CARD = "model.yaml"
@@ -56,6 +57,7 @@ def card_text(
         classes: names of the classes.
         resize: what the files of the target are resized to: px of a square, or (height, width).
     """
+    mean, std = normalization(model.backbone, model.weights)
     card = ModelCard(
         method=type(config).method,
         task=config.data.task,
@@ -64,8 +66,8 @@ def card_text(
         size=config.data.size if config.data.task == "classification" else None,
         exif=config.data.exif,
         amp=config.amp,
-        mean=list(IMAGENET_MEAN),
-        std=list(IMAGENET_STD),
+        mean=list(mean),
+        std=list(std),
         model=model,
     )
     return HEAD + dump(card)

@@ -7,10 +7,10 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
 from common.errors import UserError
-from models.backbones import build_backbone
 from models.config import ModelConfig
+from models.layers import Backbone
 from models.network import BackboneFeatures, ModelOutput, Network
-from models.weights import load_weights
+from models.weights import pretrained_backbone
 
 
 class Classifier(Network):
@@ -26,7 +26,7 @@ class Classifier(Network):
     head_layer = "pooled"
 
     def __init__(
-        self, backbone: nn.Module, channels: dict[str, int], num_classes: int, config: ModelConfig
+        self, backbone: Backbone, channels: dict[str, int], num_classes: int, config: ModelConfig
     ):
         width, bottleneck = channels["layer4"], nn.Sequential()
         if config.bottleneck:
@@ -49,12 +49,12 @@ class Classifier(Network):
             return super().forward(images)
 
     def predict(self, features: dict[str, torch.Tensor], size: tuple[int, ...]) -> ModelOutput:
-        pooled = self.bottleneck(features["layer4"].mean((2, 3)))
+        pooled = self.bottleneck(features["pooled"])
         logits = self.head(self.dropout(pooled))
         return ModelOutput(logits, {**features, "pooled": pooled, "logits": logits})
 
     def head_inputs(self, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {"layer4": features["layer4"].mean((2, 3), keepdim=True)}
+        return {"pooled": features["pooled"]}
 
     @contextmanager
     def _explained(self):
@@ -80,7 +80,5 @@ def build_classifier(config: ModelConfig, num_classes: int, root: str) -> Classi
         num_classes: K.
         root: the folder (`data.root`) that a relative path in `weights` refers to.
     """
-    backbone, channels = build_backbone(config.backbone, config.batch_norm)
-    if config.weights:
-        load_weights(backbone, config.backbone, config.weights, root, config.weights_missing)
+    backbone, channels = pretrained_backbone(config, root, dense=False)
     return Classifier(backbone, channels, num_classes, config)

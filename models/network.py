@@ -11,11 +11,10 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from common.errors import UserError
-from models.backbones import BatchNorm, backbone_stages
+from models.backbones import BatchNorm
 from models.config import ModelConfig
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+from models.layers import Backbone
+from models.published import normalization
 
 
 class ModelOutput(NamedTuple):
@@ -68,7 +67,7 @@ class Network(nn.Module):
     head_layer: ClassVar[str] = "layer4"
     compiled: dict | None = None  # the options of `compile`, if it was called
 
-    def __init__(self, backbone: nn.Module, channels: dict[str, int], config: ModelConfig):
+    def __init__(self, backbone: Backbone, channels: dict[str, int], config: ModelConfig):
         super().__init__()
         self.backbone, self.channels = backbone, channels
         self.freeze_statistics = config.bn == "frozen"
@@ -77,7 +76,7 @@ class Network(nn.Module):
         self.memory_format = (
             torch.channels_last if config.channels_last else torch.contiguous_format
         )
-        self.set_normalization(IMAGENET_MEAN, IMAGENET_STD)
+        self.set_normalization(*normalization(config.backbone, config.weights))
 
     def set_normalization(self, mean: Sequence[float], std: Sequence[float]) -> None:
         """Set the mean and standard deviation of the three channels, of images from 0 to 1."""
@@ -152,18 +151,20 @@ class Network(nn.Module):
         """Let part of a frozen backbone learn again; its statistics and dropout stay in eval mode.
 
         Args:
-            part: names of stages, or the last share of convolutions. A stage is all that follows
-                the one before, so that layer1 includes the stem.
+            part: names of stages, or the last share of convolutions, linear layers and layers of
+                attention. A stage is all that follows the one before, so that layer1 includes the
+                stem.
 
         Raises:
             UserError: no such stage.
         """
         if isinstance(part, float):
             layers = [m for m in self.backbone.modules() if m._parameters]
-            weighted = [i for i, m in enumerate(layers) if m.weight.dim() > 1]
-            modules = layers[weighted[-math.ceil(part * len(weighted))] :]
+            weighted = [i for i, m in enumerate(layers) if _has_matrix(m)]
+            count = math.ceil(part * len(weighted))
+            modules = layers[weighted[-count] :] if count < len(weighted) else [self.backbone]
         else:
-            stages = backbone_stages(self.backbone)
+            stages = self.backbone.stages()
             if unknown := [name for name in part if name not in stages]:
                 raise UserError(f"unfreeze: no stage {unknown[0]!r}; there are {', '.join(stages)}")
             modules = [module for name in part for module in stages[name]]
@@ -174,7 +175,7 @@ class Network(nn.Module):
                 module.requires_grad_(False)
 
     def normalize(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 (N, 3, H, W) -> float32, with ImageNet's mean and standard deviation."""
+        """uint8 (N, 3, H, W) -> float32, less the mean, by the standard deviation."""
         x = images.to(torch.float32, memory_format=self.memory_format, copy=True)
         return x.sub_(self.mean).div_(self.std)
 
@@ -194,21 +195,44 @@ class Network(nn.Module):
             for module, momentum in momenta:
                 module.momentum = momentum
 
-    def param_groups(self, lr_scale: float) -> list[dict]:
-        """The backbone's trainable parameters at `lr_scale`, those of new layers at 1."""
+    def param_groups(self, lr_scale: float, layer_decay: float | None = None) -> list[dict]:
+        """The backbone's trainable parameters at `lr_scale`, those of new layers at 1.
+
+        With `layer_decay` the rate falls from the output to the input of the backbone, by this
+        factor per block (Clark et al. 2020, arXiv:2003.10555; as in the code of MAE). What follows
+        the last block has the full rate, and the stem the lowest.
+
+        Raises:
+            UserError: `layer_decay` with a backbone that has no residual blocks.
+        """
         backbone = [p for p in self.backbone.parameters() if p.requires_grad]
         known = set(backbone)
         new = [p for p in self.parameters() if p.requires_grad and p not in known]
-        return [
-            {"params": backbone, "lr_scale": lr_scale},
-            {"params": new, "lr_scale": 1.0},
-        ]
+        groups = [{"params": backbone, "lr_scale": lr_scale}]
+        if layer_decay is not None:
+            by_depth = self.backbone.parameters_by_depth()
+            if len(by_depth) == 2:
+                raise UserError("optim.layer_decay: this backbone has no blocks; leave it out")
+            groups = [
+                {
+                    "params": [p for p in parameters if p.requires_grad],
+                    "lr_scale": lr_scale * layer_decay ** (len(by_depth) - 1 - depth),
+                }
+                for depth, parameters in enumerate(by_depth)
+            ]
+        return [*groups, {"params": new, "lr_scale": 1.0}]
 
     def check_layers(self, names: list[str], key: str = "feature_layers") -> None:
         """Raise `UserError`, naming the config's `key`, for a layer that is not in the model."""
         for name in names:
             if name not in self.channels:
                 raise UserError(f"{key}: no layer {name!r}; there are {', '.join(self.channels)}")
+
+
+def _has_matrix(module: nn.Module) -> bool:
+    """Whether a module is a convolution, a linear layer or one of attention."""
+    weight = getattr(module, "weight", getattr(module, "in_proj_weight", None))
+    return weight is not None and weight.dim() > 1
 
 
 @dataclass

@@ -6,12 +6,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torchvision
 from torch import nn
 
 from common import ranks
 from common.errors import UserError
 from common.files import load_tensors, trained_classes
+from models.backbones import BACKBONES, Transformer, build_backbone, set_drop_path
+from models.config import ModelConfig
+from models.layers import Backbone
+from models.published import DINOV2, DINOV2_URL, enum_of, torchvision_names
 
 HEADS = ("head.", "aux_head.")
 
@@ -58,25 +61,33 @@ def compare(module: nn.Module, state: dict, optional: Iterable[str] = ()) -> Mis
 
 
 def _read_weights(name: str, weights: str, root: str) -> dict:
-    """The state dict of a file below `root`, or of a name in torchvision's enum (downloaded)."""
+    """The state dict of a file below `root`, or of a published name (downloaded)."""
     path = Path(root, os.path.expanduser(weights))
     if path.is_file():
         try:
             return load_tensors(path)
         except UserError as error:
             raise UserError(f"model.weights: {error}") from None
-    if name == "lenet" or path.suffix:
+    enum = enum_of(name)
+    dinov2 = isinstance(BACKBONES[name], Transformer) and enum is None
+    names = [DINOV2] if dinov2 else list(enum.__members__) if enum else []
+    if path.suffix or not names:
         raise UserError(f"model.weights: there is no file {path}")
-    enum = torchvision.models.get_model_weights(name)
-    if weights not in enum.__members__:
-        names = ", ".join(enum.__members__)
+    if weights not in names:
         raise UserError(
             f"model.weights: no file {path}, and {name} has no weights {weights!r}; "
-            f"there are {names}"
+            f"there are {', '.join(names)}"
         )
+
+    def download() -> dict:
+        shown = ranks.is_first()
+        if dinov2:
+            address = DINOV2_URL.format(name=name)
+            return torch.hub.load_state_dict_from_url(address, map_location="cpu", progress=shown)
+        return enum[weights].get_state_dict(progress=shown, check_hash=True)
+
     try:
-        download = enum[weights].get_state_dict
-        return ranks.first_on_machine(lambda: download(progress=ranks.is_first(), check_hash=True))
+        return ranks.first_on_machine(download)
     except OSError as error:
         raise UserError(
             f"model.weights: {weights} of {name} cannot be downloaded ({error}); "
@@ -84,24 +95,34 @@ def _read_weights(name: str, weights: str, root: str) -> dict:
         ) from None
 
 
+def _names_here(backbone: Backbone, state: dict) -> dict:
+    """The tensors of a state in torchvision's names, by the names of `backbone`."""
+    here = {}
+    for key, value in state.items():
+        path = next((p for p in backbone.paths if key.startswith(f"{p}.")), None)
+        if path is not None:
+            here[backbone.paths[path] + key.removeprefix(path)] = value
+        elif not key.startswith(backbone.left_out):
+            here[key] = value
+    return here
+
+
 def load_weights(
-    backbone: nn.Module, name: str, weights: str, root: str, optional: list[str]
+    backbone: Backbone, name: str, weights: str, root: str, optional: list[str]
 ) -> None:
-    """Load ImageNet weights in torchvision's names. Prints "loaded N of M tensors".
+    """Load published weights. Prints "loaded N of M tensors".
 
     Args:
         backbone: of `build_backbone`; the file's classifier is left out.
-        name: the backbone's name, for torchvision's enum and for messages.
-        weights: a name of the enum, or a file below `root`.
+        name: the backbone's name, for its published weights and for messages.
+        weights: a published name, or a file below `root`.
         optional: prefixes of tensors that may be missing (`model.weights_missing`).
 
     Raises:
         UserError: no such name or file, or a tensor is missing, unknown or of another shape.
     """
-    state = _read_weights(name, weights, root)
-    state = {key.removeprefix("features."): value for key, value in state.items()}
-    not_loaded = ("classifier.", *backbone.left_out)
-    state = {key: value for key, value in state.items() if not key.startswith(not_loaded)}
+    state = torchvision_names(name, _read_weights(name, weights, root))
+    state = _names_here(backbone, state)
     # Batch counters are left at 0: older files have none, and only momentum: null reads them.
     expected = backbone.state_dict()
     counters = [name for name in expected if name.endswith("num_batches_tracked")]
@@ -112,9 +133,43 @@ def load_weights(
     if mismatch:
         raise UserError(
             f"model.weights: {weights} does not fit {name}: {mismatch}; are they weights of "
-            "another backbone? What may be missing is named in model.weights_missing"
+            f"another backbone{_other_size(name, mismatch)}? What may be missing is named in "
+            "model.weights_missing"
         )
     backbone.load_state_dict(fitting, strict=False)
+
+
+def _other_size(name: str, mismatch: Mismatch) -> str:
+    """A hint at the backbone whose position embeddings are for images of another size."""
+    entry = BACKBONES[name]
+    if not isinstance(entry, Transformer) or mismatch.shape != ["encoder.pos_embedding"]:
+        return ""
+    others = [
+        other
+        for other, its in BACKBONES.items()
+        if isinstance(its, Transformer)
+        and its[1:] == entry[1:]
+        and its.image_size != entry.image_size
+    ]
+    return f", such as {others[0]}" if others else ""
+
+
+def pretrained_backbone(
+    config: ModelConfig, root: str, dense: bool
+) -> tuple[Backbone, dict[str, int]]:
+    """The backbone of a config, with the weights that it names, and its channels by layer name.
+
+    Args:
+        config: the section `model`.
+        root: the folder (`data.root`) that a relative path in `weights` refers to.
+        dense: whether it is for segmentation.
+    """
+    backbone, channels = build_backbone(config.backbone, config.batch_norm, dense)
+    if config.weights:
+        load_weights(backbone, config.backbone, config.weights, root, config.weights_missing)
+    if config.drop_path is not None:
+        set_drop_path(backbone, config.backbone, config.drop_path)
+    return backbone, channels
 
 
 def init_from(model: nn.Module, path: str, classes: list[str], new_head: bool = False) -> None:

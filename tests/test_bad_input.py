@@ -495,7 +495,7 @@ def shot(tmp_path) -> Path:
         (["data.source=mnist"], "data.source must be null, not 'mnist'"),
         (["data.source.augment={flip: {}}"], "data.source must be null, not {"),
         (["data.classes_from=elsewhere"], "init_from or data.classes_from: there is no elsewhere"),
-        (["init_from=null"], "init_from is missing: the run of train_source.py to start from"),
+        (["init_from=null"], "init_from is missing: name a run of train_source.py"),
         (["init_from=nowhere"], "there is no nowhere"),
         (
             ["init_from=start"],

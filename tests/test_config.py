@@ -330,7 +330,7 @@ RULES = [
     ("optim.lr=1e4", "optim.lr must be at most 1000, not 10000.0"),
     ("optim.weight_decay=1e4", "optim.weight_decay must be at most 1000, not 10000.0"),
     ("disc_lr=1e4", "disc_lr must be at most 1000, not 10000.0"),
-    ("optim.betas=[0.5, 0.9]", "optim.betas are for name: adam; leave them out"),
+    ("optim.betas=[0.5, 0.9]", "optim.betas are for name: adam or adamw; leave them out"),
     ("optim={name: adam, momentum: 0.5}", "optim.momentum is for name: sgd; leave it out"),
     (
         "data.source.path=MNIST",
@@ -1072,7 +1072,7 @@ def test_each_mistake_names_where_its_value_came_from():
         "defaults, not 3",
         "data.size=0: data.size must be positive",
         "data.target.nme=x: unknown key data.target.nme; did you mean data.target.name?",
-        "optim.betas=[3]: optim.betas are for name: adam; leave them out",
+        "optim.betas=[3]: optim.betas are for name: adam or adamw; leave them out",
         "optim.betas=[3]: optim.betas must be two numbers in [0, 1)",
     ]
 

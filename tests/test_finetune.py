@@ -13,7 +13,7 @@ from common.errors import UserError
 from data import open_domains
 from data.config import DomainConfig, LabeledDataConfig
 from models import build_classifier, build_segmenter, cache_features
-from models.backbones import BatchNorm, backbone_stages
+from models.backbones import BatchNorm
 from models.config import ModelConfig
 from tests.helpers import (
     TASKS,
@@ -106,11 +106,21 @@ def learning(model) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    "backbone", ["lenet", "resnet18", "resnet50", "mobilenet_v2", "efficientnet_b0"]
+    "backbone",
+    [
+        "lenet",
+        "resnet18",
+        "resnet50_caffe",
+        "mobilenet_v2",
+        "efficientnet_b0",
+        "convnext_tiny",
+        "swin_t",
+        "dinov2_vits14",
+    ],
 )
 def test_stages_of_every_family(backbone):
     model = build(backbone)
-    stages = backbone_stages(model.backbone)
+    stages = model.backbone.stages()
     assert list(stages) == ["layer1", "layer2", "layer3", "layer4"]
     counts = [
         sum(p.numel() for m in modules for p in m.parameters()) for modules in stages.values()
@@ -142,6 +152,14 @@ def test_the_last_share_of_the_layers():
     assert {name.rsplit(".", 1)[0] for name in learning(model) if name.startswith("backbone.")} == {
         f"backbone.{name}" for name in expected
     }
+    model.unfreeze(1.0)
+    assert len(learning(model)) == len(list(model.parameters()))
+    model = build("dinov2_vits14")
+    model.freeze("backbone")
+    model.unfreeze(0.25)  # of 1 convolution and 12 blocks with 4 matrices each
+    blocks = {name.split(".")[3] for name in learning(model) if ".layers." in name}
+    assert blocks == {f"encoder_layer_{i}" for i in (8, 9, 10, 11)}
+    assert not any("pos_embedding" in name or "conv_proj" in name for name in learning(model))
     model.unfreeze(1.0)
     assert len(learning(model)) == len(list(model.parameters()))
     model = build("resnet18", bn_affine="frozen")
@@ -231,7 +249,7 @@ def test_features_predict_what_images_do(frozen_model, backbone, task):
     assert_same_output(model(cache.features), model(x))
     if task == "classification":
         assert {name: feature.shape for name, feature in features.items()} == {
-            "layer4": (7, model.channels["layer4"], 1, 1)
+            "pooled": (7, model.channels["layer4"])
         }
 
 

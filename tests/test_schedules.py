@@ -6,9 +6,16 @@ import pytest
 import torch
 from torch import nn
 
+from common.errors import UserError
 from models import build_classifier
 from models.config import ModelConfig
-from training.optim import OptimConfig, build_optimizer, learning_rate, set_rates
+from training.optim import (
+    OptimConfig,
+    build_optimizer,
+    clip_gradients,
+    learning_rate,
+    set_rates,
+)
 from training.schedules import progress, reversal_coefficient
 
 
@@ -70,7 +77,7 @@ def _group(scale: float, *shape: int) -> dict:
     return {"params": [torch.nn.Parameter(torch.ones(shape))] if shape else [], "lr_scale": scale}
 
 
-@pytest.mark.parametrize("name", ["sgd", "adam"])
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
 def test_groups_hold_real_rates(name):
     config = OptimConfig(name=name, lr=0.2, schedule="poly", weight_decay=0.01)
     optimizer = build_optimizer(config, _group(0.1, 3), _group(1.0, 2), _group(5.0))
@@ -120,7 +127,96 @@ def test_sgd_has_momentum_and_weight_decay(nesterov):
         assert group["params"][0].item() == pytest.approx(value, rel=1e-5)
 
 
-@pytest.mark.parametrize("name", ["sgd", "adam"])
+@pytest.mark.parametrize("schedule", ["constant", "inverse_decay", "poly", "cosine"])
+def test_warm_up_rises_to_the_schedule(schedule):
+    cold = OptimConfig(lr=0.2, schedule=schedule)
+    warm = OptimConfig(lr=0.2, schedule=schedule, warmup=4)
+    shares = [
+        learning_rate(warm, step, 100) / learning_rate(cold, step, 100) for step in (0, 1, 2, 3, 50)
+    ]
+    assert shares == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
+
+
+def test_the_power_of_poly():
+    config = OptimConfig(lr=0.2, schedule="poly", poly_power=1.0)
+    assert [learning_rate(config, step, 100) for step in (0, 25, 100)] == pytest.approx(
+        [0.2, 0.15, 0.0]
+    )
+    with pytest.raises(ValueError, match="poly_power is for schedule: poly"):
+        OptimConfig(poly_power=1.0)
+
+
+def test_adamw_decays_matrices_alone_and_apart_from_the_gradient():
+    config = OptimConfig(name="adamw", lr=0.1, weight_decay=0.5)
+    layer = nn.Linear(2, 2)
+    nn.init.ones_(layer.weight), nn.init.ones_(layer.bias)
+    optimizer = build_optimizer(config, {"params": list(layer.parameters()), "lr_scale": 0.5})
+    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.5, 0.0]
+    assert [g["lr"] for g in optimizer.param_groups] == [0.05, 0.05]
+    for parameter in layer.parameters():
+        parameter.grad = torch.full_like(parameter, 1e-3)
+    optimizer.step()
+    # The first step of Adam is the rate times the sign of the gradient, whatever its size.
+    assert layer.bias.tolist() == pytest.approx([0.95, 0.95], abs=1e-4)
+    assert layer.weight[0].tolist() == pytest.approx([0.95 - 0.05 * 0.5] * 2, abs=1e-4)
+    adam = build_optimizer(
+        OptimConfig(name="adam", lr=0.1, weight_decay=0.5),
+        {"params": list(layer.parameters()), "lr_scale": 1.0},
+    )
+    assert [g["weight_decay"] for g in adam.param_groups] == [0.5]  # control: L2 on all
+
+
+def test_layer_decay_lowers_the_rate_per_block():
+    """As the code of MAE: 1 for the head and the last norm, 0.75 for the last block, and so on."""
+    with torch.device("meta"):
+        model = build_classifier(ModelConfig(backbone="vit_b_16"), 5, ".")
+    config = OptimConfig(name="adamw", lr=1.0, layer_decay=0.75, fused=False)
+    optimizer = build_optimizer(config, model)
+    rates = {p: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert len(rates) == len(list(model.parameters()))
+    expected = {"head.": 0, "backbone.encoder.ln.": 0}
+    expected |= {"backbone.conv_proj": 13, "backbone.class_token": 13}
+    expected |= {"backbone.encoder.pos_embedding": 13}
+    expected |= {f"backbone.encoder.layers.encoder_layer_{i}.": 12 - i for i in range(12)}
+    for name, parameter in model.named_parameters():
+        (power,) = [power for prefix, power in expected.items() if name.startswith(prefix)]
+        assert rates[parameter] == pytest.approx(0.75**power), name
+    scaled = OptimConfig(lr=1.0, backbone_lr_scale=0.1, layer_decay=0.5, fused=False)
+    groups = build_optimizer(scaled, model).param_groups
+    assert [g["lr"] for g in groups[-2:]] == pytest.approx([0.1, 1.0])
+    with pytest.raises(UserError, match=r"optim.layer_decay: .* no blocks; leave it out"):
+        build_optimizer(config, build_classifier(ModelConfig(), 5, "."))
+
+
+def test_what_lies_between_blocks_has_the_rate_of_the_block_after_it():
+    with torch.device("meta"):
+        model = build_classifier(ModelConfig(backbone="convnext_tiny"), 5, ".")
+    optimizer = build_optimizer(OptimConfig(lr=1.0, layer_decay=0.5, fused=False), model)
+    rates = {p: group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    powers = {"0.0.weight": 19, "1.0.layer_scale": 18, "2.1.weight": 15, "3.0.layer_scale": 15}
+    powers |= {"7.2.layer_scale": 1, "pool_norm.weight": 0}
+    for name, power in powers.items():
+        assert rates[model.backbone.get_parameter(name)] == 0.5**power
+
+
+def test_gradients_are_clipped_by_the_norm_of_all():
+    def gradients(*values: float) -> list[float]:
+        group = _group(1.0, len(values))
+        optimizer = build_optimizer(OptimConfig(), group, _group(0.1, 1))
+        group["params"][0].grad = torch.tensor(values)
+        clip_gradients(optimizer, 1.0)
+        return group["params"][0].grad.tolist()
+
+    assert gradients(3.0, 4.0) == pytest.approx([0.6, 0.8])
+    assert gradients(0.3, 0.4) == pytest.approx([0.3, 0.4])
+    assert not math.isfinite(sum(gradients(math.inf, 1.0)))  # for the checks that come after
+    group = _group(1.0, 1)
+    group["params"][0].grad = torch.tensor([3.0])
+    clip_gradients(build_optimizer(OptimConfig(), group), None)
+    assert group["params"][0].grad.tolist() == [3.0]
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
 def test_a_first_step_that_the_scaler_skips_leaves_no_trace(monkeypatch, name):
     """torch's fused SGD would take its momentum from uninitialised memory."""
     monkeypatch.setattr(torch, "empty_like", lambda x, **_: torch.full_like(x, math.nan))

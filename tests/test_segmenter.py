@@ -8,8 +8,9 @@ from torch import nn
 
 from common.errors import UserError
 from models import FCDiscriminator, ModelOutput, build_segmenter, forward_domains
-from models.config import ModelConfig
-from models.segmenter import DeepLabV2Head
+from models.backbones import BACKBONES
+from models.config import ModelConfig, fitting_heads
+from models.heads import DAFormerHead, DeepLabV2Head, SegFormerHead, UpsamplingHead
 
 
 def build(num_classes: int = 5, **keys):
@@ -41,6 +42,83 @@ def test_a_batch_of_one_at_the_size_of_the_input(head, bn, size):
     out = model(images(1, *size))
     assert isinstance(out, ModelOutput)
     assert out.logits.shape == out.aux_logits.shape == (1, 5, *size)
+    (out.logits.sum() + out.aux_logits.sum()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_segformers_head_is_linear_layers_at_the_size_of_layer1():
+    torch.manual_seed(0)
+    head = SegFormerHead([4, 6, 8], 3, dropout=0.0).eval()
+    sizes = [(8, 12), (4, 6), (2, 3)]
+    maps = [torch.randn(2, c, *size) for c, size in zip((4, 6, 8), sizes, strict=True)]
+    joined = []
+    for embedding, x in zip(head.embeddings, maps, strict=True):
+        y = torch.einsum("nchw,dc->ndhw", x, embedding.weight[:, :, 0, 0])
+        y = y + embedding.bias.view(-1, 1, 1)
+        joined.append(nn.functional.interpolate(y, (8, 12), mode="bilinear"))
+    expected = head.classifier(head.fusion(torch.cat(joined, dim=1)))
+    assert expected.shape == (2, 3, 8, 12)
+    torch.testing.assert_close(head(*maps), expected)
+
+
+def test_daformers_head_sees_context():
+    """A pixel changes logits as far away as the widest dilation and the last convolution reach."""
+    torch.manual_seed(0)
+    maps = [torch.randn(1, 4, 48, 48), torch.randn(1, 6, 24, 24)]
+    other = [maps[0].clone(), maps[1]]
+    other[0][:, :, 24, 24] += 1
+    reach = {}
+    for kind in (SegFormerHead, DAFormerHead):
+        head = kind([4, 6], 3, dropout=0.0).eval()
+        changed = (head(*maps) - head(*other)).abs().amax((0, 1, 2)).nonzero()
+        reach[kind] = int((changed - 24).abs().max())
+    assert reach == {SegFormerHead: 0, DAFormerHead: 18 + 1}
+
+
+def test_the_upsampling_head_has_a_quarter_of_the_stride():
+    head = UpsamplingHead(16, 3, dropout=0.0)
+    assert head(torch.randn(2, 16, 5, 7)).shape == (2, 3, 20, 28)
+
+
+def test_heads_fit_backbones_or_are_refused():
+    expected = {
+        "resnet50": ["deeplab_v2", "deeplab_v3", "segformer", "daformer"],
+        "resnet101_caffe": ["deeplab_v2", "deeplab_v3", "segformer", "daformer"],
+        "convnext_tiny": ["segformer", "daformer"],
+        "densenet121": ["segformer", "daformer"],
+        "swin_t": ["segformer", "daformer"],
+        "dinov2_vitb14": ["upsampling"],
+    }
+    assert {name: fitting_heads(name) for name in expected} == expected
+    for name in BACKBONES:
+        for head in ("deeplab_v2", "segformer", "upsampling"):
+            rules = ModelConfig(backbone=name, head=head).rules("segmentation")
+            texts = [text for holds, text in rules if not holds]
+            if name == "lenet":
+                assert any("lenet is for task: classification" in text for text in texts)
+            elif head in fitting_heads(name):
+                assert not texts
+            else:
+                assert texts == [
+                    f"model.head: {head} does not fit {name}, which takes "
+                    f"{' or '.join(fitting_heads(name))}"
+                ]
+    for keys, key in (({"output_stride": 16}, "output_stride"), ({}, None)):
+        rules = ModelConfig(backbone="resnet18", head="segformer", **keys).rules("segmentation")
+        texts = [text for holds, text in rules if not holds]
+        assert [key in text for text in texts] == ([True] if key else [])
+
+
+@pytest.mark.parametrize(
+    ("backbone", "head"),
+    [("convnext_tiny", "segformer"), ("swin_t", "daformer"), ("dinov2_vits14", "upsampling")],
+)
+def test_a_network_of_today_trains_at_any_size(backbone, head):
+    keys = {"backbone": backbone, "head": head, "aux_weight": 0.1, "drop_path": 0.0}
+    model = build(**keys).train()
+    for size in ((65, 97), (32, 32)):
+        out = model(images(2, *size))
+        assert out.logits.shape == out.aux_logits.shape == (2, 5, *size)
     (out.logits.sum() + out.aux_logits.sum()).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
 

@@ -14,14 +14,18 @@ from training.schedules import progress
 
 @dataclass
 class OptimConfig:
-    name: Literal["sgd", "adam"] = "sgd"  # optimizer
+    name: Literal["sgd", "adam", "adamw"] = "sgd"  # optimizer
     lr: float = positive(0.01, most=1000)  # rate of the new layers
     backbone_lr_scale: float = not_negative(1.0, most=1000)  # the backbone's; pretrained: 0.1
     momentum: float = 0.9  # sgd only
     nesterov: bool = True  # sgd only: whether the momentum is Nesterov's
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # adam only
-    weight_decay: float = not_negative(1e-3, most=1000)  # L2, on every trained parameter
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])  # adam, adamw
+    weight_decay: float = not_negative(1e-3, most=1000)  # L2; adamw: decoupled, not on vectors
+    layer_decay: float | None = positive(None, most=1)  # rate of a block / rate of the next one
+    clip_norm: float | None = positive(None)  # largest norm of an optimizer's gradients; null: none
     schedule: Literal["constant", "inverse_decay", "poly", "cosine"] = "inverse_decay"  # of lr
+    poly_power: float = positive(0.9, most=100)  # of schedule: poly
+    warmup: int = not_negative(0)  # steps in which the rate of the schedule rises from 0
     schedule_progress: int | Literal["total"] = positive("total")  # steps it takes; total: the run
     fused: bool = True  # torch's fused kernels: same update, fewer passes over memory
 
@@ -31,9 +35,16 @@ class OptimConfig:
         own_momentum = self.momentum != defaults["momentum"].default
         require(
             *range_rules(self),
-            (self.name == "adam" or not own_betas, "betas are for name: adam; leave them out"),
+            (
+                self.name != "sgd" or not own_betas,
+                "betas are for name: adam or adamw; leave them out",
+            ),
             (self.name == "sgd" or not own_momentum, "momentum is for name: sgd; leave it out"),
             (self.name == "sgd" or self.nesterov, "nesterov is for name: sgd; leave it out"),
+            (
+                self.schedule == "poly" or self.poly_power == defaults["poly_power"].default,
+                "poly_power is for schedule: poly; leave it out",
+            ),
             (0 <= self.momentum < 1, "momentum must lie in [0, 1)"),
             (
                 len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas),
@@ -43,26 +54,32 @@ class OptimConfig:
 
 
 def build_optimizer(config: OptimConfig, *parts: nn.Module | dict) -> torch.optim.Optimizer:
-    """SGD with momentum (Nesterov's by default), or Adam; `set_rates` sets the rates.
+    """SGD with momentum (Nesterov's by default), Adam or AdamW; `set_rates` sets the rates.
+
+    AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) does not decay parameters of one dimension:
+    biases, and the scale and shift of normalization.
 
     Args:
         config: the section `optim`.
         parts: what to train. A network gives its own groups (`param_groups`: the backbone at
-            `backbone_lr_scale`), another module one group at scale 1, and a dict of `params` and
-            `lr_scale` is a group.
+            `backbone_lr_scale`, by `layer_decay` less in lower blocks), another module one group at
+            scale 1, and a dict of `params` and `lr_scale` is a group.
     """
     groups = []
     for part in parts:
         if isinstance(part, dict):
             groups.append(part)
         elif hasattr(part, "param_groups"):
-            groups += part.param_groups(config.backbone_lr_scale)
+            groups += part.param_groups(config.backbone_lr_scale, config.layer_decay)
         else:
             groups.append({"params": list(part.parameters()), "lr_scale": 1.0})
+    if config.name == "adamw":
+        groups = [part for group in groups for part in _by_decay(group, config.weight_decay)]
     groups = [{**group, "lr": config.lr * group["lr_scale"]} for group in groups if group["params"]]
     common = {"lr": config.lr, "weight_decay": config.weight_decay, "fused": config.fused}
-    if config.name == "adam":
-        return torch.optim.Adam(groups, betas=tuple(config.betas), **common)
+    if config.name != "sgd":
+        kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[config.name]
+        return kind(groups, betas=tuple(config.betas), **common)
     nesterov = config.nesterov and config.momentum > 0
     optimizer = torch.optim.SGD(groups, momentum=config.momentum, nesterov=nesterov, **common)
     if config.momentum > 0:
@@ -72,22 +89,46 @@ def build_optimizer(config: OptimConfig, *parts: nn.Module | dict) -> torch.opti
     return optimizer
 
 
+def _by_decay(group: dict, weight_decay: float) -> list[dict]:
+    """A group of AdamW in two: matrices, which decay, and parameters of one dimension."""
+    parts = {True: [], False: []}
+    for parameter in group["params"]:
+        parts[parameter.dim() > 1].append(parameter)
+    return [
+        {**group, "params": params, "weight_decay": weight_decay * decays}
+        for decays, params in parts.items()
+    ]
+
+
+def clip_gradients(optimizer: torch.optim.Optimizer, clip_norm: float | None) -> None:
+    """Scale the gradients of all parameters of `optimizer` so that their norm is at most this.
+
+    Gradients of a `GradScaler` must be unscaled before. A norm that is not finite leaves gradients
+    that are not, which the checks of a run notice. With None nothing happens.
+    """
+    if clip_norm is not None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        nn.utils.clip_grad_norm_(parameters, clip_norm)
+
+
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     """Rate of the new layers at `step` (from 0) of `steps`, with p the progress.
 
     inverse_decay: lr / (1 + 10 p)^0.75 (Ganin et al. 2016, section 5.2.2); with schedule_progress
-    10000 it is the lr * (1 + 0.001 step)^-0.75 of common libraries. poly: lr (1 - p)^0.9.
-    cosine: lr (1 + cos(pi p)) / 2.
+    10000 it is the lr * (1 + 0.001 step)^-0.75 of common libraries. poly: lr (1 - p)^poly_power.
+    cosine: lr (1 + cos(pi p)) / 2. In the first `warmup` steps it is multiplied by (step + 1) /
+    warmup.
     """
     p = progress(step, steps, config.schedule_progress)
     capped = min(p, 1.0)
     scale = {
         "constant": 1.0,
         "inverse_decay": (1 + 10 * p) ** -0.75,
-        "poly": (1 - capped) ** 0.9,
+        "poly": (1 - capped) ** config.poly_power,
         "cosine": 0.5 * (1 + math.cos(math.pi * capped)),
     }
-    return config.lr * scale[config.schedule]
+    rising = min((step + 1) / config.warmup, 1.0) if config.warmup else 1.0
+    return config.lr * scale[config.schedule] * rising
 
 
 def set_rates(
