@@ -5,8 +5,9 @@
         configs/demo/dann.yaml data.batch=32 --rounds 15 --steps 50
 
 The bare model is the limit: forward, cross-entropy, backward and a foreach SGD step of the same
-network, eager, in the precision of the script (`amp`), on a tensor in memory: the normalized images
-that train the network in one step of the script. On a GPU it has the memory layout of the script,
+network (with `--bare torchvision`, of torchvision's network of that name), eager, in the precision
+of the script (`amp`), on a tensor in memory: the normalized images that train the network in one
+step of the script. On a GPU it has the memory layout of the script,
 on a CPU it is contiguous.
 
 The script runs unchanged, in this process and on one thread. After every `--steps` steps of it as
@@ -32,6 +33,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
+import torchvision
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
@@ -70,9 +72,24 @@ def kept_memory() -> float:
 
 
 class Bare:
-    """A copy of the script's network, trained on uint8 `images` with made-up labels."""
+    """A copy of the script's network, trained on uint8 `images` with made-up labels.
 
-    def __init__(self, model: Network, images: torch.Tensor, optim: OptimConfig, amp: str):
+    Args:
+        model: the script's network.
+        images: uint8 (N, 3, H, W).
+        optim: the section `optim`.
+        amp: precision.
+        network: name of torchvision's network to train in place of the copy.
+    """
+
+    def __init__(
+        self,
+        model: Network,
+        images: torch.Tensor,
+        optim: OptimConfig,
+        amp: str,
+        network: str | None = None,
+    ):
         layout = model.memory_format if images.is_cuda else torch.contiguous_format
         self.autocast = torch.autocast(images.device.type, getattr(torch, amp), amp != "float32")
         compiled, model.compiled = model.compiled, None  # the copy is not
@@ -84,6 +101,9 @@ class Bare:
             shape = copy.deepcopy(self.model).eval()(self.x).logits.shape
         labels = torch.arange(len(images) * shape[2:].numel(), device=images.device) % shape[1]
         self.y = labels.view(len(images), *shape[2:])
+        if network is not None:
+            self.model = torchvision.models.get_model(network, weights=None, num_classes=shape[1])
+            self.model.to(images.device, memory_format=layout)
         self.optimizer = torch.optim.SGD(
             self.model.parameters(),
             lr=optim.lr,
@@ -94,7 +114,8 @@ class Bare:
         )
 
     def forward(self) -> torch.Tensor:
-        return self.model(self.x).logits
+        out = self.model(self.x)
+        return getattr(out, "logits", out)
 
     def step(self) -> None:
         with self.autocast:
@@ -118,8 +139,9 @@ class Turns:
         memory: (bare, script): the largest memory of a GPU in GiB.
     """
 
-    def __init__(self, script: ModuleType, config, rounds: int, steps: int):
+    def __init__(self, script: ModuleType, config, rounds: int, steps: int, network: str | None):
         self.script, self.config, self.rounds, self.steps = script, config, rounds, steps
+        self.network = network
         self.done, self.images, self.bare, self.times = 0, [], None, []
         self.memory, self.kept, self.bare_kept = (0.0, 0.0), 0.0, 0.0
 
@@ -169,7 +191,7 @@ class Turns:
             self.kept = kept_memory()  # by the script
             self.hook.remove()
             optim, amp = self.config.optim, self.config.amp
-            self.bare = Bare(self.model, torch.cat(self.images), optim, amp)
+            self.bare = Bare(self.model, torch.cat(self.images), optim, amp, self.network)
         with torch.random.fork_rng():  # the global stream is the script's
             start = clock()
             for _ in range(self.steps):
@@ -186,7 +208,14 @@ class Turns:
         self.start = clock()
 
 
-def measure(path: Path, files: list[str], overrides: list[str], rounds: int, steps: int) -> Turns:
+def measure(
+    path: Path,
+    files: list[str],
+    overrides: list[str],
+    rounds: int,
+    steps: int,
+    torchvisions: bool = False,
+) -> Turns:
     """Run a script without its evaluations and checkpoints, in a temporary folder.
 
     Args:
@@ -195,6 +224,7 @@ def measure(path: Path, files: list[str], overrides: list[str], rounds: int, ste
         overrides: `key=value` words.
         rounds: rounds that count, after one of warm-up.
         steps: steps per round.
+        torchvisions: whether the bare model is torchvision's network, and not a copy.
 
     Raises:
         UserError: the script ends before the last round.
@@ -207,7 +237,9 @@ def measure(path: Path, files: list[str], overrides: list[str], rounds: int, ste
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):
         lengths = [f"{key}={total}" for key in ("steps", "eval_every", "save_every")]
         overrides = [*overrides, f"out_dir={folder}", *lengths]
-        turns = Turns(script, load_run_config(script.Config, files, overrides), rounds, steps)
+        config = load_run_config(script.Config, files, overrides)
+        network = config.model.backbone if torchvisions else None
+        turns = Turns(script, config, rounds, steps, network)
         turns.run(["--config", *files, *overrides])
     return turns
 
@@ -241,6 +273,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--rounds", type=int, default=9, help="at least 7")
     steps_help = "of the script, and of the bare model, per round"
     parser.add_argument("--steps", type=int, default=20, help=steps_help)
+    bare_help = "what is compared: a copy of the network, or torchvision's network of its name"
+    parser.add_argument("--bare", choices=["copy", "torchvision"], default="copy", help=bare_help)
     args = parser.parse_intermixed_args(argv)
     words = [*args.config, *args.overrides]  # argparse gives all that follows --config to it
     files = [word for word in args.config if not re.match(r"[\w.]+=", word)]
@@ -250,7 +284,8 @@ def main(argv: list[str] | None = None) -> int:
     if args.rounds < 7 or args.steps < 1:
         parser.error("--rounds must be at least 7 and --steps positive")
     torch.set_num_threads(1)
-    turns = measure(args.script, files, overrides, args.rounds, args.steps)
+    torchvisions = args.bare == "torchvision"
+    turns = measure(args.script, files, overrides, args.rounds, args.steps, torchvisions)
     print(HEADER, table_line(run_name(args.script, files, overrides), turns), sep="\n")
     return 0
 

@@ -5,15 +5,18 @@ from collections.abc import Iterator, Sequence
 import torch
 
 
-def _weights(old: int, new: int, device: torch.device) -> torch.Tensor:
+def _weights(old: int, new: int, device: torch.device, corners: bool = False) -> torch.Tensor:
     """How much each of `old` positions counts for each of `new` ones: float32 (new, old)."""
-    centers = (torch.arange(new, device=device) + 0.5) * (old / new) - 0.5
+    if corners:
+        centers = torch.arange(new, device=device) * ((old - 1) / max(new - 1, 1))
+    else:
+        centers = (torch.arange(new, device=device) + 0.5) * (old / new) - 0.5
     distance = centers.clamp(0, old - 1)[:, None] - torch.arange(old, device=device)
     return (1 - distance.abs()).clamp_min(0)
 
 
-def resize_maps(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
-    """Resize maps bilinearly, as `interpolate(x, size, mode="bilinear", align_corners=False)`.
+def resize_maps(x: torch.Tensor, size: Sequence[int], corners: bool = False) -> torch.Tensor:
+    """Resize maps bilinearly, as `interpolate(x, size, mode="bilinear", align_corners=corners)`.
 
     It is computed by two matrix products, of the columns and of the rows. The gradient of torch's
     own kernel depends on the order of the threads of a GPU; in its deterministic mode torch takes a
@@ -22,12 +25,14 @@ def resize_maps(x: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
     Args:
         x: (N, K, H, W); autocast decides the precision, as of any matrix product.
         size: (H', W').
+        corners: whether the corner positions of both coincide, and not the edges of the maps.
 
     Returns:
         (N, K, H', W').
     """
     rows, columns = (
-        _weights(old, new, x.device).to(x.dtype) for old, new in zip(x.shape[2:], size, strict=True)
+        _weights(old, new, x.device, corners).to(x.dtype)
+        for old, new in zip(x.shape[2:], size, strict=True)
     )
     return rows @ (x @ columns.T)
 

@@ -76,7 +76,7 @@ class ModelConfig:
             ),
             (
                 deeplab or self.output_stride == 8,
-                "model.output_stride is for the heads deeplab_v2 and deeplab_v3; leave it out",
+                "model.output_stride is for the heads deeplab_v2 and deeplab_v3; leave it at 8",
             ),
             (
                 not deeplab or self.dropout == 0,

@@ -108,6 +108,16 @@ def enum_of(name: str):
     return torchvision.models.get_model_weights(known) if known else None
 
 
+def published_weights(name: str) -> list[str]:
+    """The names that `model.weights` may have for a backbone, which are downloaded."""
+    entry, enum = BACKBONES[name], enum_of(name)
+    if isinstance(entry, Transformer) and entry.weights_of is None:
+        return [DINOV2]
+    if isinstance(entry, Transformer):  # their positions are for images of one size
+        return [w.name for w in enum if w.meta["min_size"] == (entry.image_size,) * 2]
+    return list(enum.__members__) if enum is not None else []
+
+
 def normalization(name: str, weights: str | None) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """(mean, standard deviation) of the channels red, green and blue, from 0 to 1.
 

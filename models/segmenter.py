@@ -36,10 +36,11 @@ class Segmenter(Network):
 
     def predict(self, features: dict[str, torch.Tensor], size: tuple[int, ...]) -> ModelOutput:
         aux_logits = None
+        corners = self.backbone.border > 0  # a map begins and ends at the borders of the image
         if self.aux_head is not None:
-            aux_logits = resize_maps(self.aux_head(features["layer3"]), size)
+            aux_logits = resize_maps(self.aux_head(features["layer3"]), size, corners)
         maps = [features[name] for name in self.layers_read]
-        logits = resize_maps(self.head(*maps), size)
+        logits = resize_maps(self.head(*maps), size, corners)
         return ModelOutput(logits, {**features, "logits": logits}, aux_logits)
 
     def head_inputs(self, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

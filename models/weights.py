@@ -14,7 +14,13 @@ from common.files import load_tensors, trained_classes
 from models.backbones import BACKBONES, Transformer, build_backbone, set_drop_path
 from models.config import ModelConfig
 from models.layers import Backbone
-from models.published import DINOV2, DINOV2_URL, enum_of, torchvision_names
+from models.published import (
+    DINOV2,
+    DINOV2_URL,
+    enum_of,
+    published_weights,
+    torchvision_names,
+)
 
 HEADS = ("head.", "aux_head.")
 
@@ -68,9 +74,7 @@ def _read_weights(name: str, weights: str, root: str) -> dict:
             return load_tensors(path)
         except UserError as error:
             raise UserError(f"model.weights: {error}") from None
-    enum = enum_of(name)
-    dinov2 = isinstance(BACKBONES[name], Transformer) and enum is None
-    names = [DINOV2] if dinov2 else list(enum.__members__) if enum else []
+    names = published_weights(name)
     if path.suffix or not names:
         raise UserError(f"model.weights: there is no file {path}")
     if weights not in names:
@@ -81,10 +85,10 @@ def _read_weights(name: str, weights: str, root: str) -> dict:
 
     def download() -> dict:
         shown = ranks.is_first()
-        if dinov2:
+        if weights == DINOV2:
             address = DINOV2_URL.format(name=name)
             return torch.hub.load_state_dict_from_url(address, map_location="cpu", progress=shown)
-        return enum[weights].get_state_dict(progress=shown, check_hash=True)
+        return enum_of(name)[weights].get_state_dict(progress=shown, check_hash=True)
 
     try:
         return ranks.first_on_machine(download)

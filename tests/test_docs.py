@@ -6,12 +6,16 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
+from torchvision.ops import StochasticDepth
 
 import reproduce
 import runs
+from benchmarks import backbones
 from common.config import all_keys
 from common.errors import UserError
 from data.augment import OPERATIONS
+from models.backbones import BACKBONES, build_backbone
 from tests.helpers import ROOT, load_script
 from training.config import load_run_config
 from training.free_keys import FREE_AT_RESUME
@@ -163,6 +167,25 @@ def missing_targets(text: str, file: Path) -> list[str]:
     prose = re.sub(r"\]\([^)]+\)", "]", text)
     paths = {*PATH.findall(prose), *SCRIPT.findall(prose)} - EXAMPLES
     return missing + [path for path in sorted(paths) if not any(ROOT.glob(path))]
+
+
+def test_the_table_of_backbones_is_what_the_command_prints():
+    text = (ROOT / "docs/backbones.md").read_text(encoding="utf-8")
+    table = text.partition("<!-- begin: backbones -->")[2].partition("<!-- end")[0]
+    rows = table.strip().splitlines()
+    assert "\n".join(rows[:2]) == backbones.HEADER
+    assert [re.match(r"\| `(\w+)`", row)[1] for row in rows[2:]] == list(BACKBONES)
+    for row in rows[2:]:
+        name = re.match(r"\| `(\w+)`", row)[1]
+        if name in ("resnet50_caffe", "convnext_tiny", "swin_t", "dinov2_vits14"):
+            assert backbones.table_line(name, 224) == row
+
+
+def test_backbones_have_the_drop_path_that_the_page_names():
+    for name, rate in (("convnext_tiny", 0.1), ("swin_t", 0.2), ("swin_b", 0.5), ("vit_b_16", 0)):
+        with torch.device("meta"):
+            backbone, _ = build_backbone(name)
+        assert max(m.p for m in backbone.modules() if isinstance(m, StochasticDepth)) == rate
 
 
 @pytest.mark.parametrize("file", PAGES, ids=page)

@@ -36,6 +36,14 @@ def test_values_and_gradients_are_those_of_torch(shape, size, layout):
     torch.testing.assert_close(ours, theirs, rtol=0, atol=2e-6 * largest)
 
 
+@pytest.mark.parametrize("size", [(5, 9), (65, 129), (33, 1), (7, 30)])
+def test_corners_may_coincide(size):
+    x = torch.randn(2, 3, 9, 17)
+    expected = F.interpolate(x, size=size, mode="bilinear", align_corners=True)
+    torch.testing.assert_close(resize_maps(x, size, corners=True), expected, rtol=0, atol=5e-6)
+    assert (resize_maps(x, size) - expected).abs().max() > 0.1  # control
+
+
 def test_the_enlargement_of_a_segmenter_is_exact_to_rounding():
     torch.manual_seed(0)
     x = torch.randn(1, 19, 64, 128, requires_grad=True)

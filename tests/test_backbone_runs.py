@@ -1,0 +1,96 @@
+"""Every backbone in the scripts: dry run, training, exact resume, export, two processes.
+
+A few are tried always, all of them with `--slow`.
+"""
+
+import dataclasses
+import itertools
+import math
+
+import pytest
+
+from analysis.export import TOLERANCE, export
+from common.errors import UserError
+from models import load_run
+from models.backbones import BACKBONES, has_windows
+from models.config import fitting_heads
+from tests.helpers import (
+    TASKS,
+    config_of,
+    differing,
+    metrics,
+    stop_after,
+    train,
+    train_on,
+    weights,
+)
+
+ALWAYS = (
+    ("dinov2_vits14", "train_dann", "classification"),
+    ("convnext_tiny", "train_pseudo", "segmentation"),
+)
+ALL = [
+    (name, script, task)
+    for name, script, task in itertools.product(
+        BACKBONES, ("train_source", "train_dann", "train_pseudo"), TASKS
+    )
+    if (name, task) != ("lenet", "segmentation")
+]
+CASES = [
+    pytest.param(*case, marks=() if case in ALWAYS else pytest.mark.slow, id="-".join(case))
+    for case in ALL
+]
+STEPS, STOP = 5, 3
+
+
+def keys_of(name: str, script: str, task: str) -> list[str]:
+    keys = [f"model.backbone={name}", "log_every=1", f"steps={STEPS}", "optim.weight_decay=0"]
+    keys += ["save_every=100", "eval_every=100", "optim.lr=0.001", "optim.clip_norm=1"]
+    if name != "lenet":
+        keys += ["optim.layer_decay=0.9"]
+    if task == "classification":
+        return [*keys, "data.size=37", "data.batch=4"]
+    keys += [f"model.head={fitting_heads(name)[-1]}", "model.output_stride=8", "data.batch=2"]
+    keys += [f"data.{role}.crop=[53, 67]" for role in ("source", "target")]
+    return keys
+
+
+@pytest.mark.parametrize(("name", "script", "task"), CASES)
+def test_a_backbone_in_a_script(tmp_path, capsys, monkeypatch, name, script, task):
+    """On images whose sides are no multiples of anything."""
+    config, keys = config_of(task, tmp_path, script), keys_of(name, script, task)
+    assert train(script, config, *keys, "--dry-run") == 0
+    assert not (tmp_path / "run").exists()
+    assert train(script, config, *keys, f"out_dir={tmp_path}/whole") == 0
+    losses = [line["cls_loss"] for line in metrics(tmp_path / "whole") if "cls_loss" in line]
+    assert len(losses) == STEPS
+    assert all(math.isfinite(loss) for loss in losses)
+
+    with monkeypatch.context() as patch:
+        stop_after(patch, STOP)
+        assert train(script, config, *keys) == 143
+    before = weights(tmp_path / "run", f"checkpoints/step_{STOP:08d}.pt")["model"]
+    assert train(script, config, *keys, "--resume") == 0
+    last = f"checkpoints/step_{STEPS:08d}.pt"
+    states = [weights(tmp_path / folder, last) for folder in ("run", "whole")]
+    for state in states:
+        del state["seconds"]
+    assert differing(*states) == 0
+    network, card = load_run(tmp_path / "whole")
+    stem = next(iter(dict(network.backbone.named_parameters())))
+    first = f"backbone.{stem}"
+    assert (before[first] != states[0]["model"][first]).any()  # a gradient has reached the stem
+
+    if task == "segmentation" and has_windows(name):
+        with pytest.raises(UserError, match=f"{name} is exported for images of one size"):
+            export(network, card)
+        card = dataclasses.replace(card, resize=[64, 70])
+    assert export(network, card)[1] <= TOLERANCE
+    del network, states, before
+    train_on(2, script, config, *keys, "steps=2", f"out_dir={tmp_path}/two")
+    assert all(value.isfinite().all() for value in weights(tmp_path / "two").values())
+
+
+def test_all_backbones_are_tried():
+    assert {case[0] for case in ALL} == set(BACKBONES)
+    assert all(case in ALL for case in ALWAYS)
