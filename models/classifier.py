@@ -53,6 +53,14 @@ class Classifier(Network):
         logits = self.head(self.dropout(pooled))
         return ModelOutput(logits, {**features, "pooled": pooled, "logits": logits})
 
+    def check_layers(self, names: list[str], key: str = "feature_layers") -> None:
+        super().check_layers(names, key)
+        if "layer4" in names and not self.backbone.pools_layer4:
+            raise UserError(
+                f"{key}: the classifier on this backbone reads the class token and not layer4; "
+                "name pooled, or layer1 to layer3"
+            )
+
     def head_inputs(self, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         return {"pooled": features["pooled"]}
 

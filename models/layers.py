@@ -48,6 +48,7 @@ class Backbone(nn.Module):
             multiples of this; others are enlarged to the next ones, so that each map covers the
             entire image.
         probe: px of the side of the zero image that widths and strides are read off.
+        pools_layer4: whether `pooled` is computed from layer4.
         border: by how much a map is larger than the image divided by the stride.
     """
 
@@ -55,6 +56,7 @@ class Backbone(nn.Module):
     left_out: tuple[str, ...] = ()
     multiple = 1
     probe = 64
+    pools_layer4 = True
     border = 0
 
     def __init__(self, pools: bool):
@@ -123,8 +125,11 @@ class Layers(Backbone):
         x, features = enlarge(x, self.multiple), {}
         for layer, module in self._children():
             x = module(x)
-            if layer:
-                features[layer] = x if self.channels_first else x.permute(0, 3, 1, 2)
+            if layer and self.channels_first:
+                features[layer] = x
+            elif layer:
+                features[layer] = x.permute(0, 3, 1, 2)
+                x = features[layer].permute(0, 2, 3, 1)  # so that all gradients pass through it
         if self.pools:
             features["pooled"] = self.pool(features)
         return features

@@ -53,6 +53,7 @@ class ViT(Backbone):
     """
 
     left_out = ("heads.",)
+    pools_layer4 = False
 
     def __init__(self, network: VisionTransformer, pools: bool, layer_scale: bool = False):
         super().__init__(pools)
@@ -82,8 +83,11 @@ class ViT(Backbone):
             if number == len(self.encoder.layers):
                 tokens = self.encoder.ln(tokens)
             if number % quarter == 0:
-                patches = tokens[:, 1:].transpose(1, 2)
-                features[LAYERS[number // quarter - 1]] = patches.unflatten(2, size)
+                patches = tokens[:, 1:].transpose(1, 2).unflatten(2, size)
+                features[LAYERS[number // quarter - 1]] = patches
+                # All gradients of the patches pass through the map.
+                patches = patches.flatten(2).transpose(1, 2)
+                tokens = torch.cat([tokens[:, :1], patches], dim=1)
         if self.pools:
             features["pooled"] = tokens[:, 0]
         return features

@@ -338,6 +338,36 @@ def test_bicubic_weights_are_those_of_torch():
     assert (expected - plain).abs().max() > 1e-3  # control: without the offset
 
 
+@pytest.mark.parametrize("name", ["resnet18", "convnext_tiny", "swin_t", "dinov2_vits14"])
+def test_gradients_pass_through_the_features(name):
+    """The bound of DANN's reversal is the norm of the classifier's gradient at a feature."""
+    model = build_classifier(ModelConfig(backbone=name, drop_path=None), 3, ".").eval()
+    model.head.weight.data.normal_()
+    stem = next(p for p in model.backbone.parameters() if p.dim() == 4)
+    for layer in ("layer1", "layer3"):
+        features = model(images(2, 64, 64)).features
+        feature, loss = features[layer], features["logits"].square().sum()
+        whole, at_feature = torch.autograd.grad(loss, [stem, feature], retain_graph=True)
+        assert at_feature.abs().max() > 0
+        feature.register_hook(torch.zeros_like)
+        (rest,) = torch.autograd.grad(loss, stem)
+        if name == "dinov2_vits14":  # the class token leads there, too
+            assert (rest != whole).any()
+        else:
+            assert not rest.any()
+            assert whole.any()
+
+
+def test_layer4_of_a_vit_classifies_nothing():
+    model = build_classifier(ModelConfig(backbone="dinov2_vits14"), 3, ".")
+    with pytest.raises(UserError, match=r"feature_layer: .* reads the class token and not layer4"):
+        model.check_layers(["layer4"], "feature_layer")
+    model.check_layers(["layer1", "layer3", "pooled", "logits"])
+    config = ModelConfig(backbone="dinov2_vits14", head="upsampling")
+    build_segmenter(config, 3, ".").check_layers(["layer4"])
+    build_classifier(ModelConfig(backbone="resnet18"), 3, ".").check_layers(["layer4"])
+
+
 # --- published files by other names
 
 

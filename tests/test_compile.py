@@ -58,6 +58,7 @@ def test_a_copy_of_a_compiled_network_is_compiled():
     assert torch.equal(model(x).logits, twin(x).logits)
 
 
+@pytest.mark.slow
 def test_the_default_backend():
     """It writes C++."""
     eager = build_classifier(ModelConfig(), 5, ".").train()

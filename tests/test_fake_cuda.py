@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 from data import operations
 from data.views import Raw
+from models.config import fitting_heads
 from tests.helpers import TASKS, TRAINING, any_config, train
 from training import collapse, evaluation, state
 from training.log import Log
@@ -147,6 +148,22 @@ def test_steps_do_not_wait_for_the_device(tmp_path, script, keys, task):
     if task == "segmentation" and f"data.augment={EVERYTHING}" in keys:
         keys = [keys[0].replace("crop: {}, ", "")]
     take_steps(script, any_config(script, tmp_path, task), "amp=bfloat16", *keys)
+
+
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [
+        ("convnext_tiny", "segmentation"),
+        ("swin_v2_t", "classification"),
+        ("dinov2_vits14", "segmentation"),
+    ],
+)
+def test_networks_and_optimizers_of_today_do_not_wait(tmp_path, name, task):
+    keys = [f"model.backbone={name}", "amp=bfloat16", "optim.clip_norm=1", "optim.warmup=2"]
+    keys += ["optim.name=adamw", "optim.layer_decay=0.9"]
+    if task == "segmentation":
+        keys += [f"model.head={fitting_heads(name)[-1]}", "model.output_stride=8"]
+    take_steps("train_pseudo", any_config("train_pseudo", tmp_path, task), *keys)
 
 
 @pytest.mark.parametrize("amp", ["float32", "float16"])

@@ -735,7 +735,11 @@ def test_the_teacher_is_evaluated_and_saved(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "keys", [["teacher=none"], ["ema_decay=0.9", "distribution_alignment=true"]]
+    "keys",
+    [
+        ["ema_decay=0.9", "distribution_alignment=true"],
+        pytest.param(["teacher=none"], marks=pytest.mark.slow),
+    ],
 )
 def test_a_forced_collapse_raises_the_alarm_and_a_healthy_run_does_not(tmp_path, capsys, keys):
     """Every label believed, and weighing so much that the first mistakes become the rule."""
