@@ -65,6 +65,10 @@ class Config(RunConfig):
                 0 <= self.head_steps <= self.steps,
                 "head_steps must be at least 0 and at most steps",
             ),
+            (
+                not self.model or self.model.drop_path is None,
+                "model.drop_path: the backbone stays in eval mode here; leave it out",
+            ),
             (0 < share <= 1, "unfreeze must be stages such as [layer4], or a share in (0, 1]"),
             (
                 self.unfreeze != [] or self.head_steps > 0,

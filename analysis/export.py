@@ -17,7 +17,7 @@ from models.card import CARD
 
 TOLERANCE = 1e-4  # of the logits, between the exported program and the network
 BATCHES = (1, 3)  # that are compared
-LEAST = 64  # px of a side of the smallest images
+LEAST = 64  # px of a side of the smallest images; a last map of one value is a case apart
 
 
 class Deployed(nn.Module):

@@ -76,7 +76,7 @@ def table_line(name: str, size: int) -> str:
         f"{kept / 2**20:.0f}",
         str(channels["layer4"]),
         "yes" if any(isinstance(m, BatchNorm) for m in backbone.modules()) else "no",
-        ", ".join(w for w in published_weights(name) if w != "DEFAULT") or "a file",
+        ", ".join(published_weights(name)) or "a file",
         "-" if name == "lenet" else ", ".join(fitting_heads(name)),
     ]
     return f"| {' | '.join(cells)} |"

@@ -8,6 +8,7 @@ from common import ranks
 from models.classifier import build_classifier
 from models.discriminator import DomainDiscriminator, FCDiscriminator
 from models.network import Network
+from models.published import normalization
 from models.segmenter import build_segmenter
 from models.weights import init_from
 
@@ -34,6 +35,7 @@ def build_model(
     replaced = config.init_from or not initialize
     section = replace(config.model, weights=None) if replaced else config.model
     model = BUILDERS[config.data.task](section, len(classes), config.data.root)
+    model.set_normalization(*normalization(config.model.backbone, config.model.weights))
     if config.init_from and initialize:
         init_from(model, config.init_from, classes, new_head)
     if config.model.bn_sync and ranks.count() > 1:

@@ -3,6 +3,7 @@
 import torch
 import torchvision
 
+from common.errors import UserError
 from models.layers import LAYERS, Layers
 
 # Of the channels red, green and blue, from 0 to 1; the values of Caffe are of blue, green and red.
@@ -50,13 +51,19 @@ class CaffeResNet(Layers):
                 block.conv2.dilation = block.conv2.padding = (dilation, dilation)
 
 
-def caffe_names(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The tensors of a file of DeepLab-v2's authors, by torchvision's names.
+def caffe_names(backbone: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors of a file for Caffe's ResNet, by torchvision's names.
 
     Such a file has the prefix `Scale.`, and a head for other classes (`layer5.`), which is left
     out.
+
+    Raises:
+        UserError: another file. Torchvision's has all tensors, but learned them in another network.
     """
     if not all(name.startswith("Scale.") for name in state):
-        return state
+        raise UserError(
+            f"model.weights: {backbone} takes a file of Caffe's ResNet, whose names begin with "
+            "Scale.; for torchvision's weights choose the backbone without _caffe"
+        )
     named = {name.removeprefix("Scale."): value for name, value in state.items()}
     return {name: value for name, value in named.items() if not name.startswith("layer5.")}

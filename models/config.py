@@ -96,4 +96,5 @@ def fitting_heads(backbone: str) -> list[str]:
     if not is_hierarchical(backbone):
         return ["upsampling"]
     dilated = ["deeplab_v2", "deeplab_v3"] if can_be_dilated(backbone) else []
-    return [*dilated, "segformer", "daformer"]
+    several = [] if backbone.endswith("_caffe") else ["segformer", "daformer"]  # corners aligned
+    return [*dilated, *several]

@@ -52,5 +52,5 @@ def dilate(backbone: Backbone, output_stride: int) -> None:
 def _cannot_dilate(reason: str) -> UserError:
     return UserError(
         f"model.output_stride: this backbone cannot be dilated (it has {reason}); "
-        "choose a ResNet, mobilenet_v2 or efficientnet_b0"
+        "choose another head or backbone (docs/backbones.md)"
     )

@@ -79,7 +79,8 @@ class SegFormerHead(nn.Module):
     """All levels to `WIDTH` channels and to the size of layer1, concatenated and classified.
 
     The all-MLP head of SegFormer (Xie et al. 2021, arXiv:2105.15203, eq. 4). Its last linear layer
-    but one is followed by batch norm and ReLU, as in the authors' code.
+    but one is followed by batch norm and ReLU, as in the authors' code. Each level is normalized
+    over its channels first, which the authors' backbone does itself.
 
     Args:
         channels: channels of layer1 to layer4.
@@ -91,7 +92,10 @@ class SegFormerHead(nn.Module):
 
     def __init__(self, channels: Sequence[int], num_classes: int, dropout: float):
         super().__init__()
-        self.embeddings = nn.ModuleList(nn.Conv2d(width, WIDTH, 1) for width in channels)
+        self.embeddings = nn.ModuleList(
+            nn.Sequential(LayerNorm2d(width, eps=1e-6), nn.Conv2d(width, WIDTH, 1))
+            for width in channels
+        )
         self.fusion = self.build_fusion(len(channels) * WIDTH)
         self.dropout = nn.Dropout2d(dropout)
         self.classifier = nn.Conv2d(WIDTH, num_classes, 1)

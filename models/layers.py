@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torchvision.models import (
     convnext,
@@ -15,8 +16,6 @@ from torchvision.models import (
     swin_transformer,
     vision_transformer,
 )
-
-from common.resize import resize_maps
 
 LAYERS = ("layer1", "layer2", "layer3", "layer4")
 BLOCKS = (
@@ -155,6 +154,11 @@ def enlarge(x: torch.Tensor, multiple: int) -> torch.Tensor:
     if multiple == 1:
         return x
     size = [-(-side // multiple) * multiple for side in x.shape[2:]]
-    if not torch.compiler.is_exporting() and size == list(x.shape[2:]):  # the usual size
+    if is_known(*x.shape[2:]) and size == list(x.shape[2:]):
         return x
-    return resize_maps(x, size)
+    return F.interpolate(x, size, mode="bilinear")  # in float32, under autocast too
+
+
+def is_known(*sides: int) -> bool:
+    """Whether code may depend on sizes: those of an exported program can be free."""
+    return not torch.compiler.is_exporting() or all(isinstance(side, int) for side in sides)

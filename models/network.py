@@ -61,7 +61,7 @@ class Network(nn.Module):
 
     Attributes:
         channels: width of each feature by name.
-        head_layer: name of the feature that the head reads.
+        head_layer: name of the last feature that the head reads.
     """
 
     head_layer: ClassVar[str] = "layer4"
@@ -101,6 +101,8 @@ class Network(nn.Module):
                     f"model.{key}: backbone {config.backbone} has no batch norm here; "
                     "leave the key out"
                 )
+        if config.bn_sync and not any(isinstance(m, BatchNorm) for m in self.modules()):
+            raise UserError("model.bn_sync: this network has no batch norm; leave the key out")
         self.to(memory_format=self.memory_format)
         for module in self._batch_norms():
             module.requires_grad_(not self.fixed_affine)

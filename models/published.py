@@ -52,7 +52,7 @@ def torchvision_names(name: str, state: State) -> State:
     """
     entry = BACKBONES[name]
     if isinstance(entry, Caffe):
-        return caffe_names(state)
+        return caffe_names(name, state)
     if isinstance(entry, Transformer) and "cls_token" in state:
         return _dinov2_names(name, state)
     if "downsample_layers.0.0.weight" in state:
@@ -115,7 +115,7 @@ def published_weights(name: str) -> list[str]:
         return [DINOV2]
     if isinstance(entry, Transformer):  # their positions are for images of one size
         return [w.name for w in enum if w.meta["min_size"] == (entry.image_size,) * 2]
-    return list(enum.__members__) if enum is not None else []
+    return [w.name for w in enum] if enum is not None else []
 
 
 def normalization(name: str, weights: str | None) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -6,7 +6,7 @@ from torch import nn
 from torchvision.models.vision_transformer import VisionTransformer
 from torchvision.ops import StochasticDepth
 
-from models.layers import LAYERS, Backbone, enlarge
+from models.layers import LAYERS, Backbone, enlarge, is_known
 
 OFFSET = 0.1  # patches; DINOv2 interpolates its positions as if the map were so much larger
 
@@ -35,7 +35,12 @@ class SelfAttention(nn.MultiheadAttention):
         """(N, T, D) -> ((N, T, D), None), called as torch's: with x three times."""
         joined = F.linear(x, self.in_proj_weight, self.in_proj_bias)
         q, k, v = joined.unflatten(2, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
-        mixed = F.scaled_dot_product_attention(q, k, v)
+        if x.is_cuda and torch.are_deterministic_algorithms_enabled():
+            # The gradients of the fused kernels depend on the order of the threads.
+            shares = (q @ k.transpose(2, 3) / self.head_dim**0.5).softmax(-1)
+            mixed = shares.to(v.dtype) @ v
+        else:
+            mixed = F.scaled_dot_product_attention(q, k, v)
         return self.out_proj(mixed.transpose(1, 2).flatten(2)), None
 
 
@@ -94,11 +99,16 @@ class ViT(Backbone):
 
     def _interpolated(self, positions: torch.Tensor, height: int, width: int) -> torch.Tensor:
         """Position embeddings (1, grid * grid, D) of a map of another size: (1, H * W, D)."""
-        if not torch.compiler.is_exporting() and (height, width) == (self.grid, self.grid):
+        if is_known(height, width) and (height, width) == (self.grid, self.grid):
             return positions
-        rows, columns = (bicubic_weights(self.grid, n, positions) for n in (height, width))
-        squares = positions.transpose(1, 2).unflatten(2, (self.grid, self.grid)).float()
-        return (rows @ (squares @ columns.T)).flatten(2).transpose(1, 2)
+        sides = [torch.full((), side, device=positions.device) for side in (height, width)]
+        same = (sides[0] == self.grid) & (sides[1] == self.grid)
+        offset = torch.where(same, 0.0, OFFSET)
+        rows, columns = (bicubic_weights(self.grid, n, offset) for n in (height, width))
+        # Autocast leaves float64 alone.
+        squares = positions.transpose(1, 2).unflatten(2, (self.grid, self.grid)).double()
+        resized = rows @ (squares @ columns.T)
+        return resized.flatten(2).transpose(1, 2).to(positions.dtype)
 
     def stages(self) -> dict[str, list[nn.Module]]:
         blocks = list(self.encoder.layers)
@@ -110,14 +120,16 @@ class ViT(Backbone):
         return stages
 
 
-def bicubic_weights(old: int, new: int, like: torch.Tensor) -> torch.Tensor:
-    """How much each of `old` positions counts for each of `new` ones: float32 (new, old).
+def bicubic_weights(old: int, new: int, offset: torch.Tensor) -> torch.Tensor:
+    """How much each of `old` positions counts for each of `new` ones: float64 (new, old).
 
-    The kernel is torch's (a = -0.75), the distance of positions old / (new + OFFSET). As a product
-    with a matrix the gradient does not depend on the order of the threads of a GPU.
+    The kernel is torch's (a = -0.75), the distance of positions old / (new + offset), where
+    `offset` is a number (). As a product with a matrix the gradient does not depend on the order of
+    the threads of a GPU.
     """
-    centers = (torch.arange(new, device=like.device) + 0.5) * (old / (new + OFFSET)) - 0.5
-    taps = centers.floor()[:, None] + torch.arange(-1, 3, device=like.device)
+    steps = torch.arange(new, device=offset.device, dtype=torch.float64)
+    centers = (steps + 0.5) * (old / (new + offset.double())) - 0.5
+    taps = centers.floor()[:, None] + torch.arange(-1, 3, device=offset.device)
     distance = (centers[:, None] - taps).abs()
     near = (1.25 * distance - 2.25) * distance**2 + 1
     far = ((-0.75 * distance + 3.75) * distance - 6) * distance + 3

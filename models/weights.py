@@ -75,19 +75,24 @@ def _read_weights(name: str, weights: str, root: str) -> dict:
         except UserError as error:
             raise UserError(f"model.weights: {error}") from None
     names = published_weights(name)
-    if path.suffix or not names:
+    if path.suffix or name == "lenet":
         raise UserError(f"model.weights: there is no file {path}")
     if weights not in names:
+        others = [other for other in BACKBONES if weights in published_weights(other)]
         raise UserError(
             f"model.weights: no file {path}, and {name} has no weights {weights!r}; "
-            f"there are {', '.join(names)}"
+            f"there are {', '.join(names) or 'none to download: name a file'}"
+            + _that_fits(name, others)
         )
 
     def download() -> dict:
         shown = ranks.is_first()
         if weights == DINOV2:
             address = DINOV2_URL.format(name=name)
-            return torch.hub.load_state_dict_from_url(address, map_location="cpu", progress=shown)
+            # Its authors publish no checksum; `load_weights` compares all names and shapes.
+            return torch.hub.load_state_dict_from_url(
+                address, map_location="cpu", progress=shown, weights_only=True
+            )
         return enum_of(name)[weights].get_state_dict(progress=shown, check_hash=True)
 
     try:
@@ -135,27 +140,23 @@ def load_weights(
     fitting = {k: v for k, v in state.items() if k in expected and v.shape == expected[k].shape}
     print(f"weights {weights}: loaded {len(fitting)} of {len(expected)} tensors")
     if mismatch:
+        only_positions = mismatch == Mismatch([], [], ["encoder.pos_embedding"])
+        hint = _that_fits(name, BACKBONES) if only_positions else ""
         raise UserError(
             f"model.weights: {weights} does not fit {name}: {mismatch}; are they weights of "
-            f"another backbone{_other_size(name, mismatch)}? What may be missing is named in "
-            "model.weights_missing"
+            f"another backbone? What may be missing is named in model.weights_missing{hint}"
         )
     backbone.load_state_dict(fitting, strict=False)
 
 
-def _other_size(name: str, mismatch: Mismatch) -> str:
-    """A hint at the backbone whose position embeddings are for images of another size."""
+def _that_fits(name: str, others: Iterable[str]) -> str:
+    """A hint at the one of `others` that is this transformer for images of another size."""
     entry = BACKBONES[name]
-    if not isinstance(entry, Transformer) or mismatch.shape != ["encoder.pos_embedding"]:
-        return ""
-    others = [
-        other
-        for other, its in BACKBONES.items()
-        if isinstance(its, Transformer)
-        and its[1:] == entry[1:]
-        and its.image_size != entry.image_size
-    ]
-    return f", such as {others[0]}" if others else ""
+    for other in others if isinstance(entry, Transformer) else ():
+        its = BACKBONES[other]
+        if isinstance(its, Transformer) and its != entry and its[1:] == entry[1:]:
+            return f"; {other} is this network for images of {its.image_size} px"
+    return ""
 
 
 def pretrained_backbone(

@@ -8,12 +8,13 @@ import itertools
 import math
 
 import pytest
+import torch
 
 from analysis.export import TOLERANCE, export
 from common.errors import UserError
-from models import load_run
-from models.backbones import BACKBONES, has_windows
-from models.config import fitting_heads
+from models import ModelCard, build_classifier, build_segmenter, load_run
+from models.backbones import BACKBONES, Transformer, has_windows
+from models.config import ModelConfig, fitting_heads
 from tests.helpers import (
     TASKS,
     config_of,
@@ -35,6 +36,10 @@ ALL = [
         BACKBONES, ("train_source", "train_dann", "train_pseudo"), TASKS
     )
     if (name, task) != ("lenet", "segmentation")
+]
+ALL += [
+    ("resnet18", script, "classification")
+    for script in ("train_advent", "train_mmd", "train_mcc", "train_adda")
 ]
 CASES = [
     pytest.param(*case, marks=() if case in ALWAYS else pytest.mark.slow, id="-".join(case))
@@ -89,6 +94,33 @@ def test_a_backbone_in_a_script(tmp_path, capsys, monkeypatch, name, script, tas
     del network, states, before
     train_on(2, script, config, *keys, "steps=2", f"out_dir={tmp_path}/two")
     assert all(value.isfinite().all() for value in weights(tmp_path / "two").values())
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_a_vit_is_exported_at_the_size_of_its_positions_too(monkeypatch, task):
+    monkeypatch.setitem(BACKBONES, "vit_b_16", Transformer(128, 16, 4, 2, 32, "vit_b_16"))
+    torch.manual_seed(0)
+    config = ModelConfig(backbone="vit_b_16", head="upsampling")
+    build, size = (build_classifier, 128) if task == "classification" else (build_segmenter, None)
+    card = ModelCard(
+        method="source",
+        task=task,
+        classes=["a", "b"],
+        resize=size,
+        size=size,
+        exif=False,
+        amp="float32",
+        mean=[0.5] * 3,
+        std=[0.2] * 3,
+        model=config,
+    )
+    network = build(config, 2, ".").eval()
+    program, most = export(network, card)
+    assert most <= TOLERANCE
+    images = torch.randint(256, (1, 3, 128, 128), dtype=torch.uint8)
+    with torch.no_grad():
+        difference = program.module()(images) - network(images).logits
+    assert difference.abs().max() <= 1e-5
 
 
 def test_all_backbones_are_tried():

@@ -27,7 +27,7 @@ from models.backbones import (
 from models.config import ModelConfig
 from models.dilation import dilate
 from models.published import enum_of, normalization
-from models.vit import bicubic_weights
+from models.vit import SelfAttention, bicubic_weights
 from models.weights import load_weights
 
 
@@ -330,12 +330,15 @@ def test_an_image_of_any_size_is_covered_entirely(name):
 def test_bicubic_weights_are_those_of_torch():
     """With the scale factor that DINOv2 gives it."""
     grid = torch.randn(1, 5, 37, 37)
-    rows, columns = (bicubic_weights(37, n, grid) for n in (16, 50))
+    offset = torch.tensor(0.1)
+    rows, columns = (bicubic_weights(37, n, offset).float() for n in (16, 50))
     scale = (16.1 / 37, 50.1 / 37)
     expected = F.interpolate(grid, scale_factor=scale, mode="bicubic")
     torch.testing.assert_close(rows @ (grid @ columns.T), expected, rtol=1e-5, atol=1e-5)
     plain = F.interpolate(grid, size=(16, 50), mode="bicubic")
     assert (expected - plain).abs().max() > 1e-3  # control: without the offset
+    same = bicubic_weights(37, 37, torch.tensor(0.0))
+    assert torch.equal(same, torch.eye(37, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("name", ["resnet18", "convnext_tiny", "swin_t", "dinov2_vits14"])
@@ -356,6 +359,31 @@ def test_gradients_pass_through_the_features(name):
         else:
             assert not rest.any()
             assert whole.any()
+
+
+def test_positions_and_images_keep_their_precision_under_autocast():
+    backbone, _ = build_backbone("dinov2_vits14")
+    seen = []
+    backbone.conv_proj.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
+    interpolated = backbone._interpolated
+    backbone._interpolated = lambda *args: seen.append(interpolated(*args)) or seen[-1]
+    x = torch.rand(1, 3, 70, 99)
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled), torch.no_grad():
+            backbone(x)
+    for plain, autocast in zip(seen[:2], seen[2:], strict=True):
+        assert autocast.dtype == torch.float32
+        assert torch.equal(plain, autocast)
+
+
+def test_attention_of_a_deterministic_gpu_is_that_of_torch(monkeypatch):
+    attention, x = SelfAttention(32, 4), torch.randn(2, 7, 32)
+    fused = attention(x)[0]
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    torch.testing.assert_close(attention(x)[0], fused)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", None)  # control: it is not called
+    attention(x)
 
 
 def test_layer4_of_a_vit_classifies_nothing():
@@ -528,9 +556,12 @@ def test_positions_of_another_size_are_refused(tmp_path):
         state = torchvision.models.vit_b_16(weights=None, image_size=384).state_dict()
     torch.save({name: torch.zeros(value.shape) for name, value in state.items()}, tmp_path / "w.pt")
     backbone, _ = build_backbone("vit_b_16")
-    match = r"of another shape \(first: encoder.pos_embedding\).* backbone, such as vit_b_16_384\?"
+    match = r"of another shape \(first: encoder.pos_embedding\).*; vit_b_16_384 is this network"
     with pytest.raises(UserError, match=match):
         load_weights(backbone, "vit_b_16", "w.pt", str(tmp_path), [])
+    match = r"no weights 'IMAGENET1K_SWAG_E2E_V1'; there are .*; vit_b_16_384 is this network for"
+    with pytest.raises(UserError, match=match):
+        load_weights(backbone, "vit_b_16", "IMAGENET1K_SWAG_E2E_V1", str(tmp_path), [])
     backbone, _ = build_backbone("vit_b_16_384")
     load_weights(backbone, "vit_b_16_384", "w.pt", str(tmp_path), [])
 
@@ -598,6 +629,15 @@ def test_the_caffe_resnet_is_the_authors(tmp_path, capsys):
         expected = plain(x.float().flip(1) - mean)
         layer4 = model(x).features["layer4"]
     torch.testing.assert_close(layer4, expected, rtol=1e-4, atol=1e-4 * float(expected.max()))
+    small = model(images(1, 9, 9)).logits  # corners of the logits are those of the last map
+    torch.testing.assert_close(
+        small[..., 0, 0], model.head(model(images(1, 9, 9)).features["layer4"])[..., 0, 0]
+    )
+    torch.save(torchvision.models.resnet50(weights=None).state_dict(), tmp_path / "resnet50.pth")
+    with pytest.raises(UserError, match=r"resnet50_caffe takes a file of Caffe's ResNet"):
+        load_weights(model.backbone, "resnet50_caffe", "resnet50.pth", str(tmp_path), [])
+    with pytest.raises(UserError, match=r"no weights 'IMAGENET1K_V1'; there are none to download"):
+        load_weights(model.backbone, "resnet50_caffe", "IMAGENET1K_V1", str(tmp_path), [])
     wide = ModelConfig(backbone="resnet50_caffe", output_stride=16)
     features = build_segmenter(wide, 5, ".").eval()(images(1, 64, 64)).features
     assert [features[name].shape[2] for name in LAYERS] == [17, 9, 5, 5]
@@ -617,9 +657,8 @@ def test_normalization_is_that_of_the_weights(monkeypatch):
                 )
         mean, std = normalization(name, "file.pth")
         assert (std == (1 / 255,) * 3) == isinstance(entry, Caffe)
-        model = build_classifier if name == "lenet" else None
-        if model:
-            network = model(ModelConfig(backbone=name), 3, ".")
+        if name in ("lenet", "resnet50_caffe"):
+            network = build_classifier(ModelConfig(backbone=name), 3, ".")
             torch.testing.assert_close(network.mean.flatten(), 255 * torch.tensor(mean))
     monkeypatch.setitem(BACKBONES, "efficientnet_v2_l", BACKBONES["efficientnet_v2_s"])
     half = (0.5, 0.5, 0.5)  # one that differs
@@ -640,7 +679,7 @@ def test_drop_path_rises_with_depth_and_is_off_in_evaluation(name):
             backbone.train(mode)
             outputs[mode] = [backbone(x)["layer4"] for _ in range(2)]
     assert torch.equal(*outputs[False])
-    assert name == "vit_b_16" or not torch.equal(outputs[True][0], outputs[False][0])
+    assert not torch.equal(outputs[True][0], outputs[False][0])
 
 
 def test_drop_path_is_refused_where_there_is_none():

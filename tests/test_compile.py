@@ -15,6 +15,7 @@ from tests.helpers import differing, metrics, tiny_config, train, weights
 NETWORKS = {
     "lenet": (build_classifier, {"backbone": "lenet"}),
     "resnet50": (build_classifier, {"backbone": "resnet50", "bn": "separate", "dropout": 0.1}),
+    "dinov2": (build_classifier, {"backbone": "dinov2_vits14", "drop_path": 0.1}),
     "deeplab": (build_segmenter, {"backbone": "resnet50", "bn": "separate", "aux_weight": 0.1}),
 }
 

@@ -159,6 +159,21 @@ def test_adamw_decays_matrices_alone_and_apart_from_the_gradient():
     # The first step of Adam is the rate times the sign of the gradient, whatever its size.
     assert layer.bias.tolist() == pytest.approx([0.95, 0.95], abs=1e-4)
     assert layer.weight[0].tolist() == pytest.approx([0.95 - 0.05 * 0.5] * 2, abs=1e-4)
+    with torch.device("meta"):
+        names = {
+            p: name
+            for backbone in ("convnext_tiny", "dinov2_vits14")
+            for name, p in build_classifier(
+                ModelConfig(backbone=backbone), 5, "."
+            ).named_parameters()
+        }
+    groups = build_optimizer(
+        OptimConfig(name="adamw", weight_decay=0.5, fused=False),
+        {"params": list(names), "lr_scale": 1.0},
+    ).param_groups
+    decaying, fixed = ({names[p] for p in group["params"]} for group in groups)
+    assert {"backbone.1.0.layer_scale", "backbone.class_token", "head.bias"} <= fixed
+    assert {"backbone.1.0.block.0.weight", "backbone.encoder.pos_embedding"} <= decaying
     adam = build_optimizer(
         OptimConfig(name="adam", lr=0.1, weight_decay=0.5),
         {"params": list(layer.parameters()), "lr_scale": 1.0},

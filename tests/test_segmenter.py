@@ -53,8 +53,9 @@ def test_segformers_head_is_linear_layers_at_the_size_of_layer1():
     maps = [torch.randn(2, c, *size) for c, size in zip((4, 6, 8), sizes, strict=True)]
     joined = []
     for embedding, x in zip(head.embeddings, maps, strict=True):
-        y = torch.einsum("nchw,dc->ndhw", x, embedding.weight[:, :, 0, 0])
-        y = y + embedding.bias.view(-1, 1, 1)
+        norm, linear = embedding
+        x = nn.functional.layer_norm(x.movedim(1, -1), x.shape[1:2], norm.weight, norm.bias, 1e-6)
+        y = (x @ linear.weight[:, :, 0, 0].T + linear.bias).movedim(-1, 1)
         joined.append(nn.functional.interpolate(y, (8, 12), mode="bilinear"))
     expected = head.classifier(head.fusion(torch.cat(joined, dim=1)))
     assert expected.shape == (2, 3, 8, 12)
@@ -83,7 +84,7 @@ def test_the_upsampling_head_has_a_quarter_of_the_stride():
 def test_heads_fit_backbones_or_are_refused():
     expected = {
         "resnet50": ["deeplab_v2", "deeplab_v3", "segformer", "daformer"],
-        "resnet101_caffe": ["deeplab_v2", "deeplab_v3", "segformer", "daformer"],
+        "resnet101_caffe": ["deeplab_v2", "deeplab_v3"],
         "convnext_tiny": ["segformer", "daformer"],
         "densenet121": ["segformer", "daformer"],
         "swin_t": ["segformer", "daformer"],
@@ -121,6 +122,20 @@ def test_a_network_of_today_trains_at_any_size(backbone, head):
         assert out.logits.shape == out.aux_logits.shape == (2, 5, *size)
     (out.logits.sum() + out.aux_logits.sum()).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_batch_norm_keys_are_refused_by_a_network_without_any():
+    plain = {"backbone": "dinov2_vits14", "head": "upsampling"}
+    for keys in (
+        {"bn": "separate", "bn_running": "target"},
+        {"bn": "frozen"},
+        {"bn_affine": "frozen"},
+        {"bn_sync": True},
+    ):
+        with pytest.raises(UserError, match=r"model.bn.* has no batch norm.*; leave the key out"):
+            build(**plain, **keys)
+    build(**plain, bn="separate")  # the same as concat then
+    build(backbone="swin_t", head="segformer", bn_sync=True)  # of the head
 
 
 def statistics(module: nn.Module) -> dict[str, torch.Tensor]:

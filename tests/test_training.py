@@ -12,6 +12,8 @@ from tests.helpers import (
     ROOT,
     SCRIPTS,
     TASKS,
+    TRAINING,
+    any_config,
     config_of,
     differing,
     load_script,
@@ -236,6 +238,34 @@ def test_the_last_weights_are_kept_without_a_criterion(tmp_path, capsys):
     assert train("train_pseudo", config, *keys) == 0
     assert "warning: select: neg_entropy" in capsys.readouterr().out
     assert summary(tmp_path / "other")["selection"]["value"] < 0
+
+
+CLIPPED = [(path.stem, "float32") for path in TRAINING]
+CLIPPED += [("train_dann", "float16")]
+
+
+@pytest.mark.parametrize(("script", "amp"), CLIPPED)
+def test_gradients_are_clipped_after_they_are_unscaled(tmp_path, script, amp):
+    """A step of plain SGD with clipped gradients is as long as rate times norm; scaled ones would
+    be clipped to a shorter one.
+    """
+    config = any_config(script, tmp_path, optim="{lr: 1.0, schedule: constant, momentum: 0}")
+    steps = 1 if amp == "float32" else 6  # the scaler skips the first ones
+    keys = [f"steps={steps}", f"eval_every={steps}", f"save_every={steps}", f"amp={amp}"]
+    keys += ["optim.weight_decay=0", "optim.clip_norm=0.01"]
+    if script == "train_adda":  # its second part has another optimizer
+        keys += ["steps=2", "source_steps=1", "target_lr=1e-30"]
+    if script == "finetune":
+        keys += ["head_steps=1"]
+    found = {}
+    for name, rate in (("start", 1e-30), ("end", 1.0)):
+        words = [*keys, f"optim.lr={rate}", f"out_dir={tmp_path}/{name}"]
+        assert train(script, config, *words) == 0
+        found[name] = weights(tmp_path / name)
+    names = [name for name in found["end"] if "running" not in name and "num_" not in name]
+    moved = [(found["end"][name] - found["start"][name]).flatten() for name in names]
+    length = float(torch.cat(moved).norm())
+    assert 0.003 < length < 0.0101 * steps
 
 
 def test_entropy_falls_and_diversity_holds_it(tmp_path):

@@ -248,6 +248,11 @@ def _warn(config) -> None:
             "warning: model.bn: frozen keeps the statistics of untrained weights, with which a "
             "deep network hardly learns; name model.weights or init_from, or set model.bn=concat"
         )
+    if config.optim.warmup >= config.steps:
+        print(
+            f"warning: optim.warmup: the rate rises for {config.optim.warmup} steps, and the run "
+            f"has {config.steps}, so it never reaches optim.lr"
+        )
     if config.select in config.trained_criteria():
         print(
             f"warning: select: {config.select} is part of the training loss and does not measure "

@@ -56,8 +56,8 @@ class OptimConfig:
 def build_optimizer(config: OptimConfig, *parts: nn.Module | dict) -> torch.optim.Optimizer:
     """SGD with momentum (Nesterov's by default), Adam or AdamW; `set_rates` sets the rates.
 
-    AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) does not decay parameters of one dimension:
-    biases, and the scale and shift of normalization.
+    AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101) does not decay vectors: biases, scales and
+    shifts, the class token.
 
     Args:
         config: the section `optim`.
@@ -90,10 +90,10 @@ def build_optimizer(config: OptimConfig, *parts: nn.Module | dict) -> torch.opti
 
 
 def _by_decay(group: dict, weight_decay: float) -> list[dict]:
-    """A group of AdamW in two: matrices, which decay, and parameters of one dimension."""
+    """A group of AdamW in two: what decays, and vectors, of which one side alone is above 1."""
     parts = {True: [], False: []}
     for parameter in group["params"]:
-        parts[parameter.dim() > 1].append(parameter)
+        parts[sum(side > 1 for side in parameter.shape) > 1].append(parameter)
     return [
         {**group, "params": params, "weight_decay": weight_decay * decays}
         for decays, params in parts.items()
