@@ -7,11 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 
 import data.decoded
 from benchmarks.speed import HEADER, main, measure, run_name, table_line
 from common.errors import UserError
 from data.classification import TrainBatches
+from models.classifier import Classifier
 from tests.helpers import ROOT, differing, load_script, weights
 from training.log import Log
 from training.run import Run
@@ -71,7 +73,7 @@ def test_the_recorded_outcomes_are_named_as_the_commands_print_them():
     text = (ROOT / "benchmarks" / "README.md").read_text()
     assert HEADER in text
     commands = re.findall(r"^    python benchmarks/speed.py (.*)", text.replace("\\\n", ""), re.M)
-    assert len(commands) == 6
+    assert len(commands) == 7
     for command_line in commands:
         script, option, *words = command_line.split(" --rounds")[0].split()
         assert option == "--config"
@@ -79,6 +81,14 @@ def test_the_recorded_outcomes_are_named_as_the_commands_print_them():
         overrides = [word for word in words if word not in files]
         assert all((ROOT / file).is_file() for file in (script, *files))
         assert f"\n| {run_name(ROOT / script, files, overrides)} |" in text
+
+
+def test_the_bare_model_may_be_torchvisions():
+    keys = [*TINY, "model.backbone=resnet18", "data.batch=2"]
+    turns = measure(ROOT / "train_dann.py", config("dann"), keys, ROUNDS, STEPS, torchvisions=True)
+    assert type(turns.bare.model) is torchvision.models.ResNet
+    assert turns.bare.forward().shape == (4, 10)
+    assert type(turns_of("source").bare.model) is Classifier  # control
 
 
 @pytest.mark.parametrize(
