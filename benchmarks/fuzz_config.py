@@ -28,6 +28,7 @@ import functools
 import importlib.util
 import os
 import random
+import re
 import resource
 import shlex
 import signal
@@ -54,7 +55,7 @@ from training.config import head_command, load_run_config
 ROOT = Path(__file__).resolve().parents[1]
 GOOD = ("ran", "refused", "diverged")
 FAULTS = ("nonsense", "long", "traceback", "hang")
-MEMORY, CPU_SECONDS, SECONDS = 4 * 2**30, 40, 240  # limits of one run
+MEMORY, CPU_SECONDS, SECONDS = 4 * 2**30, 40, 240  # limits of one run, beyond what it starts with
 LONG = 5000  # characters of a message
 IMAGES = {"train": 200, "test": 20}  # built-in digits per split
 STREETS = {"train": 6, "test": 3}
@@ -271,6 +272,12 @@ def run(module: ModuleType, words: list[str]) -> int:
     return module.main(words)
 
 
+def data_size() -> int:
+    """Bytes of the memory of this process that the limit of its data counts (Linux)."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(re.search(r"^VmData:\s*(\d+) kB", status, re.M)[1])
+
+
 def in_fork(work, folder: Path) -> tuple[int, str, float]:
     """(exit code or minus a signal, output, seconds) of `work()` in a limited fork in `folder`."""
     output = folder / "output"
@@ -287,7 +294,8 @@ def in_fork(work, folder: Path) -> tuple[int, str, float]:
             os.dup2(file, 2)
             sys.stdout = sys.stderr = os.fdopen(file, "w", buffering=1)
             warnings.resetwarnings()  # as a command has them
-            resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+            limit = data_size() + MEMORY
+            resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
             resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS))
             resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
             sys.argv = ["fuzz"]
