@@ -73,7 +73,7 @@ def fake_cuda():
     nothing = lambda *args, **kwargs: None  # noqa: E731
     noise = lambda seeds, images: torch.zeros(images.shape, device=images.device)  # noqa: E731
     stubs = [(torch.cuda, name, lambda *args, x=x: x) for name, x in answers.items()]
-    stubs += [(torch.amp.GradScaler, name, nothing) for name in ("step", "update")]
+    stubs += [(torch.amp.GradScaler, name, nothing) for name in ("unscale_", "step", "update")]
     stubs += [(torch.Tensor, "backward", nothing), (torch.autograd, "grad", gradients)]
     stubs += [(torch.Tensor, "pin_memory", lambda x, *args: x), (operations, "normal", noise)]
     torch._C._ensureCUDADeviceGuardSet()
