@@ -10,12 +10,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the commands, too: tests run side by side
+
 import torch
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 START_FOLDER = Path.cwd()  # tests run in folders of their own
 REAL_DATA = Path(os.environ["DA_DATA"]).resolve() if os.environ.get("DA_DATA") else None
+# They begin first: a file is one process's, and none should be left alone with one in the end.
+LONG_FILES = ("torchrun", "training", "shot", "ranks", "method", "pseudo", "resume", "finetune")
 sys.path.insert(0, str(ROOT))
 
 from common import errors  # noqa: E402
@@ -30,6 +35,8 @@ def pytest_addoption(parser):
 
 
 def pytest_collection_modifyitems(config, items):
+    order = {f"test_{name}.py": number for number, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: order.get(item.path.name, len(order)))
     if not config.getoption("--slow"):
         for item in items:
             if item.get_closest_marker("slow"):

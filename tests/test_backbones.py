@@ -114,8 +114,10 @@ def test_every_backbone_of_the_table_is_tested():
     assert ModelConfig.__annotations__["backbone"].__args__ == tuple(BACKBONES)
 
 
-@pytest.mark.parametrize("dense", [False, True])
-@pytest.mark.parametrize("name", BACKBONES)
+@pytest.mark.parametrize(
+    ("name", "dense"),
+    [(name, False) for name in BACKBONES] + [(name, True) for name in (*DENSE_LAST, *PARTS)],
+)
 def test_widths_and_strides(name, dense):
     widths = list(WIDTHS[name])
     widths[3] = DENSE_LAST.get(name, widths[3]) if dense else widths[3]

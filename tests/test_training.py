@@ -551,7 +551,16 @@ def test_init_from_continues_with_the_weights(tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+ALWAYS = ("train_source", "train_pseudo")  # the others with --slow; the kit runs them all
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        pytest.param(script, marks=() if script in ALWAYS else pytest.mark.slow)
+        for script in SCRIPTS
+    ],
+)
 def test_classification_as_a_real_command(tmp_path, command, script):
     code, out, err = command(script, "--config", tiny_config(tmp_path))
     assert (code, err) == (0, ""), err
