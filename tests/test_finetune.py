@@ -833,7 +833,7 @@ def test_a_dry_run_writes_nothing(tmp_path, capsys, task):
         assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("amp", ["float16", "bfloat16"])
+@pytest.mark.parametrize("amp", [pytest.param("float16", marks=pytest.mark.slow), "bfloat16"])
 @pytest.mark.parametrize("augment", [True, False])
 def test_mixed_precision(tmp_path, amp, augment):
     config = finetune_config(tmp_path, log_every=1)

@@ -273,7 +273,7 @@ def test_a_signal_to_the_group_never_costs_the_save(tmp_path):
     A run that is resumed equals an uninterrupted one.
     """
     config, fork = tiny_config(tmp_path), multiprocessing.get_context("fork")
-    for turn in range(10):
+    for turn in range(5):
         folder = tmp_path / str(turn)
         folder.mkdir()
         process = fork.Process(target=run_in_group, args=(config, folder))
@@ -283,7 +283,7 @@ def test_a_signal_to_the_group_never_costs_the_save(tmp_path):
         while not (lines.exists() and lines.read_text()):
             assert time.monotonic() < end, (folder / "output.txt").read_text()
             time.sleep(0.01)
-        time.sleep(0.05 * turn)
+        time.sleep(0.1 * turn)
         os.killpg(process.pid, signal.SIGTERM)
         process.join(30)
         assert process.exitcode == 143, (folder / "output.txt").read_text()

@@ -62,7 +62,7 @@ def test_every_trainable_parameter_moves(tmp_path, script, arguments):
 
 
 # float16 is emulated on a CPU: ten seconds per script.
-EMULATED = ["train_dann"]
+EMULATED = ["train_source"]
 
 
 @pytest.mark.parametrize(
@@ -325,7 +325,7 @@ def test_a_bound_of_the_reversal_that_is_never_reached_changes_nothing(tmp_path,
     assert differing(state["null"], state["0.1"]) > 100
 
 
-@pytest.mark.parametrize("amp", ["float32", "float16"])
+@pytest.mark.parametrize("amp", ["float32", pytest.param("float16", marks=pytest.mark.slow)])
 def test_the_bound_of_the_reversal_is_of_the_classifier(tmp_path, monkeypatch, amp):
     """The classifier's gradient at the features is the whole gradient without the reversed one."""
     records = []
@@ -694,7 +694,7 @@ def test_domains_of_two_sizes(tmp_path):
         train("train_dann", config, *sizes)
 
 
-@pytest.mark.parametrize("amp", ["float16", "bfloat16"])
+@pytest.mark.parametrize("amp", [pytest.param("float16", marks=pytest.mark.slow), "bfloat16"])
 def test_mixed_precision_on_maps(tmp_path, amp):
     """Two networks, two optimizers, entropies in float32: finite, and close to full precision."""
     config = street_config(tmp_path, "train_advent", model=MAPS)
