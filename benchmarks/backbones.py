@@ -30,13 +30,13 @@ COLUMNS += "width of layer4", "batch norm", "weights", "heads for segmentation"
 HEADER = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
 
 
-def without_values(name: str) -> tuple[Backbone, dict[str, int]]:
-    """A backbone whose tensors have shapes only."""
+def without_values(name: str, dense: bool = False) -> tuple[Backbone, dict[str, int]]:
+    """What `build_backbone` returns, with tensors that have shapes only."""
     if name.startswith("regnet"):  # torchvision computes its widths with tensors
-        backbone, channels = build_backbone(name)
+        backbone, channels = build_backbone(name, dense=dense)
         return backbone.to("meta"), channels
     with torch.device("meta"):
-        return build_backbone(name)
+        return build_backbone(name, dense=dense)
 
 
 def operations(backbone: Backbone, size: int) -> int:

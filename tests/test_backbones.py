@@ -9,13 +9,13 @@ import torchvision
 from torch import nn
 from torchvision.ops import StochasticDepth
 
+from benchmarks.backbones import without_values
 from common.errors import UserError
 from models import build_classifier, build_segmenter
 from models.backbones import (
     BACKBONES,
     LAYERS,
     STRIDES,
-    Backbone,
     Caffe,
     Cut,
     Transformer,
@@ -93,15 +93,6 @@ FAMILIES = (
     "vit_b_16",
 )
 PARTS = ("convnext_tiny", "swin_t", "swin_v2_t", "dinov2_vits14")  # divide images into patches
-
-
-def without_values(name: str, dense: bool = False) -> tuple[Backbone, dict[str, int]]:
-    """A backbone of the table whose tensors have shapes only."""
-    if name.startswith("regnet"):  # torchvision computes its widths with tensors
-        backbone, channels = build_backbone(name, dense=dense)
-        return backbone.to("meta"), channels
-    with torch.device("meta"):
-        return build_backbone(name, dense=dense)
 
 
 def strides_of(name: str) -> tuple[int, ...]:
