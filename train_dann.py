@@ -1,6 +1,6 @@
 """Domain-adversarial training with gradient reversal: DANN (arXiv:1505.07818), CDAN (1705.10667).
 
-    minimize  cls_loss + adv_weight * adv_loss
+    minimize  cls_loss + adv_weight * adv_loss + mcc_weight * mcc_loss
 
     cls_loss = CE(model(x_s), y_s)
     adv_loss = 0.5 * (mean BCE(D(R(features_s)), 1) + mean BCE(D(R(features_t)), 0)),
@@ -9,7 +9,8 @@
 R is the identity whose gradient is multiplied by -reversal_coeff (the paper's lambda): one step
 trains the discriminator D to tell the domains apart, and the features to confuse it. D judges the
 mean of a feature map, or with `disc_locations` every location. `conditional` gives D the outer
-product of features and class probabilities (CDAN; CDAN+E). docs/dann.md explains the rest.
+product of features and class probabilities (CDAN; CDAN+E). mcc_loss, the confusion of the target's
+classes, is that of train_mcc.py. docs/dann.md explains the rest.
 
     python train_dann.py --config configs/demo/digits.yaml configs/demo/dann.yaml
     python train_dann.py --config configs/demo/digits.yaml configs/demo/dann.yaml --resume
@@ -27,6 +28,7 @@ from common.ranks import average_gradients, norm_over_ranks
 from data.views import to_views
 from losses.cdan import MultilinearMap, entropy_weights
 from losses.domain import discriminator_accuracy, domain_loss
+from losses.mcc import mcc_loss
 from losses.supervised import supervised_loss
 from models import (
     DomainDiscriminator,
@@ -59,27 +61,22 @@ class Config(RunConfig):
     disc_hidden: int = positive(1024, most=100_000)  # width of a discriminator's two hidden layers
     disc_norm: Literal["batch", "dropout", "none"] = "batch"  # after each hidden layer
     disc_lr: float | None = positive(None, most=1000)  # of the discriminators; null: optim.lr
+    mcc_weight: float = not_negative(0.0)  # of mcc_loss: minimum class confusion (train_mcc.py)
+    temperature: float = positive(2.5)  # of the target's predictions in mcc_loss
 
     def trained_criteria(self):
-        return set()  # of neg_entropy and infomax, the loss improves neither directly
+        return {"neg_entropy", "infomax"} if self.mcc_weight > 0 else set()
 
     def rules(self):
-        layers, pooled = self.feature_layers, self.feature_layers == ["pooled"]
+        layers, plain = self.feature_layers, self.conditional == "none"
+        same = len(self.layer_weights) == len(layers) and min(self.layer_weights, default=0) >= 0
+        pooled, full = layers == ["pooled"], self.conditional_map == "full"
         return [
             *super().rules(),
             (len(layers) > 0, "feature_layers must name a layer"),
-            (
-                len(self.layer_weights) == len(layers) and min(self.layer_weights, default=0) >= 0,
-                "layer_weights needs one weight, not negative, for each of feature_layers",
-            ),
-            (
-                self.conditional == "none" or pooled,
-                "conditional needs feature_layers: [pooled], which a classifier has",
-            ),
-            (
-                self.conditional_map == "full" or self.conditional != "none",
-                "conditional_map is for conditional: cdan or cdan_e",
-            ),
+            (same, "layer_weights needs one weight, not negative, for each of feature_layers"),
+            (plain or pooled, "conditional needs feature_layers: [pooled], which a classifier has"),
+            (full or not plain, "conditional_map is for conditional: cdan or cdan_e"),
         ]
 
 
@@ -171,6 +168,9 @@ def main(argv: list[str] | None = None) -> int:
                 losses |= {"adv_loss": adv_loss, "domain_accuracy": domain_accuracy}
                 losses["reversal_applied"] = applied
                 loss = loss + config.adv_weight * adv_loss
+                if config.mcc_weight > 0:
+                    losses["mcc_loss"] = mcc_loss(out_t.logits, config.temperature)
+                    loss = loss + config.mcc_weight * losses["mcc_loss"]
                 if labeled:
                     target_cls_loss, _ = supervised_loss(model(x_l), y_l, config.model)
                     losses["target_cls_loss"] = target_cls_loss

@@ -310,6 +310,23 @@ def test_without_reversal_the_encoder_is_source_only(tmp_path):
     assert gap["one"] > 1e-3  # control
 
 
+def test_mcc_in_dann_is_that_of_train_mcc(tmp_path):
+    """Without the reversed gradient, the network of train_dann.py is that of train_mcc.py."""
+    config, state = tiny_config(tmp_path), {}
+    runs = {
+        "dann": ("train_dann", ["reversal_max=0"]),
+        "both": ("train_dann", ["reversal_max=0", "mcc_weight=2", "temperature=1.5"]),
+        "mcc": ("train_mcc", ["mcc_weight=2", "temperature=1.5"]),
+    }
+    for name, (script, arguments) in runs.items():
+        assert train(script, config, f"out_dir={tmp_path}/{name}", *arguments) == 0
+        state[name] = weights(tmp_path / name, "checkpoints/step_00000010.pt")["model"]
+    assert differing(state["dann"], state["mcc"]) > 1000  # control
+    for name, value in state["mcc"].items():
+        torch.testing.assert_close(state["both"][name], value, rtol=1e-4, atol=1e-5)
+    assert all("mcc_loss" in line for line in metrics(tmp_path / "both") if "lr" in line)
+
+
 @pytest.mark.parametrize("keys", [["model.bn=concat"], ["model.bn=separate"]])
 def test_a_bound_of_the_reversal_that_is_never_reached_changes_nothing(tmp_path, keys):
     config, state = tiny_config(tmp_path), {}
