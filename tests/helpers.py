@@ -266,7 +266,7 @@ class Processes:
             master_listen_fd=place.detach(),
         )
 
-    def wait(self, seconds: float = 60) -> list[int]:
+    def wait(self, seconds: float = 300) -> list[int]:
         """Their exit codes. Those that do not end in time are killed."""
         codes, end = {}, time.monotonic() + seconds
         while len(codes) < len(self.pids):
