@@ -134,6 +134,7 @@ class DataConfig:
     target_batch: int | None = positive(None, most=100_000)  # unlabeled per step; null: batch
     eval_batch: int | None = positive(None, most=100_000)  # null: 250 images, masks: 1
     augment: dict = field(default_factory=dict)  # operation: {parameter: value}; data/augment.py
+    fda: float | None = not_negative(None, most=0.5)  # share of frequencies from target to source
     source_val: int | float = not_negative(0.1)  # of the source, held out: share or number
     select_images: int = positive(2000)  # target images the criteria see; limit of a held-out share
     absent_classes: list[str] = field(default_factory=list)  # classes that the target lacks
@@ -174,6 +175,11 @@ class DataConfig:
                 not isinstance(self.target_labeled, int) or self.target_labeled > 0,
                 "target_labeled must be positive, a list file, or null",
             ),
+            (
+                self.fda is None or self.sources != [],
+                "fda changes source images, which this method does not read; leave it out",
+            ),
+            self.equal_batches_rule(self.fda is not None, "fda pairs"),
             (
                 self.test_share is None or 0 < self.test_share < 1,
                 "test_share must lie between 0 and 1",

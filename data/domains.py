@@ -112,7 +112,8 @@ class Domains:
         if images is None:
             return None
         place = self.config, self.seed, role, start, steps
-        how = strong, self.parts, self.device, self._wait
+        styled = role == "source" and self.config.fda is not None
+        how = strong, self.parts, self.device, self._wait, self.target if styled else None
         batches = iter(train_loader(images, *place, *how))
         self._opened[role] = batches
         return batches

@@ -192,6 +192,7 @@ def train_loader(
     parts: int = 1,
     device: torch.device = CPU,
     on_wait: Callable[[], None] | None = None,
+    styles: ImageSet | None = None,
 ) -> Loader:
     """The batches of a domain; those of CUDA devices are `Raw`, others are views.
 
@@ -205,11 +206,13 @@ def train_loader(
         strong: a mapping as `data.augment`; then a batch is a pair of a weak and a strong view.
         parts: batches per step.
         device, on_wait: see `Loader`.
+        styles: see `ViewBatches`.
 
     Shapes: images uint8 (batch, 3, H, W); labels int64 (batch,) or uint8 (batch, H, W).
     """
     raw = device.type == "cuda"
-    batches = task_module(config).TrainBatches(images, config, seed, role, strong, parts, raw)
+    opener = task_module(config)
+    batches = opener.TrainBatches(images, config, seed, role, strong, parts, raw, styles)
     numbers = range(start * parts, steps * parts)
     return Loader(batches, numbers, config, f"data.{role} ({images.name})", device, on_wait)
 

@@ -9,6 +9,7 @@ from data.augment import Augment
 from data.config import DataConfig
 from data.image_set import ImageSet
 from data.order import Draws, Order
+from data.style import fourier_style
 
 
 class Raw(NamedTuple):
@@ -78,6 +79,8 @@ class ViewBatches(Dataset):
         strong: the operations of a strong view, or None.
         parts: batches per step of the run.
         raw: whether an item is a `Raw`, of which the caller computes the views.
+        styles: the target's set, or None; with `data.fda` each image takes the style of the target
+            image that has its place in the target's batch.
     """
 
     def __init__(
@@ -89,7 +92,11 @@ class ViewBatches(Dataset):
         strong: dict | None = None,
         parts: int = 1,
         raw: bool = False,
+        styles: ImageSet | None = None,
     ):
+        self.styles = None
+        if styles is not None:
+            self.styles = type(self)(styles, config, seed, "target", None, parts)
         self.set, self.config, self.seed, self.role = images, config, seed, role
         self.weak, self.raw = self.augment(config.augment_of(role)), raw
         self.strong = None if strong is None else self.augment(strong)
@@ -113,9 +120,16 @@ class ViewBatches(Dataset):
     def draws(self, positions: torch.Tensor, purpose: str) -> Draws:
         return Draws(positions, self.seed, self.role, purpose)
 
+    def stored(self, number: int) -> torch.Tensor:
+        """The images of a batch before their augmentation."""
+        positions, places = self.order.rows(number)
+        return self.load(self.set.indices[places], positions)[0]
+
     def __getitem__(self, number: int):
         positions, places = self.order.rows(number)
         images, labels = self.load(self.set.indices[places], positions)
+        if self.styles is not None:
+            images = fourier_style(images, self.styles.stored(number), self.config.fda)
         weak, strong = self.weak.draw(self.draws(positions, "augment")), []
         if self.strong is not None:
             strong = self.strong.draw(self.draws(positions, "strong"))
