@@ -177,8 +177,9 @@ class Crops:
         spec: the operations of `data.augment`, of which `zoom` and `flip` are applied.
         size: height and width of the crops, or None for entire images.
 
-    A crop without a labeled pixel is drawn again, up to REDRAWS times. A zoom that would make the
-    image smaller than the crop is raised until the image fills the crop.
+    A crop without a labeled pixel, or without the class that it should show, is drawn again, up to
+    REDRAWS times. A zoom that would make the image smaller than the crop is raised until the image
+    fills the crop.
     """
 
     REDRAWS = 10
@@ -191,6 +192,7 @@ class Crops:
         images: Sequence[torch.Tensor],
         masks: Sequence[torch.Tensor] | None,
         draws: Draws,
+        wanted: Sequence[tuple[int, int]] | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Crops of a batch.
 
@@ -198,6 +200,7 @@ class Crops:
             images: uint8 (3, H, W) each; with `size`, of any sizes.
             masks: uint8 (H, W) each, or None.
             draws: of the batch.
+            wanted: for each crop a class that it should show, and on how many pixels; or None.
 
         Returns:
             (uint8 (N, 3, H', W') with the channels last in memory, uint8 (N, H', W') or None).
@@ -222,6 +225,10 @@ class Crops:
             done = pending
             if masks is not None and attempt < self.REDRAWS:  # void is the largest number
                 done = [i for i in pending if crop_masks[i].min() != IGNORE_INDEX]
+                if wanted is not None:
+                    done = [
+                        i for i in done if (crop_masks[i] == wanted[i][0]).sum() >= wanted[i][1]
+                    ]
             for i in done:
                 _crop_into(crops[i], images[i], boxes[i], flips[i])
             pending = [i for i in pending if i not in done]

@@ -135,6 +135,7 @@ class DataConfig:
     eval_batch: int | None = positive(None, most=100_000)  # null: 250 images, masks: 1
     augment: dict = field(default_factory=dict)  # operation: {parameter: value}; data/augment.py
     fda: float | None = not_negative(None, most=0.5)  # share of frequencies from target to source
+    rare_class_temperature: float | None = positive(None)  # draw rare source classes more often
     source_val: int | float = not_negative(0.1)  # of the source, held out: share or number
     select_images: int = positive(2000)  # target images the criteria see; limit of a held-out share
     absent_classes: list[str] = field(default_factory=list)  # classes that the target lacks
@@ -178,6 +179,11 @@ class DataConfig:
             (
                 self.fda is None or self.sources != [],
                 "fda changes source images, which this method does not read; leave it out",
+            ),
+            (
+                self.rare_class_temperature is None or self.sources != [],
+                "rare_class_temperature is for source images, which this method does not read; "
+                "leave it out",
             ),
             self.equal_batches_rule(self.fda is not None, "fda pairs"),
             (

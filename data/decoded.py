@@ -383,12 +383,15 @@ class Decoded:
     def _headers(self) -> list[Size]:
         return for_each(self.paths, self.decode.header, "headers of images")
 
+    def identity(self) -> int:
+        """A number that changes with the path, the size or the date of one of the files."""
+        return generator(*for_each(self.paths, _stat, "dates of images")).initial_seed()
+
     def _choose_file(self, folder: Path) -> None:
         """Name the cache file, and tell of others that may no longer be used."""
         place = os.path.commonpath([os.path.abspath(path) for path in self.paths])
         name = f"{self.decode.name}_v{VERSION}_{generator(place).initial_seed():016x}"[:-8]
-        stats = generator(*for_each(self.paths, _stat, "dates of images")).initial_seed()
-        self.file = folder / f"{name}_{stats:016x}.bin"
+        self.file = folder / f"{name}_{self.identity():016x}.bin"
         if self.file.exists():
             return
         # Of these images before they changed, of other images there, or of an earlier version.

@@ -16,6 +16,7 @@ from data.image_set import ImageSet, join
 from data.labeled import draw_labeled, list_labeled, without
 from data.loaders import CPU, Loader, eval_loader, train_loader
 from data.order import Order, generator
+from data.rare_classes import class_counts
 from data.tasks import task_module
 
 LABEL_SAMPLE = 100  # masks from which the source's class shares are taken
@@ -112,9 +113,15 @@ class Domains:
         if images is None:
             return None
         place = self.config, self.seed, role, start, steps
-        styled = role == "source" and self.config.fda is not None
-        how = strong, self.parts, self.device, self._wait, self.target if styled else None
-        batches = iter(train_loader(images, *place, *how))
+        how = strong, self.parts, self.device, self._wait
+        styles = counts = None
+        if role == "source" and self.config.fda is not None:
+            styles = self.target
+        if role == "source" and self.config.rare_class_temperature is not None:
+            if self.dry_run:  # one batch is taken, and the masks of a large set take minutes
+                images = images.subset(torch.arange(min(len(images), LABEL_SAMPLE)))
+            counts = class_counts(images, None if self.dry_run else Path(self.config.cache))
+        batches = iter(train_loader(images, *place, *how, styles, counts))
         self._opened[role] = batches
         return batches
 

@@ -101,7 +101,7 @@ class ImageSet:
 
         Of masks, at most about `limit` are read, evenly spread over the set.
         """
-        if _are_class_numbers(self.labels):
+        if are_class_numbers(self.labels):
             parts = [self.labels[self.indices]]
         else:
             chosen = self.indices[:: max(len(self) // limit, 1)]
@@ -150,14 +150,14 @@ class ImageSet:
                 f"only here: {extra}; only in the {of}: {missing}" + remedy
             )
         mapping = torch.tensor([classes.index(name) for name in self.classes])
-        if _are_class_numbers(self.labels):
+        if are_class_numbers(self.labels):
             labels = mapping[self.labels]
         else:
             labels = Renumbered(self.labels, mapping)
         return replace(self, labels=labels, classes=classes)
 
 
-def _are_class_numbers(labels: object) -> bool:
+def are_class_numbers(labels: object) -> bool:
     """Whether labels are one number per image, and not masks."""
     return isinstance(labels, torch.Tensor) and labels.dim() == 1
 
@@ -174,7 +174,7 @@ def join(sets: list[ImageSet]) -> ImageSet:
     lengths = [len(images.images) for images in sets]
     starts = [0, *itertools.accumulate(lengths)]
     labels = [images.labels for images in sets]
-    class_numbers = all(_are_class_numbers(part) for part in labels)
+    class_numbers = all(are_class_numbers(part) for part in labels)
     indices = [images.indices + start for images, start in zip(sets, starts, strict=False)]
     return replace(
         sets[0],

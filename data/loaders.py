@@ -193,6 +193,7 @@ def train_loader(
     device: torch.device = CPU,
     on_wait: Callable[[], None] | None = None,
     styles: ImageSet | None = None,
+    counts: torch.Tensor | None = None,
 ) -> Loader:
     """The batches of a domain; those of CUDA devices are `Raw`, others are views.
 
@@ -206,13 +207,13 @@ def train_loader(
         strong: a mapping as `data.augment`; then a batch is a pair of a weak and a strong view.
         parts: batches per step.
         device, on_wait: see `Loader`.
-        styles: see `ViewBatches`.
+        styles, counts: see `ViewBatches`.
 
     Shapes: images uint8 (batch, 3, H, W); labels int64 (batch,) or uint8 (batch, H, W).
     """
     raw = device.type == "cuda"
     opener = task_module(config)
-    batches = opener.TrainBatches(images, config, seed, role, strong, parts, raw, styles)
+    batches = opener.TrainBatches(images, config, seed, role, strong, parts, raw, styles, counts)
     numbers = range(start * parts, steps * parts)
     return Loader(batches, numbers, config, f"data.{role} ({images.name})", device, on_wait)
 

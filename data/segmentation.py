@@ -20,6 +20,7 @@ from data.id_maps import id_map
 from data.image_set import ImageSet, image_set, one
 from data.listing import Listing
 from data.order import generator
+from data.rare_classes import LEAST_SHARE, RareClassOrder
 from data.views import ViewBatches
 
 LABELS = "masks and ids"  # what labels look like, for messages
@@ -268,7 +269,15 @@ class TrainBatches(ViewBatches):
         if self.set.labels is not None:
             masks = [one(self.set.labels, i) for i in numbers]
         crops = Crops(self.config.augment_of(self.role), self.set.crop)
-        return crops(images, masks, self.draws(positions, "crop"))
+        return crops(images, masks, self.draws(positions, "crop"), self._wanted(positions, masks))
+
+    def _wanted(self, positions, masks) -> list[tuple[int, int]] | None:
+        """The class that each crop should show, and on how many pixels; None without such."""
+        if not isinstance(self.order, RareClassOrder) or self.set.crop is None:
+            return None
+        classes = self.order.classes(positions).tolist()
+        least = [max(int(LEAST_SHARE / 2 * mask.numel()), 1) for mask in masks]
+        return list(zip(classes, least, strict=True))
 
 
 class EvalBatches(Dataset):

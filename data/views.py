@@ -9,6 +9,7 @@ from data.augment import Augment
 from data.config import DataConfig
 from data.image_set import ImageSet
 from data.order import Draws, Order
+from data.rare_classes import RareClassOrder
 from data.style import fourier_style
 
 
@@ -81,6 +82,7 @@ class ViewBatches(Dataset):
         raw: whether an item is a `Raw`, of which the caller computes the views.
         styles: the target's set, or None; with `data.fda` each image takes the style of the target
             image that has its place in the target's batch.
+        counts: labels of each class in each image, int64 (N, K), for rare class sampling, or None.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class ViewBatches(Dataset):
         parts: int = 1,
         raw: bool = False,
         styles: ImageSet | None = None,
+        counts: torch.Tensor | None = None,
     ):
         self.styles = None
         if styles is not None:
@@ -100,7 +103,11 @@ class ViewBatches(Dataset):
         self.set, self.config, self.seed, self.role = images, config, seed, role
         self.weak, self.raw = self.augment(config.augment_of(role)), raw
         self.strong = None if strong is None else self.augment(strong)
-        self.order = Order(seed, role, len(images), config.batch_of(role) // parts)
+        batch = config.batch_of(role) // parts
+        self.order = Order(seed, role, len(images), batch)
+        if counts is not None:
+            temperature = config.rare_class_temperature
+            self.order = RareClassOrder(seed, role, counts, batch, temperature)
 
     def augment(self, spec: dict) -> Augment:
         """What is done to the images that `load` returns, of these operations of a config."""
