@@ -94,6 +94,11 @@ class Domains:
     def num_classes(self) -> int:
         return len(self.classes)
 
+    def class_numbers(self, names: list[str], key: str) -> list[int]:
+        """The numbers of classes that the config's `key` names. Raises `UserError` for others."""
+        _check_class_names(names, self.classes, key)
+        return [self.classes.index(name) for name in names]
+
     def batches(
         self, role: str, start: int, steps: int, strong: dict | None = None
     ) -> Iterator | None:
@@ -527,18 +532,17 @@ def _criteria(target: ImageSet, config: DataConfig, seed: int) -> ImageSet:
     return target.subset(order[: config.select_images].sort().values)
 
 
+def _check_class_names(names: Iterable[str], classes: list[str], key: str) -> None:
+    """Raise `UserError`, naming the config's `key`, for a name that is no class."""
+    if unknown := [name for name in names if name not in classes]:
+        raise UserError(f"{key}: no class {unknown[0]!r}; there are {', '.join(classes)}")
+
+
 def _check_absent_classes(config: DataConfig, classes: list[str]) -> None:
-    unknown = [name for name in config.absent_classes if name not in classes]
-    if unknown:
-        raise UserError(
-            f"data.absent_classes: no class {unknown[0]!r}; there are {', '.join(classes)}"
-        )
+    _check_class_names(config.absent_classes, classes, "data.absent_classes")
     if len(set(config.absent_classes)) >= len(classes):
         raise UserError("data.absent_classes: names all classes; the target must have one of them")
 
 
 def _check_iou_classes(config: DataConfig, classes: list[str]) -> None:
-    if absent := set(config.iou_classes or ()) - set(classes):
-        raise UserError(
-            f"data.iou_classes: no class {sorted(absent)[0]!r}; there are {', '.join(classes)}"
-        )
+    _check_class_names(config.iou_classes or (), classes, "data.iou_classes")

@@ -1,6 +1,6 @@
 """Feature extractors, classifier, segmenter, domain discriminators and gradient reversal."""
 
-from models.build import build_discriminator, build_model
+from models.build import build_discriminator, build_model, build_reference
 from models.card import ModelCard, load_card, load_run
 from models.classifier import build_classifier
 from models.discriminator import DomainDiscriminator, FCDiscriminator, feature_vectors
@@ -26,6 +26,7 @@ __all__ = [
     "build_classifier",
     "build_discriminator",
     "build_model",
+    "build_reference",
     "build_segmenter",
     "cache_features",
     "eval_mode",

@@ -45,6 +45,17 @@ def build_model(
     return model
 
 
+def build_reference(config, classes: list[str]) -> Network:
+    """The network with `model.weights` alone, fixed and in eval mode, without `init_from`.
+
+    Args:
+        config: of the run; its `model`, `data.task` and `data.root` are read.
+        classes: names of the classes.
+    """
+    reference = BUILDERS[config.data.task](config.model, len(classes), config.data.root)
+    return reference.eval().requires_grad_(False)
+
+
 def build_discriminator(config, num_classes: int, hidden: int | None) -> nn.Module:
     """A discriminator of predictions, without batch norm.
 

@@ -76,6 +76,7 @@ STREET_KEYS = {  # of a method on the street scenes; a script that is not named 
         "disc_hidden": 32,
         "source_steps": 3,
     },
+    "train_mic": {"mix": "classmix", "mask_block": 16, "threshold": 0.1},
     "train_pseudo": {
         "mix": "classmix",
         "strong_augment": "{jitter: {gamma: [0.7, 1.5]}, cutout: {}}",

@@ -19,7 +19,7 @@ from common import averages, ranks
 from common import metrics as counters
 from common.errors import UserError
 from data import segmentation
-from losses import cdan, coral, entropy, mcc, mmd, pseudo_label, supervised
+from losses import cdan, coral, entropy, feature_distance, mcc, mmd, pseudo_label, supervised
 from models import build_model, gradient_reversal
 from models.network import Network
 from tests.helpers import (
@@ -110,6 +110,7 @@ CASES = {
     "pseudo": ("train_pseudo", PSEUDO),
     "relative": ("train_pseudo", RELATIVE),
     "class_balanced": ("train_pseudo", {"threshold_mode": "class_balanced", "evaluate": "teacher"}),
+    "mic": ("train_mic", {"threshold": 0.1, "mask_block": 7}),
     "adda": ("train_adda", {"disc_norm": "none", "source_steps": 2}),
     "shot": ("train_shot", {}),
     "finetune": ("finetune", {}),
@@ -149,6 +150,7 @@ STREETS = {
     "train_dann": {"disc_norm": "none"},
     "train_advent": {"adv_weight": 0.1, "div_weight": 0.1, "ent_weight": 0.1},
     "train_pseudo": RELATIVE,
+    "train_mic": {"mix": "classmix", "threshold": 0.1, "mask_block": 16},
     "train_adda": {"disc_norm": "none"},
     "train_shot": {"strong_augment": "{jitter: {gamma: [0.7, 1.5]}, cutout: {}}"},
     "finetune": {},
@@ -270,6 +272,12 @@ LOSSES = {  # a loss of features or logits (N, 6), and what it shares between th
         [(coral, "gather")],
     ),
     "confident_fraction": (pseudo_labels, [(pseudo_label, "mean_over_ranks")]),
+    "feature_distance": (
+        lambda x, y, layer: feature_distance.feature_distance(
+            layer(x)[..., None, None], torch.zeros(len(x), 6, 1, 1), y, [0, 1, 2]
+        ),
+        [(feature_distance, "mean_over_ranks")],
+    ),
     "reversal_bound": (bounded, [(ranks, "total")]),
 }
 
