@@ -37,10 +37,13 @@ def pytest_addoption(parser):
 def pytest_collection_modifyitems(config, items):
     order = {f"test_{name}.py": number for number, name in enumerate(LONG_FILES)}
     items.sort(key=lambda item: order.get(item.path.name, len(order)))
-    if not config.getoption("--slow"):
-        for item in items:
-            if item.get_closest_marker("slow"):
-                item.add_marker(pytest.mark.skip(reason="slow: run it with --slow"))
+    if config.getoption("--slow"):
+        return
+    left_out = ["slow"] if config.getoption("--script") else ["slow", "covered"]
+    for item in items:
+        for name in left_out:
+            if item.get_closest_marker(name):
+                item.add_marker(pytest.mark.skip(reason=f"{name}: run it with --slow"))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -166,7 +166,7 @@ def test_networks_and_optimizers_of_today_do_not_wait(tmp_path, name, task):
     take_steps("train_pseudo", any_config("train_pseudo", tmp_path, task), *keys)
 
 
-@pytest.mark.parametrize("amp", ["float32", "float16"])
+@pytest.mark.parametrize("amp", ["float32", pytest.param("float16", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("script", [path.stem for path in TRAINING])
 def test_steps_of_other_precisions(tmp_path, script, amp):
     take_steps(script, any_config(script, tmp_path), f"amp={amp}")

@@ -41,6 +41,8 @@ from tests.helpers import (
 from tests.test_laws import imports
 from training.config import load_run_config
 
+# The project's own scripts have sharper tests for it: of these it runs with --slow alone.
+covered = pytest.mark.covered
 STEPS = 6
 RELAX = "an override such as threshold=0.1 or a shorter warm-up after --config starts it earlier"
 PARTED = 1e-5  # rounding moves no weight by as much in these steps
@@ -189,6 +191,7 @@ def test_a_dry_run_writes_nothing(ready, tmp_path, capsys):
     assert list(tmp_path.iterdir()) == []
 
 
+@covered
 @pytest.mark.parametrize(
     ("stop", "number", "workers"),
     [(stop_after, 4, 0), (stop_after, 4, 2), (stop_within_evaluation, 1, 0)],
@@ -217,6 +220,7 @@ def test_resume_is_exact(ready, whole, tmp_path, monkeypatch, stop, number, work
     assert differing(tensors(whole, "model.pt"), tensors(folder, "model.pt")) == 0
 
 
+@covered
 def test_two_processes_train_one_model(ready, tmp_path):
     """At each evaluation the run itself compares what the processes have learned."""
     processes = Processes(2, lambda number: ready.run(tmp_path / "run"), tmp_path)
@@ -228,6 +232,7 @@ def test_two_processes_train_one_model(ready, tmp_path):
     )
 
 
+@covered
 def test_two_processes_train_what_one_trains(ready, tmp_path):
     """Without batch norm and dropout, whose statistics and draws are those of a process."""
     keys = ["model.bn=frozen", "model.bn_running=both", "model.dropout=0", "optim.name=sgd"]
@@ -307,6 +312,7 @@ def needs_target_labels(method: Method) -> bool:
     return isinstance(data, LabeledDataConfig) or data.target_labeled is not None
 
 
+@covered
 def test_target_labels_do_not_train_or_select(ready, whole, tmp_path, monkeypatch):
     if needs_target_labels(ready):
         pytest.skip("this config trains on target labels: they are meant to be used")

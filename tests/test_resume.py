@@ -69,7 +69,9 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-@pytest.mark.parametrize(("workers", "workers_after"), [(0, 0), (2, 0)])
+@pytest.mark.parametrize(
+    ("workers", "workers_after"), [pytest.param(0, 0, marks=pytest.mark.slow), (2, 0)]
+)
 def test_exact_on_maps(tmp_path, monkeypatch, script, workers, workers_after):
     """Segmentation: joint crops, an auxiliary head, and for AdvEnt two discriminators."""
     config, keys = street_config(tmp_path, script), KEYS.get(script, [])
@@ -83,7 +85,14 @@ def test_exact_on_maps(tmp_path, monkeypatch, script, workers, workers_after):
 
 @pytest.mark.parametrize("script", SCRIPTS)
 @pytest.mark.parametrize(
-    ("stop", "workers", "workers_after"), [(1, 0, 0), (3, 0, 0), (7, 2, 2), (6, 2, 0), (9, 0, 2)]
+    ("stop", "workers", "workers_after"),
+    [
+        pytest.param(1, 0, 0, marks=pytest.mark.slow),
+        (3, 0, 0),
+        pytest.param(7, 2, 2, marks=pytest.mark.slow),
+        pytest.param(6, 2, 0, marks=pytest.mark.slow),
+        (9, 0, 2),
+    ],
 )
 def test_stopped_and_resumed_is_exact(
     tmp_path, monkeypatch, whole, script, stop, workers, workers_after
