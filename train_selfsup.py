@@ -81,9 +81,8 @@ def main(argv: list[str] | None = None) -> int:
     problems = {name: problem for name, problem in problems.items() if problem[0] > 0}
     heads = nn.ModuleDict({name: nn.Linear(width, k) for name, (_, _, k) in problems.items()})
     if config.contrastive_weight > 0:
-        heads["contrastive"] = nn.Sequential(
-            nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 128)
-        )
+        layers = nn.Linear(width, width), nn.ReLU(), nn.Linear(width, 128)
+        heads["contrastive"] = nn.Sequential(*layers)
     heads.to(device)
     optimizer = build_optimizer(config.optim, model, heads)
     start = run.begin(model=model, heads=heads, optimizer=optimizer, scaler=scaler)
@@ -115,11 +114,12 @@ def main(argv: list[str] | None = None) -> int:
                         views_t, labels_t = make_problem(x_t, transform, random)
                         pair = forward_domains(model, views_s, views_t, config.model)
                         features = [feature_vectors(out.features[layer], False) for out in pair]
-                        logits, labels = heads[name](torch.cat(features)), [labels_s, labels_t]
-                        losses[f"{name}_loss"] = cross_entropy(logits, torch.cat(labels))
-                        hits = logits[len(x_s) :].argmax(1) == labels_t
-                        losses[f"{name}_accuracy"] = hits.float().mean()
-                        loss = loss + weight * losses[f"{name}_loss"]
+                        logits = heads[name](torch.cat(features))
+                        problem_loss = cross_entropy(logits, torch.cat([labels_s, labels_t]))
+                        hits_t = logits[len(x_s) :].argmax(1) == labels_t
+                        losses[f"{name}_loss"] = problem_loss
+                        losses[f"{name}_accuracy"] = 100 * hits_t.float().mean()
+                        loss = loss + weight * problem_loss
                     if config.contrastive_weight > 0:
                         pair = out_t, model(x_strong)
                         features = [feature_vectors(out.features[layer], False) for out in pair]

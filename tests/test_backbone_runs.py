@@ -36,7 +36,7 @@ ALL = [
 ]
 ALL += [
     ("resnet18", script, "classification")
-    for script in ("train_advent", "train_mmd", "train_mcc", "train_adda")
+    for script in ("train_advent", "train_mmd", "train_mcc", "train_adda", "train_selfsup")
 ]
 CASES = [
     pytest.param(*case, marks=() if case in ALWAYS else pytest.mark.slow, id="-".join(case))

@@ -1828,6 +1828,7 @@ def test_the_target_may_have_another_batch(task):
         ("train_dann", ["conditional=cdan_e", "model.bn=separate"]),
         ("train_mmd", ["mmd_weight=0", "coral_weight=1"]),
         ("train_mcc", []),
+        ("train_selfsup", ["contrastive_weight=1", "strong_augment={cutout: {}}"]),
         ("train_adda", ["source_steps=2"]),
         ("train_advent", []),
         ("train_pseudo", ["strong_augment={cutout: {}}", "distribution_alignment=true"]),

@@ -135,6 +135,9 @@ VARIANTS = {
     "train_mmd": [["coral_weight=1"]],
     "train_adda": [["source_steps=1"]],
     "train_shot": [["centroid_every=2"]],
+    "train_selfsup": [
+        ["flip_weight=1", "location_weight=1", "contrastive_weight=1", "strong_augment={blur: {}}"]
+    ],
     "finetune": [["head_steps=0"], ["data.augment={}", "data.target.crop=null"]],
 }
 EVERY = [(path.stem, keys) for path in TRAINING for keys in ([], *VARIANTS.get(path.stem, []))]

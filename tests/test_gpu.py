@@ -44,6 +44,7 @@ VARIANTS = [
     ("finetune", ["head_steps=20", "data.augment={}", "data.target.crop=null"]),
     ("finetune", ["head_steps=0"]),
     ("train_dann", ["data.target_labeled=1"]),
+    ("train_selfsup", ["location_weight=1", "contrastive_weight=1", "strong_augment={blur: {}}"]),
 ]
 VARIANTS += [(script, []) for script in EVERY if script not in ("train_shot", "finetune")]
 

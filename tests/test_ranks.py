@@ -19,7 +19,17 @@ from common import averages, ranks
 from common import metrics as counters
 from common.errors import UserError
 from data import segmentation
-from losses import cdan, coral, entropy, feature_distance, mcc, mmd, pseudo_label, supervised
+from losses import (
+    cdan,
+    contrastive,
+    coral,
+    entropy,
+    feature_distance,
+    mcc,
+    mmd,
+    pseudo_label,
+    supervised,
+)
 from models import build_model, gradient_reversal
 from models.network import Network
 from tests.helpers import (
@@ -90,6 +100,12 @@ RELATIVE = {
     "distribution_alignment": "true",
     "weighting": "confident_fraction",
 }
+SELFSUP = {
+    "flip_weight": 1,
+    "location_weight": 1,
+    "contrastive_weight": 1,
+    "strong_augment": "{photometric: {gain: [0.5, 1.5]}}",
+}
 FEW = "{source: {name: drawn_digits}, target: {name: drawn_digits_shifted}, target_labeled: 2, "
 FEW += "batch: 8, target_batch: 4, eval_batch: 20, select_images: 30}"
 CASES = {
@@ -113,6 +129,7 @@ CASES = {
     "mic": ("train_mic", {"threshold": 0.1, "mask_block": 7}),
     "adda": ("train_adda", {"disc_norm": "none", "source_steps": 2}),
     "shot": ("train_shot", {}),
+    "selfsup": ("train_selfsup", SELFSUP),
     "finetune": ("finetune", {}),
 }
 
@@ -152,6 +169,7 @@ STREETS = {
     "train_pseudo": RELATIVE,
     "train_mic": {"mix": "classmix", "threshold": 0.1, "mask_block": 16},
     "train_adda": {"disc_norm": "none"},
+    "train_selfsup": {"location_weight": 1},
     "train_shot": {"strong_augment": "{jitter: {gamma: [0.7, 1.5]}, cutout: {}}"},
     "finetune": {},
 }
@@ -203,6 +221,7 @@ SHARED = [
     ("pseudo", collapse, "total"),
     ("pseudo", collapse, "mean_over_ranks"),
     ("shot", ranks, "total"),
+    ("selfsup", contrastive, "gather"),
 ]
 
 
@@ -270,6 +289,10 @@ LOSSES = {  # a loss of features or logits (N, 6), and what it shares between th
     "coral": (
         lambda x, y, layer: coral.coral_loss(layer(x), layer(x * y[:, None])),
         [(coral, "gather")],
+    ),
+    "nt_xent": (
+        lambda x, y, layer: contrastive.nt_xent_loss(layer(x), layer(x + y[:, None])),
+        [(contrastive, "gather")],
     ),
     "confident_fraction": (pseudo_labels, [(pseudo_label, "mean_over_ranks")]),
     "feature_distance": (

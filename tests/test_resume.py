@@ -44,6 +44,7 @@ KEYS = {  # keys that give a script a state to keep: dropout draws from the rand
     "train_mmd": ["coral_weight=1"],
     "train_adda": ["disc_norm=dropout"],
     "train_pseudo": [*SELF_TRAINING, "evaluate=teacher"],
+    "train_selfsup": ["location_weight=1", "contrastive_weight=1", "strong_augment={blur: {}}"],
 }
 
 
