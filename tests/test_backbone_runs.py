@@ -4,6 +4,7 @@ One is tried always, all of them with `--slow`.
 """
 
 import dataclasses
+import gc
 import itertools
 import math
 
@@ -72,24 +73,28 @@ def test_a_backbone_in_a_script(tmp_path, capsys, monkeypatch, name, script, tas
     with monkeypatch.context() as patch:
         stop_after(patch, STOP)
         assert train(script, config, *keys) == 143
+    gc.collect()  # the largest networks fill the memory of a small machine
     before = weights(tmp_path / "run", f"checkpoints/step_{STOP:08d}.pt")["model"]
+    stem = next(name for name in before if name.startswith("backbone."))
+    before = before[stem].clone()
     assert train(script, config, *keys, "--resume") == 0
+    gc.collect()
     last = f"checkpoints/step_{STEPS:08d}.pt"
     states = [weights(tmp_path / folder, last) for folder in ("run", "whole")]
     for state in states:
         del state["seconds"]
     assert differing(*states) == 0
-    network, card = load_run(tmp_path / "whole")
-    stem = next(iter(dict(network.backbone.named_parameters())))
-    first = f"backbone.{stem}"
-    assert (before[first] != states[0]["model"][first]).any()  # a gradient has reached the stem
+    assert (before != states[0]["model"][stem]).any()  # a gradient has reached the stem
+    del states, state
 
+    network, card = load_run(tmp_path / "whole")
     if task == "segmentation" and has_windows(name):
         with pytest.raises(UserError, match=f"{name} is exported for images of one size"):
             export(network, card)
         card = dataclasses.replace(card, resize=[64, 70])
     assert export(network, card)[1] <= TOLERANCE
-    del network, states, before
+    del network
+    gc.collect()
     train_on(2, script, config, *keys, "steps=2", f"out_dir={tmp_path}/two")
     assert all(value.isfinite().all() for value in weights(tmp_path / "two").values())
 
