@@ -1,7 +1,7 @@
 """Masked image consistency: MIC (arXiv:2212.01322), on self-training as in DACS and DAFormer.
 
     minimize  cls_loss + w * (pseudo_weight * pseudo_loss + mask_weight * mask_loss)
-              + fd_weight * fd_loss, where w rises to 1
+              + fd_weight * fd_loss, where w rises from 0 to 1
 
     pseudo_loss = mean over target predictions of weight * CE(model(x_strong), y_t)
     mask_loss   = mean of weight * CE(model(x_masked), y_t), where x_masked is x_strong, of which
@@ -53,7 +53,7 @@ class Config(RunConfig):
     mask_weight: float = not_negative(1.0)  # of mask_loss
     mask_ratio: float = 0.7  # probability of a block to be hidden
     mask_block: int = positive(64, most=100_000)  # side of a block, px
-    warmup: float = 0.0  # share of the run over which w rises
+    pseudo_warmup: float = 0.0  # share of the run over which both weights rise
     fd_weight: float = not_negative(0.0)  # of fd_loss; the paper: 0.005
     fd_classes: list[str] = field(default_factory=list)  # where fd_loss acts; none: everywhere
     strong_augment: dict = field(default_factory=dict)  # of the strong view, after data.augment
@@ -67,7 +67,8 @@ class Config(RunConfig):
             *super().rules(),
             (0 <= self.ema_decay < 1, "ema_decay must lie in [0, 1)"),
             (0 <= self.mask_ratio <= 1, "mask_ratio must lie in [0, 1]"),
-            (0 <= self.warmup <= 1, "warmup must lie in [0, 1]"),
+            (0 <= self.pseudo_warmup <= 1, "pseudo_warmup must lie in [0, 1]"),
+            (not self.fd_classes or self.fd_weight > 0, "fd_classes goes with fd_weight"),
             (
                 self.fd_weight == 0 or not self.model or self.model.weights is not None,
                 "fd_weight needs model.weights: the network whose features it stays close to",
@@ -89,8 +90,10 @@ def main(argv: list[str] | None = None) -> int:
     model = build_model(config, domains.classes).to(device).train()
     optimizer = build_optimizer(config.optim, model)
     teacher = EMATeacher(model, config.ema_decay, copy_buffers=False)
-    fd_classes, reference = domains.class_numbers(config.fd_classes, "fd_classes"), None
+    fd_classes = domains.class_numbers(config.fd_classes, "fd_classes")
+    reference = None
     if config.fd_weight > 0:
+        model.check_layers(["layer4"], "fd_weight")
         reference = build_reference(config, domains.classes).to(device)
     shares = AcceptedShares(domains.classes).to(device)
     start = run.begin(
@@ -111,7 +114,8 @@ def main(argv: list[str] | None = None) -> int:
     # --- train
     for step in run.steps(start):
         lr = set_rates(optimizer, config.optim, step - 1, config.steps)
-        w = warm_up(progress(step - 1, config.steps), config.warmup)
+        w = warm_up(progress(step - 1, config.steps), config.pseudo_warmup)
+        pseudo_weight, mask_weight = w * config.pseudo_weight, w * config.mask_weight
         optimizer.zero_grad(set_to_none=True)
         for part in range(config.accumulate):
             x_s, y_s = to_views(next(source), device)
@@ -144,13 +148,13 @@ def main(argv: list[str] | None = None) -> int:
                 loss, losses = supervised_loss(out_s, y_s, config.model)
                 log_p_t = out_t.logits.float().log_softmax(1)
                 losses["pseudo_loss"] = pseudo_label_loss(log_p_t, labels, label_weights)
-                loss = loss + w * config.pseudo_weight * losses["pseudo_loss"]
+                loss = loss + pseudo_weight * losses["pseudo_loss"]
                 if config.mask_weight > 0:
                     # evaluation sees entire images, so the running statistics are theirs
                     with model.running_statistics(fixed=True):
                         log_p_masked = model(x_masked).logits.float().log_softmax(1)
                     losses["mask_loss"] = pseudo_label_loss(log_p_masked, y_t, weights)
-                    loss = loss + w * config.mask_weight * losses["mask_loss"]
+                    loss = loss + mask_weight * losses["mask_loss"]
                 if reference is not None:
                     with torch.no_grad():
                         fixed = reference(x_s).features["layer4"]
@@ -172,7 +176,8 @@ def main(argv: list[str] | None = None) -> int:
         teacher.update_parameters(model)
 
         if run.due(step, config.log_every):
-            run.log.write(step, lr=lr, w=w, **shares.report())
+            rates = {"lr": lr, "pseudo_weight": pseudo_weight, "mask_weight": mask_weight}
+            run.log.write(step, **rates, **shares.report())
         if run.due(step, config.eval_every):
             with autocast:
                 run.evaluate(step, model, evaluation)

@@ -177,9 +177,9 @@ class Crops:
         spec: the operations of `data.augment`, of which `zoom` and `flip` are applied.
         size: height and width of the crops, or None for entire images.
 
-    A crop without a labeled pixel, or without the class that it should show, is drawn again, up to
-    REDRAWS times. A zoom that would make the image smaller than the crop is raised until the image
-    fills the crop.
+    A crop without a labeled pixel is drawn again, up to REDRAWS times, and before that as often one
+    without the class that it should show. A zoom that would make the image smaller than the crop is
+    raised until the image fills the crop.
     """
 
     REDRAWS = 10
@@ -215,7 +215,9 @@ class Crops:
         if "flip" in self.spec:
             flips = (FLIP.draw(draws, **self.spec["flip"])[:, 0] > 0).tolist()
         pending = range(len(images))
-        for attempt in range(1 + self.REDRAWS):
+        # A class that is not found is given up, and then a crop with any label is drawn.
+        redraws = self.REDRAWS if wanted is None else 2 * self.REDRAWS
+        for attempt in range(1 + redraws):
             zooms = ops.draw_zoom(draws, **self.spec.get("zoom", {}))
             places = torch.cat([zooms, draws.uniform(count=2)], 1).tolist()
             boxes = {i: self._box(images[i].shape[1:], *places[i]) for i in pending}
@@ -223,9 +225,9 @@ class Crops:
                 for i in pending:
                     crop_masks[i] = _flipped(_crop_mask(masks[i], boxes[i], size), flips[i])
             done = pending
-            if masks is not None and attempt < self.REDRAWS:  # void is the largest number
+            if masks is not None and attempt < redraws:  # void is the largest number
                 done = [i for i in pending if crop_masks[i].min() != IGNORE_INDEX]
-                if wanted is not None:
+                if wanted is not None and attempt <= self.REDRAWS:
                     done = [
                         i for i in done if (crop_masks[i] == wanted[i][0]).sum() >= wanted[i][1]
                     ]

@@ -19,7 +19,7 @@ from data.order import Order, generator
 from data.rare_classes import class_counts
 from data.tasks import task_module
 
-LABEL_SAMPLE = 100  # masks from which the source's class shares are taken
+LABEL_SAMPLE = 100  # masks that the source's class shares, and a dry run, are taken from
 
 
 @dataclass
@@ -222,6 +222,11 @@ class Domains:
                     f"note: a batch of {role} has {batch} images and the set {len(images)}: "
                     "they repeat"
                 )
+        if self.config.fda is not None:
+            lines.append("note: source images take low frequencies of target images (data.fda)")
+        if self.config.rare_class_temperature is not None:
+            key = "data.rare_class_temperature"
+            lines.append(f"note: source images with rare classes are drawn more often ({key})")
         return "\n".join(lines)
 
     def _describe_batch(self) -> str:

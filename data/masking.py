@@ -19,7 +19,7 @@ def hide_blocks(
         ratio: probability of a block to be hidden; 0 hides nothing, 1 all.
         block: side of a block in px; those at the right and at the bottom may be cut.
         color: of hidden pixels, (3, 1, 1). With the mean that the network subtracts, they are 0
-            for the network, as in the paper.
+            for the network, up to half a gray level.
         generator: chooses the blocks, for the rows of all processes; it lives on the CPU.
     """
     height, width = images.shape[2:]

@@ -276,7 +276,8 @@ class TrainBatches(ViewBatches):
         if not isinstance(self.order, RareClassOrder) or self.set.crop is None:
             return None
         classes = self.order.classes(positions).tolist()
-        least = [max(int(LEAST_SHARE / 2 * mask.numel()), 1) for mask in masks]
+        most = self.set.crop[0] * self.set.crop[1] // 2  # of a small crop of a large image
+        least = [min(max(int(LEAST_SHARE * mask.numel()), 1), most) for mask in masks]
         return list(zip(classes, least, strict=True))
 
 

@@ -124,7 +124,15 @@ def street(tmp_path):
 def test_all_losses_are_logged_and_a_stopped_run_is_exact(street, tmp_path, monkeypatch):
     assert train("train_mic", street, f"out_dir={tmp_path}/whole") == 0
     lines = [line for line in metrics(tmp_path / "whole") if "lr" in line]
-    names = {"cls_loss", "aux_cls_loss", "pseudo_loss", "mask_loss", "fd_loss", "confidence", "w"}
+    names = {
+        "cls_loss",
+        "aux_cls_loss",
+        "pseudo_loss",
+        "mask_loss",
+        "fd_loss",
+        "confidence",
+        "mask_weight",
+    }
     assert all(names <= line.keys() for line in lines)
     assert lines[0]["fd_loss"] == 0  # it starts from the reference
     assert lines[-1]["fd_loss"] > 0
@@ -187,10 +195,10 @@ def test_self_training_is_no_judge_of_itself(tmp_path):
     ("keys", "match"),
     [
         (["mask_ratio=1.5"], "mask_ratio must lie in"),
-        (["warmup=-1"], "warmup must lie in"),
+        (["pseudo_warmup=-1"], "pseudo_warmup must lie in"),
         (["ema_decay=1"], "ema_decay must lie in"),
         (["fd_weight=1"], "fd_weight needs model.weights"),
-        (["fd_classes=[zebra]"], "fd_classes: no class 'zebra'; there are 0, 1"),
+        (["fd_classes=[a]"], "fd_classes goes with fd_weight"),
         (["mix=classmix"], "mix: classmix is for data.task: segmentation"),
     ],
 )
@@ -198,3 +206,8 @@ def test_what_is_refused(tmp_path, keys, match):
     config = config_of("classification", tmp_path, "train_mic")
     with pytest.raises(UserError, match=match):
         train("train_mic", config, *keys)
+
+
+def test_a_class_that_is_none_is_refused(street):
+    with pytest.raises(UserError, match="fd_classes: no class 'zebra'; there are sky, road"):
+        train("train_mic", street, "fd_classes=[zebra]")

@@ -34,6 +34,7 @@ from models import build_model, gradient_reversal
 from models.network import Network
 from tests.helpers import (
     ROOT,
+    TRAINING,
     Processes,
     any_config,
     differing,
@@ -173,6 +174,11 @@ STREETS = {
     "train_shot": {"strong_augment": "{jitter: {gamma: [0.7, 1.5]}, cutout: {}}"},
     "finetune": {},
 }
+
+
+def test_every_script_is_tried():
+    assert {script for script, _ in CASES.values()} == {path.stem for path in TRAINING}
+    assert set(STREETS) == {path.stem for path in TRAINING}
 
 
 @pytest.fixture

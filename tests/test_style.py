@@ -13,7 +13,7 @@ from training.config import load_run_config
 
 
 def plain(image: np.ndarray, style: np.ndarray, share: float) -> np.ndarray:
-    """One image (C, H, W), by all frequencies, as the authors' code does it."""
+    """One image (C, H, W), by all frequencies, as the authors' FDA_source_to_target_np does it."""
     spectrum = np.fft.fftshift(np.fft.fft2(image), axes=(-2, -1))
     other = np.fft.fftshift(np.fft.fft2(style), axes=(-2, -1))
     amplitude = np.abs(spectrum)
