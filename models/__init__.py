@@ -12,6 +12,7 @@ from models.network import (
     cache_features,
     eval_mode,
     forward_domains,
+    forward_head,
 )
 from models.segmenter import build_segmenter
 from models.weights import init_from
@@ -32,6 +33,7 @@ __all__ = [
     "eval_mode",
     "feature_vectors",
     "forward_domains",
+    "forward_head",
     "gradient_reversal",
     "init_from",
     "load_card",

@@ -1,4 +1,4 @@
-"""The classification network: backbone, pooled bottleneck, classifier."""
+"""The classification network: backbone, pooled bottleneck, head."""
 
 from contextlib import contextmanager
 
@@ -23,7 +23,7 @@ class Classifier(Network):
         config: the section `model`.
     """
 
-    head_layer = "pooled"
+    layers_read = ("pooled",)
 
     def __init__(
         self, backbone: Backbone, channels: dict[str, int], num_classes: int, config: ModelConfig
@@ -39,10 +39,18 @@ class Classifier(Network):
         super().__init__(backbone, widths, config)
         self.bottleneck = bottleneck
         self.dropout = nn.Dropout(config.dropout)
-        self.head = nn.Linear(width, num_classes)
-        if config.weight_norm:
-            weight_norm(self.head)
+        self.head = self.build_head()
         self.prepare(config)
+
+    def build_head(self) -> nn.Module:
+        width, hidden = self.channels["pooled"], self.config.head_hidden
+        output = nn.Linear(hidden or width, self.channels["logits"])
+        if self.config.weight_norm:
+            weight_norm(output)
+        if hidden is None:
+            return output
+        dropout = nn.Dropout(self.config.dropout)
+        return nn.Sequential(nn.Linear(width, hidden), nn.ReLU(inplace=True), dropout, output)
 
     def forward(self, images: torch.Tensor | BackboneFeatures) -> ModelOutput:
         with self._explained():
@@ -50,8 +58,14 @@ class Classifier(Network):
 
     def predict(self, features: dict[str, torch.Tensor], size: tuple[int, ...]) -> ModelOutput:
         pooled = self.bottleneck(features["pooled"])
-        logits = self.head(self.dropout(pooled))
-        return ModelOutput(logits, {**features, "pooled": pooled, "logits": logits})
+        features = {**features, "pooled": pooled}
+        logits = self.head_logits(self.head, features, size)
+        return ModelOutput(logits, {**features, "logits": logits})
+
+    def head_logits(
+        self, head: nn.Module, features: dict[str, torch.Tensor], size: tuple[int, ...]
+    ) -> torch.Tensor:
+        return head(self.dropout(features["pooled"]))
 
     def check_layers(self, names: list[str], key: str = "feature_layers") -> None:
         super().check_layers(names, key)

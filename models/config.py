@@ -24,6 +24,7 @@ class ModelConfig:
     channels_last: bool = False  # memory layout; speed only
     bottleneck: int | None = positive(None, most=100_000)  # Linear + BN + ReLU of this width
     bottleneck_relu: bool = True  # false: without the ReLU, as in SHOT
+    head_hidden: int | None = positive(None, most=100_000)  # hidden layer of a classifier's head
     weight_norm: bool = False  # classification: of the classifier (arXiv:1602.07868), as in SHOT
     dropout: float = 0.0  # share of the classifier's inputs; not with a head of DeepLab
     drop_path: float | None = None  # residual branches left out, at the output; null: torchvision's
@@ -83,6 +84,7 @@ class ModelConfig:
                 "model.dropout is for task: classification, and for heads other than DeepLab's",
             ),
             (self.bottleneck is None, "model.bottleneck is for task: classification"),
+            (self.head_hidden is None, "model.head_hidden is for task: classification"),
             (not self.weight_norm, "model.weight_norm is for task: classification"),
         ]
 

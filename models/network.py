@@ -1,10 +1,11 @@
 """What the adapted networks share: output, normalization of images, batch norm, freezing."""
 
+import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -56,20 +57,22 @@ class Network(nn.Module):
     """A backbone and what a subclass builds on it: uint8 images (N, 3, H, W) -> `ModelOutput`.
 
     Scaling and normalization of the images happen here, on the device. A subclass builds its
-    modules, then calls `prepare`. It has `predict`, from the backbone's features and the height and
-    width of the images to a `ModelOutput`, and `head_inputs`, the features that `predict` reads.
+    modules, `head` among them, then calls `prepare`. It has `predict`, from the backbone's features
+    and the height and width of the images to a `ModelOutput`; `head_inputs`, the features that
+    `predict` reads; `build_head`, which makes a head with random weights; and `head_logits`, the
+    logits of such a head on `ModelOutput.features` of images of a height and width.
 
     Attributes:
         channels: width of each feature by name.
-        head_layer: name of the last feature that the head reads.
+        layers_read: names of the features in a `ModelOutput` that the head reads.
     """
 
-    head_layer: ClassVar[str] = "layer4"
+    layers_read: tuple[str, ...]
     compiled: dict | None = None  # the options of `compile`, if it was called
 
     def __init__(self, backbone: Backbone, channels: dict[str, int], config: ModelConfig):
         super().__init__()
-        self.backbone, self.channels = backbone, channels
+        self.backbone, self.channels, self.config = backbone, channels, config
         self.freeze_statistics = config.bn == "frozen"
         self.fixed_affine = config.bn_affine == "frozen"
         self.frozen: tuple[str, ...] = ()
@@ -141,6 +144,17 @@ class Network(nn.Module):
         if isinstance(images, BackboneFeatures):
             return self.predict(images.features, images.size)
         return self.predict(self.backbone(self.normalize(images)), images.shape[2:])
+
+    @property
+    def head_layer(self) -> str:
+        """Name of the last feature that the head reads."""
+        return self.layers_read[-1]
+
+    def new_head(self) -> nn.Module:
+        """Another head of the network's own architecture, with random weights of its own."""
+        head = copy.deepcopy(self.head)  # on its device, with synchronized batch norm if it has it
+        head.load_state_dict(self.build_head().state_dict())
+        return head
 
     def freeze(self, *names: str) -> None:
         """Fix submodules: no gradients, and eval mode even after `train`."""
@@ -353,3 +367,35 @@ def forward_domains(
         ModelOutput(logits_s, features_s, aux_s, out.features),
         ModelOutput(logits_t, features_t, aux_t, out.features),
     )
+
+
+def forward_head(
+    model: Network,
+    head: nn.Module,
+    out_s: ModelOutput,
+    out_t: ModelOutput,
+    change: Callable[[torch.Tensor], torch.Tensor],
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits of another head on what the model's own head has read of both domains.
+
+    There is one forward on both domains where `forward_domains` had one, and else one per domain,
+    so that batch norm within the head takes its statistics over the same images.
+
+    Args:
+        model: the network.
+        head: of `model.new_head()`.
+        out_s, out_t: outputs of `forward_domains` on source and target images.
+        change: what happens to each feature before the head reads it, such as gradient reversal.
+
+    Returns:
+        (logits on source, logits on target), of the shapes of `out_s.logits` and `out_t.logits`.
+    """
+
+    def logits(features: dict[str, torch.Tensor], out: ModelOutput) -> torch.Tensor:
+        changed = {name: change(features[name]) for name in model.layers_read}
+        return model.head_logits(head, changed, out.logits.shape[2:])
+
+    if out_s.joint is None:
+        return logits(out_s.features, out_s), logits(out_t.features, out_t)
+    logits_s, logits_t = logits(out_s.joint, out_s).split([len(out_s.logits), len(out_t.logits)])
+    return logits_s, logits_t

@@ -1,6 +1,7 @@
 """The segmentation networks: a backbone and a head on its maps."""
 
 import torch
+from torch import nn
 from torchvision.models.segmentation.fcn import FCNHead
 
 from common.resize import resize_maps
@@ -36,12 +37,23 @@ class Segmenter(Network):
 
     def predict(self, features: dict[str, torch.Tensor], size: tuple[int, ...]) -> ModelOutput:
         aux_logits = None
-        corners = self.backbone.border > 0  # a map begins and ends at the borders of the image
         if self.aux_head is not None:
-            aux_logits = resize_maps(self.aux_head(features["layer3"]), size, corners)
-        maps = [features[name] for name in self.layers_read]
-        logits = resize_maps(self.head(*maps), size, corners)
+            aux_logits = self._enlarge(self.aux_head(features["layer3"]), size)
+        logits = self.head_logits(self.head, features, size)
         return ModelOutput(logits, {**features, "logits": logits}, aux_logits)
+
+    def build_head(self) -> nn.Module:
+        head, _ = build_head(self.config, self.channels, self.channels["logits"])
+        return head
+
+    def head_logits(
+        self, head: nn.Module, features: dict[str, torch.Tensor], size: tuple[int, ...]
+    ) -> torch.Tensor:
+        return self._enlarge(head(*(features[name] for name in self.layers_read)), size)
+
+    def _enlarge(self, maps: torch.Tensor, size: tuple[int, ...]) -> torch.Tensor:
+        corners = self.backbone.border > 0  # a map begins and ends at the borders of the image
+        return resize_maps(maps, size, corners)
 
     def head_inputs(self, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         names = set(self.layers_read) | ({"layer3"} if self.aux_head is not None else set())
