@@ -37,7 +37,15 @@ ALL = [
 ]
 ALL += [
     ("resnet18", script, "classification")
-    for script in ("train_advent", "train_mmd", "train_mcc", "train_adda", "train_selfsup")
+    for script in (
+        "train_advent",
+        "train_mmd",
+        "train_mcc",
+        "train_mdd",
+        "train_adda",
+        "train_selfsup",
+        "train_mic",
+    )
 ]
 CASES = [
     pytest.param(*case, marks=() if case in ALWAYS else pytest.mark.slow, id="-".join(case))

@@ -380,6 +380,7 @@ TOO_LARGE = "data.target.crop [9, 9] is larger than resize [8, 9]"
 RULES_OF_SEGMENTATION = [
     ("model.backbone=lenet", "model.backbone: lenet is for task: classification; choose another"),
     ("model.bottleneck=8", "model.bottleneck is for task: classification"),
+    ("model.head_hidden=8", "model.head_hidden is for task: classification"),
     ("model.weight_norm=true", "model.weight_norm is for task: classification"),
     ("model.aux_weight=-1", "model.aux_weight must not be negative"),
     ("data.source.name=mnist", "data.source.name: mnist is for task: classification"),

@@ -1829,6 +1829,7 @@ def test_the_target_may_have_another_batch(task):
         ("train_mmd", ["mmd_weight=0", "coral_weight=1"]),
         ("train_mcc", []),
         ("train_selfsup", ["contrastive_weight=1", "strong_augment={cutout: {}}"]),
+        ("train_mdd", []),
         ("train_adda", ["source_steps=2"]),
         ("train_advent", []),
         ("train_pseudo", ["strong_augment={cutout: {}}", "distribution_alignment=true"]),

@@ -114,6 +114,7 @@ CASES = {
     "few_labels": ("train_source", {"data": FEW}),
     "few_labels_dann": ("train_dann", {"data": FEW, "disc_norm": "none"}),
     "mcc": ("train_mcc", {}),
+    "mdd": ("train_mdd", {}),
     "mmd": ("train_mmd", {}),
     "coral": ("train_mmd", {"mmd_weight": 0, "coral_weight": 10}),
     "dann": ("train_dann", {"disc_norm": "none"}),
@@ -163,6 +164,7 @@ FROZEN = "{backbone: mobilenet_v2, output_stride: 16, aux_weight: 0.1, bn: froze
 STREETS = {
     "train_source": {},
     "train_mcc": {},
+    "train_mdd": {},
     # Deeper features of an untrained network, with frozen statistics, differ by rounding alone.
     "train_mmd": {"optim": "{lr: 0.0001}", "feature_layers": "[layer1]"},
     "train_dann": {"disc_norm": "none"},
