@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from losses.mdd import disagreement_loss
 from losses.supervised import cross_entropy
@@ -184,6 +185,13 @@ def test_a_new_head_has_weights_of_its_own(task, keys):
         for parameter in head.parameters():
             parameter.fill_(7)
     assert differing(own, dict(model.head.state_dict())) == 0
+
+
+def test_a_new_head_has_synchronized_batch_norm_where_the_models_own_has():
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(build("segmentation")[0])
+    kinds = {type(module) for module in model.new_head().modules()}
+    assert nn.SyncBatchNorm in kinds
+    assert nn.BatchNorm2d not in kinds
 
 
 # --- what the adversary's loss reaches

@@ -114,7 +114,7 @@ CASES = {
     "few_labels": ("train_source", {"data": FEW}),
     "few_labels_dann": ("train_dann", {"data": FEW, "disc_norm": "none"}),
     "mcc": ("train_mcc", {}),
-    "mdd": ("train_mdd", {}),
+    "mdd": ("train_mdd", {"reversal_max": 0.01}),
     "mmd": ("train_mmd", {}),
     "coral": ("train_mmd", {"mmd_weight": 0, "coral_weight": 10}),
     "dann": ("train_dann", {"disc_norm": "none"}),
