@@ -17,6 +17,7 @@ from data import (
     DataConfig,
     Domains,
     LabeledDataConfig,
+    StreamDataConfig,
     TargetDataConfig,
     eval_loader,
     open_domains,
@@ -46,7 +47,8 @@ class EvaluationConfig:
 
 def _data_class(keys: Sequence[str]) -> type[DataConfig]:
     """The class of a section `data` in a config.yaml, which has all keys of its class."""
-    special = {"classes_from": TargetDataConfig, "val_share": LabeledDataConfig}
+    special = {"order": StreamDataConfig, "classes_from": TargetDataConfig}
+    special |= {"val_share": LabeledDataConfig}
     return next((cls for key, cls in special.items() if key in keys), DataConfig)
 
 

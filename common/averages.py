@@ -63,18 +63,33 @@ class RunningMean(nn.Module):
 
     Attributes:
         value: the average; `start` before the first update.
-        updates: the number of updates so far.
+        updates: the number of updates so far; one by part of a batch counts as its share.
     """
 
     def __init__(self, start: torch.Tensor, decay: float):
         super().__init__()
         self.decay = decay
         self.register_buffer("value", start.clone())
-        self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("updates", torch.zeros(()))
 
     @torch.no_grad()
-    def update(self, new: torch.Tensor) -> None:
-        self.updates += 1
-        # 1 - decay_at(updates before this one), computed on the device.
-        weight = (1 / self.updates).clamp_min(1 - self.decay)
+    def update(self, new: torch.Tensor, share: float | torch.Tensor = 1.0) -> None:
+        """Average a tensor in.
+
+        Args:
+            new: the tensor.
+            share: of a whole update that it counts as, from 0 to 1; 0 changes nothing.
+        """
+        self.updates += share
+        # At share 1: 1 - decay_at(updates before this one), computed on the device.
+        weight = share * (1 / self.updates.clamp_min(1e-30)).clamp_min(1 - self.decay)
         self.value += weight * (new - self.value)
+
+
+@torch.no_grad()
+def pull(model: nn.Module, towards: nn.Module, share: float) -> None:
+    """Move the trainable parameters of `model` by this share of the way to those of `towards`."""
+    pairs = zip(model.parameters(), towards.parameters(), strict=True)
+    for parameter, goal in pairs:
+        if parameter.requires_grad:
+            parameter.lerp_(goal, share)

@@ -1,6 +1,6 @@
 """Data sets, and loaders whose order and augmentation depend only on seed, role and position."""
 
-from data.config import DataConfig, LabeledDataConfig, TargetDataConfig
+from data.config import DataConfig, LabeledDataConfig, StreamDataConfig, TargetDataConfig
 from data.domains import Domains, EvaluationSets, open_domains
 from data.loaders import eval_loader, train_loader
 from data.prepare import load_image, target_size
@@ -12,6 +12,7 @@ __all__ = [
     "Domains",
     "EvaluationSets",
     "LabeledDataConfig",
+    "StreamDataConfig",
     "TargetDataConfig",
     "check_files",
     "eval_loader",

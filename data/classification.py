@@ -227,16 +227,15 @@ class TrainBatches(ViewBatches):
 
 
 class EvalBatches(Dataset):
-    """The set in its own order, cropped or padded at the center, not augmented."""
+    """The set in its own order, `batch` images at a time, cropped or padded, not augmented."""
 
-    def __init__(self, images: ImageSet, config: DataConfig):
-        self.set, self.config = images, config
+    def __init__(self, images: ImageSet, config: DataConfig, batch: int):
+        self.set, self.config, self.batch = images, config, batch
 
     def __len__(self) -> int:
-        return -(-len(self.set) // self.config.eval_batch)
+        return -(-len(self.set) // self.batch)
 
     def __getitem__(self, k: int):
-        batch = self.config.eval_batch
-        index = self.set.indices[k * batch : (k + 1) * batch]
+        index = self.set.indices[k * self.batch : (k + 1) * self.batch]
         images = three_channels(center(self.set.images[index], self.config.size))
         return images if self.set.labels is None else (images, self.set.labels[index])

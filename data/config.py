@@ -308,6 +308,27 @@ class TargetDataConfig(DataConfig):
 
 
 @dataclass
+class StreamDataConfig(TargetDataConfig):
+    """`DataConfig` of a method that takes the target's images once, one batch after another.
+
+    If they have labels, the predictions are scored by them.
+    """
+
+    order: Literal["shuffled", "listed", "sorted"] = "shuffled"  # sorted: by label, a benchmark
+    target_labeled: None = None  # null: labels of the stream score its predictions only
+    batch: int = positive(64, most=100_000)  # images per step, predicted together
+
+    def extra_rules(self):
+        return [
+            (
+                self.order != "sorted" or self.task == "classification",
+                "order: sorted is by the label of an image, for task: classification",
+            ),
+            (self.target_batch is None, "target_batch: all images are target images; set batch"),
+        ]
+
+
+@dataclass
 class LabeledDataConfig(DataConfig):
     """`DataConfig` of a method that trains on a labeled target; a part of it is for validation."""
 

@@ -9,12 +9,12 @@ import torch
 
 from common.errors import UserError
 from common.files import trained_classes
-from data.config import DataConfig, LabeledDataConfig
+from data.config import DataConfig, LabeledDataConfig, StreamDataConfig
 from data.decoded import Decoded
 from data.fingerprint import fingerprint
 from data.image_set import ImageSet, join
 from data.labeled import draw_labeled, list_labeled, without
-from data.loaders import CPU, Loader, eval_loader, train_loader
+from data.loaders import CPU, Loader, eval_loader, stream_loader, train_loader
 from data.order import Order, generator
 from data.rare_classes import class_counts
 from data.tasks import task_module
@@ -56,6 +56,8 @@ class Domains:
         source, target: training sets, labeled and unlabeled. Without a source
             (`TargetDataConfig`) `source` and `source_val` are None.
         source_val: held-out source images, or None with `source_val: 0`.
+        stream: the target's images in the order of a `StreamDataConfig`, with their labels if there
+            are any; else None.
         target_labeled: the images of `data.target_labeled`, which are in no other set of the
             target, or None. With a `LabeledDataConfig`, the images to train on.
         target_test: labeled target images for reporting, or None. With a `LabeledDataConfig`, the
@@ -77,6 +79,7 @@ class Domains:
     source: ImageSet | None = None
     source_val: ImageSet | None = None
     target: ImageSet | None = None
+    stream: ImageSet | None = None
     target_labeled: ImageSet | None = None
     target_test: ImageSet | None = None
     target_test_note: str
@@ -128,6 +131,20 @@ class Domains:
             counts = class_counts(images, None if self.dry_run else Path(self.config.cache))
         batches = iter(train_loader(images, *place, *how, styles, counts))
         self._opened[role] = batches
+        return batches
+
+    def stream_length(self) -> int:
+        """The number of batches of the stream."""
+        return len(stream_loader(self.stream, self.config).dataset)
+
+    def stream_batches(self, start: int, steps: int) -> Iterator:
+        """Batches start + 1 to `steps` of the stream: images, or (images, labels) if it has labels.
+
+        Every image comes once, as for an evaluation; the last batch may be smaller.
+        """
+        place = start, steps, self.device, self._wait
+        batches = iter(stream_loader(self.stream, self.config, *place))
+        self._opened["stream"] = batches
         return batches
 
     def _wait(self) -> None:
@@ -216,6 +233,9 @@ class Domains:
         present = {role: images for role, images in sets.items() if images}
         sizes = task_module(self.config).describe_sizes(present, self.config)
         lines.append(f"{'batch':14} {self._describe_batch()}, {sizes}")
+        if self.stream is not None:
+            lines.append(f"{'stream':14} {self.config.order}, {self.stream_length()} batches")
+            present = {}
         for role, images in present.items():
             if len(images) < (batch := self.config.batch_of(role)):
                 lines.append(
@@ -300,6 +320,7 @@ def open_domains(
                 f"data.target_labeled: {config.target_labeled} leaves no {missing}; "
                 "give fewer labels"
             )
+    stream = _stream(target, config, seed) if isinstance(config, StreamDataConfig) else None
     target = target.unlabeled()
     return Domains(
         config=config,
@@ -309,6 +330,7 @@ def open_domains(
         source=source,
         source_val=source_val,
         target=target,
+        stream=stream,
         target_labeled=target_labeled,
         target_test=target_test,
         target_test_note=note,
@@ -529,6 +551,22 @@ def _open_labeled_target(config: LabeledDataConfig, seed: int, dry_run: bool) ->
         lists=lists,
         dry_run=dry_run,
     )
+
+
+def _stream(target: ImageSet, config: StreamDataConfig, seed: int) -> ImageSet:
+    """The target in the order of the stream.
+
+    Raises:
+        UserError: it is to be sorted by labels that it does not have.
+    """
+    if config.order == "listed":
+        return target
+    order = torch.randperm(len(target), generator=generator(seed, "stream"))
+    if config.order == "sorted":
+        if target.labels is None:
+            raise UserError(f"data.order: sorted needs labels, and {target.name} has none")
+        order = order[target.labels[target.indices[order]].argsort(stable=True)]
+    return target.subset(order)
 
 
 def _criteria(target: ImageSet, config: DataConfig, seed: int) -> ImageSet:

@@ -225,8 +225,30 @@ def eval_loader(
 
     Of several processes each has every `ranks.count()`-th batch; all batches, unless `shared`.
     """
-    batches = task_module(config).EvalBatches(images, config)
+    batches = task_module(config).EvalBatches(images, config, config.eval_batch)
     numbers = range(len(batches))
     if shared:
         numbers = numbers[ranks.number() :: ranks.count()]
     return Loader(batches, numbers, config, f"evaluation of {images.name}", device)
+
+
+def stream_loader(
+    images: ImageSet,
+    config: DataConfig,
+    start: int = 0,
+    steps: int | None = None,
+    device: torch.device = CPU,
+    on_wait: Callable[[], None] | None = None,
+) -> Loader:
+    """Every image of the set once, in order, `data.batch` at a time, as for an evaluation.
+
+    Args:
+        images: the set; a batch has labels where the set has them.
+        config: the section `data`.
+        start: batches that are left out.
+        steps: the last batch, counted from 1; None for the last one of the set.
+        device, on_wait: see `Loader`.
+    """
+    batches = task_module(config).EvalBatches(images, config, config.batch)
+    numbers = range(len(batches))[start:steps]
+    return Loader(batches, numbers, config, f"data.target ({images.name})", device, on_wait)

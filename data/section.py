@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from common.config import build_config, not_negative, range_rules, read_layers
 from common.errors import require
-from data.config import DataConfig, LabeledDataConfig, TargetDataConfig
+from data.config import DataConfig, LabeledDataConfig, StreamDataConfig, TargetDataConfig
 
 ROOT = Path(__file__).resolve().parents[1]  # the folder of the scripts
 
@@ -31,12 +31,18 @@ class TargetConfig(Config):
 
 
 @dataclass
+class StreamConfig(Config):
+    data: StreamDataConfig
+
+
+@dataclass
 class LabeledConfig(Config):
     data: LabeledDataConfig
 
 
 READ = ("data", "seed")  # of a config
-KINDS = {"DataConfig": Config, "TargetDataConfig": TargetConfig, "LabeledDataConfig": LabeledConfig}
+KINDS = {"DataConfig": Config, "TargetDataConfig": TargetConfig, "StreamDataConfig": StreamConfig}
+KINDS |= {"LabeledDataConfig": LabeledConfig}
 
 
 class Script(NamedTuple):
@@ -88,9 +94,9 @@ def _fields(node: ast.ClassDef) -> dict[str, str]:
 def kind_of(tree: dict, scripts: list[Script]) -> str:
     """Which of KINDS the section `data` is.
 
-    A config without a source is of a method that sees no source images, such as train_shot.py, or
-    of one that trains on a labeled target, such as finetune.py. Keys of the section tell, then keys
-    of the method, then `init_from`.
+    A config without a source is of a method that sees no source images, such as train_shot.py and,
+    on a stream, adapt_online.py, or of one that trains on a labeled target, such as finetune.py.
+    Keys of the section tell, then keys of the method, then `init_from`.
 
     Args:
         tree: the config.
@@ -99,17 +105,20 @@ def kind_of(tree: dict, scripts: list[Script]) -> str:
     data = tree.get("data") if isinstance(tree.get("data"), dict) else {}
     if "val_share" in data:
         return "LabeledDataConfig"
+    if "order" in data:
+        return "StreamDataConfig"
     if "classes_from" in data:
         return "TargetDataConfig"
     if data.get("source") is not None or "target" not in data:
         return "DataConfig"
-    keys = dict.fromkeys(("TargetDataConfig", "LabeledDataConfig"), 0)
+    keys = dict.fromkeys(KINDS.keys() - {"DataConfig"}, 0)
     for script in scripts:
         if script.kind in keys:
             keys[script.kind] = max(keys[script.kind], len(script.keys & tree.keys()))
-    if keys["TargetDataConfig"] == keys["LabeledDataConfig"]:
+    best = [kind for kind, count in keys.items() if count == max(keys.values())]
+    if len(best) > 1:
         return "TargetDataConfig" if tree.get("init_from") else "LabeledDataConfig"
-    return max(keys, key=keys.get)
+    return best[0]
 
 
 def load_section(files: Sequence[str], overrides: Sequence[str]) -> tuple[Config, list[str]]:
@@ -132,7 +141,7 @@ def load_section(files: Sequence[str], overrides: Sequence[str]) -> tuple[Config
     notes = [f"not read here: {', '.join(aside)}"] if aside else []
     if kind == "LabeledDataConfig":
         notes.append("no data.source: read as a labeled target, as finetune.py does")
-    if kind == "TargetDataConfig":
+    if kind in ("TargetDataConfig", "StreamDataConfig"):
         notes.append("no data.source: read as by a method without source images, as train_shot.py")
     section = {key: tree[key] for key in READ if key in tree}
     known = {spec.name for spec in fields(KINDS[kind].__annotations__["data"])}

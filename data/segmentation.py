@@ -282,17 +282,17 @@ class TrainBatches(ViewBatches):
 
 
 class EvalBatches(Dataset):
-    """The set in its own order: entire images, and masks at their own size.
+    """The set in its own order, `batch` at a time: entire images, and masks at their own size.
 
     A batch ends where the sizes change.
     """
 
-    def __init__(self, images: ImageSet, config: DataConfig):
+    def __init__(self, images: ImageSet, config: DataConfig, batch: int):
         self.set, self.batches = images, []
         last = None
         for index in images.indices.tolist():
             size = tuple(_shape(x, index) for x in (images.images, images.labels))
-            if size != last or len(self.batches[-1]) == config.eval_batch:
+            if size != last or len(self.batches[-1]) == batch:
                 self.batches.append([])
             self.batches[-1].append(index)
             last = size

@@ -25,6 +25,11 @@ SOURCE_STREET = "source: {name: drawn_street, crop: [64, 64]}, "
 TASKS = ("classification", "segmentation")
 
 
+def page_of(script: Path) -> Path:
+    """The page in docs/ of a script of the project; a script under work has none."""
+    return ROOT / f"docs/{re.sub('^(train|adapt)_', '', script.stem)}.md"
+
+
 def load_script(path: Path):
     """A fresh module of a script, as `python path` would see it."""
     spec = importlib.util.spec_from_file_location(path.stem, path)
@@ -34,7 +39,7 @@ def load_script(path: Path):
     return module
 
 
-TRAINING = [*sorted(ROOT.glob("train_*.py")), ROOT / "finetune.py"]
+TRAINING = [*sorted(ROOT.glob("train_*.py")), ROOT / "finetune.py", ROOT / "adapt_online.py"]
 # Those that take one config, with both domains: their Config does not change the section `data`.
 # They are told by their text, so that a script under work breaks its own tests alone.
 # `any_config` makes a config for each of TRAINING.
@@ -117,15 +122,21 @@ def _without_source(config: Path, task: str, file: Path, lines: dict) -> Path:
     return file
 
 
+def _source_run(folder: Path, task: str, changes: dict) -> Path:
+    """The config of ten steps of train_source.py, which are taken, in folder/source."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model = {key: changes[key] for key in ("model",) if key in changes}
+    config = config_of(task, folder, "train_source", out_dir=folder / "source", **model)
+    assert train("train_source", config) == 0
+    return config
+
+
 def shot_config(folder: Path, task: str = "classification", **changes) -> Path:
     """Ten steps of train_shot.py from a run of train_source.py in folder/source.
 
     The source model is trained first.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    model = {key: changes[key] for key in ("model",) if key in changes}
-    config = config_of(task, folder, "train_source", out_dir=folder / "source", **model)
-    assert train("train_source", config) == 0
+    config = _source_run(folder, task, changes)
     lines = {
         "out_dir": folder / "run",
         "init_from": folder / "source",
@@ -134,6 +145,24 @@ def shot_config(folder: Path, task: str = "classification", **changes) -> Path:
         **changes,
     }
     return _without_source(config, task, folder / "shot.yaml", lines)
+
+
+def online_config(folder: Path, task: str = "classification", **changes) -> Path:
+    """Ten steps of adapt_online.py from a run of train_source.py.
+
+    Without `init_from` this is trained first, in folder/source. It is so unsure that all
+    predictions are learned from.
+    """
+    if "init_from" in changes:
+        config = config_of(task, folder, "train_source")
+    else:
+        config = _source_run(folder, task, changes)
+        changes = {"init_from": folder / "source", **changes}
+    lines = {"out_dir": folder / "run", "ent_margin": "null", **changes}
+    file = _without_source(config, task, folder / "online.yaml", lines)
+    if task == "segmentation":  # the tests' target has twelve scenes
+        file.write_text(file.read_text().replace("batch: 2,", "batch: 1,"))
+    return file
 
 
 def finetune_config(folder: Path, task: str = "classification", **changes) -> Path:
@@ -147,8 +176,8 @@ def any_config(script: str, folder: Path, task: str = "classification", **change
     """A config of ten steps for any of TRAINING."""
     if script in SCRIPTS:
         return config_of(task, folder, script, **changes)
-    make = {"train_shot": shot_config, "finetune": finetune_config}[script]
-    return make(folder, task, **changes)
+    make = {"train_shot": shot_config, "finetune": finetune_config, "adapt_online": online_config}
+    return make[script](folder, task, **changes)
 
 
 def train(script: str, config: Path, *arguments: str) -> int:

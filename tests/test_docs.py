@@ -16,14 +16,16 @@ from common.config import all_keys
 from common.errors import UserError
 from data.augment import OPERATIONS
 from models.backbones import BACKBONES, build_backbone
-from tests.helpers import ROOT, load_script
+from tests.helpers import ROOT, TRAINING, load_script, page_of
 from training.config import load_run_config
 from training.free_keys import FREE_AT_RESUME
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FOLDERS = "analysis|benchmarks|common|configs|data|docs|losses|models|tests|training"
 PATH = re.compile(rf"(?<![\w/.])(?:{FOLDERS})/[\w./*-]*\.(?:yaml|py|md)\b")
-SCRIPT = re.compile(r"(?<![\w/.])(?:train_\w+|finetune|reproduce|runs|evaluate|predict)\.py\b")
+SCRIPT = re.compile(
+    r"(?<![\w/.])(?:(?:train|adapt)_\w+|finetune|reproduce|runs|evaluate|predict)\.py\b"
+)
 EXAMPLES = {"train_mine.py"}  # scripts that a page asks the reader to write
 COMMAND = re.compile(r"python (\w+\.py) (?=--config)(.*)")
 OPTIONS = {"--resume", "--allow-change", "--dry-run", "--debug"}
@@ -303,8 +305,8 @@ def test_commands_load(file, monkeypatch):
 
 
 def test_every_method_page_shows_a_command():
-    for script in ROOT.glob("train_*.py"):
-        file = ROOT / f"docs/{script.stem.removeprefix('train_')}.md"
+    for script in TRAINING:
+        file = page_of(script)
         if not file.is_file():  # a script under work
             continue
         assert any(f"python {script.name} " in command for command in commands(read(file))), file

@@ -138,6 +138,7 @@ VARIANTS = {
     "train_selfsup": [
         ["flip_weight=1", "location_weight=1", "contrastive_weight=1", "strong_augment={blur: {}}"]
     ],
+    "adapt_online": [["prior_from=source", "updates=2", "ent_margin=0.4"]],
     "finetune": [["head_steps=0"], ["data.augment={}", "data.target.crop=null"]],
 }
 EVERY = [(path.stem, keys) for path in TRAINING for keys in ([], *VARIANTS.get(path.stem, []))]

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import UserError
-from tests.helpers import ROOT, TRAINING, load_script
+from tests.helpers import ROOT, TRAINING, load_script, page_of
 from tests.repetition import code_lines, longest_run, repeated_share
 from training.config import load_run_config
 
@@ -29,7 +29,7 @@ LAYERS = {
 }
 FOLDERS = [ROOT / name for name in LAYERS]
 MODULES = [file for folder in FOLDERS for file in sorted(folder.glob("*.py"))]
-SHIPPED = [s for s in TRAINING if (ROOT / f"docs/{s.stem.removeprefix('train_')}.md").is_file()]
+SHIPPED = [script for script in TRAINING if page_of(script).is_file()]
 READS_RUNS = [ROOT / f"{name}.py" for name in ("runs", "evaluate", "predict")]  # train nothing
 SCRIPTS = [*SHIPPED, ROOT / "reproduce.py", *READS_RUNS]
 PACKAGES = {"torch", "torchvision", "numpy", "tqdm", "yaml", "PIL"}  # PIL comes with torchvision

@@ -226,6 +226,11 @@ def test_two_processes_train_one_model(ready, tmp_path):
     processes = Processes(2, lambda number: ready.run(tmp_path / "run"), tmp_path)
     codes = processes.wait()
     printed = "\n".join(map(processes.printed, (0, 1)))
+    if ready.config_class.one_process:
+        assert codes == [2, 2]
+        assert printed.strip().startswith("error: torchrun: ")
+        assert len(printed.strip().splitlines()) == 1
+        return
     assert codes == [0, 0], (
         f"two processes, as torchrun starts them, do not train one model: {printed}\n"
         "(docs/run.md, Several processes; docs/new_method.md)"
@@ -235,6 +240,8 @@ def test_two_processes_train_one_model(ready, tmp_path):
 @covered
 def test_two_processes_train_what_one_trains(ready, tmp_path):
     """Without batch norm and dropout, whose statistics and draws are those of a process."""
+    if ready.config_class.one_process:
+        pytest.skip("the method says that it runs in one process (one_process)")
     keys = ["model.bn=frozen", "model.bn_running=both", "model.dropout=0", "optim.name=sgd"]
     keys += ["optim.lr=0.005"]  # without batch norm a larger one may diverge, and rounding with it
     keys += ["disc_norm=none"] if hasattr(ready.load(), "disc_norm") else []

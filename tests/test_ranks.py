@@ -178,9 +178,10 @@ STREETS = {
 }
 
 
-def test_every_script_is_tried():
-    assert {script for script, _ in CASES.values()} == {path.stem for path in TRAINING}
-    assert set(STREETS) == {path.stem for path in TRAINING}
+def test_every_script_that_can_is_tried():
+    scripts = {path.stem for path in TRAINING if not load_script(path).Config.one_process}
+    assert {script for script, _ in CASES.values()} == scripts
+    assert set(STREETS) == scripts
 
 
 @pytest.fixture

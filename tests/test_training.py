@@ -252,11 +252,14 @@ def test_gradients_are_clipped_after_they_are_unscaled(tmp_path, script, amp):
     config = any_config(script, tmp_path, optim="{lr: 1.0, schedule: constant, momentum: 0}")
     steps = 1 if amp == "float32" else 6  # the scaler skips the first ones
     keys = [f"steps={steps}", f"eval_every={steps}", f"save_every={steps}", f"amp={amp}"]
-    keys += ["optim.weight_decay=0", "optim.clip_norm=0.01"]
+    norm = 1e-4 if script == "adapt_online" else 0.01  # an unsure model has small gradients there
+    keys += ["optim.weight_decay=0", f"optim.clip_norm={norm}"]
     if script == "train_adda":  # its second part has another optimizer
         keys += ["steps=2", "source_steps=1", "target_lr=1e-30"]
     if script == "finetune":
         keys += ["head_steps=1"]
+    if script == "adapt_online":
+        keys += ["source_pull=0"]
     found = {}
     for name, rate in (("start", 1e-30), ("end", 1.0)):
         words = [*keys, f"optim.lr={rate}", f"out_dir={tmp_path}/{name}"]
@@ -265,7 +268,7 @@ def test_gradients_are_clipped_after_they_are_unscaled(tmp_path, script, amp):
     names = [name for name in found["end"] if "running" not in name and "num_" not in name]
     moved = [(found["end"][name] - found["start"][name]).flatten() for name in names]
     length = float(torch.cat(moved).norm())
-    assert 0.003 < length < 0.0101 * steps
+    assert 0.3 * norm < length < 1.01 * norm * steps
 
 
 def test_entropy_falls_and_diversity_holds_it(tmp_path):

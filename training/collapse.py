@@ -7,13 +7,14 @@ from torch import nn
 
 from common.averages import RunningMean, class_mean
 from common.counts import occurrences
-from common.ranks import mean_over_ranks, total
+from common.ranks import count, mean_over_ranks, total
 
 VANISHED = 0.05  # a class has vanished if its share is below this factor of its expected share
 COLLAPSED = 0.05  # expected share of the vanished classes from which an evaluation is collapsed
 FEWEST = 5  # expected predictions in an evaluation below which none may be chance
 DRIFT = 0.3  # largest total variation between recent and running mean prediction without an alarm
 RECENT, RUNNING = 20, 200  # batches over which the two means are taken
+WHOLE = 8  # predictions from which on a batch counts as one; a smaller one counts in proportion
 
 
 class AcceptedShares(nn.Module):
@@ -116,9 +117,10 @@ class CollapseMonitor(nn.Module):
         mean = class_mean(logits.float().log_softmax(1).exp())
         top = logits.argmax(1)
         top_shares = mean_over_ranks(occurrences(top, len(self.classes)) / top.numel())
-        self.recent.update(mean)
-        self.running.update(mean)
-        self.recent_top.update(top_shares)
+        share = min(top.numel() * count() / WHOLE, 1.0)
+        self.recent.update(mean, share)
+        self.running.update(mean, share)
+        self.recent_top.update(top_shares, share)
         filled = self.running.updates >= RECENT  # earlier, it is the mean of a few batches only
         torch.maximum(self.largest, self.running.value * filled, out=self.largest)
         spread = (1 - self.recent_top.value.max()) * filled
@@ -150,7 +152,7 @@ class CollapseMonitor(nn.Module):
             )
         for name, reason in reasons.items():
             if name not in self.current:
-                self._alarm(step, reason)
+                self.alarm(step, reason)
         self.current = list(reasons)
         return {"vanished": vanished, "drift": drift}
 
@@ -177,7 +179,7 @@ class CollapseMonitor(nn.Module):
         reasons = self._one_class(shares, 1.0, FEWEST / total) or reasons
         reason = "; ".join(reasons.values()) or None
         if set(reasons) - set(self.judged):
-            self._alarm(step, f"evaluation: {reason}")
+            self.alarm(step, f"evaluation: {reason}")
         self.judged = list(reasons)
         return {"vanished_classes": list(missing), "collapsed": reason}
 
@@ -218,6 +220,7 @@ class CollapseMonitor(nn.Module):
         name = self.classes[now.index(most)]
         return {"one class": f"{name} has {100 * most:.4g} % of the target predictions"}
 
-    def _alarm(self, step: int, reason: str) -> None:
+    def alarm(self, step: int, reason: str) -> None:
+        """Record an alarm, and print it."""
         self.alarms.append({"step": step, "reason": reason})
         self.tell(f"step {step}  collapse alarm: {reason}")

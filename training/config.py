@@ -56,6 +56,7 @@ class RunConfig:
     process_timeout: int = positive(600, most=10**6)  # s that one process waits for another
 
     method: ClassVar[str | None] = None
+    one_process: ClassVar[bool] = False  # whether it cannot be trained by several processes
 
     def __post_init__(self):
         expand_home(self, "out_dir", "init_from")
@@ -225,6 +226,11 @@ def _check_start(config, files: Sequence[str]) -> None:
 
 def _check_processes(config) -> None:
     """Raise `UserError` if several processes cannot train by this config."""
+    if config.one_process and ranks.count() > 1:
+        raise UserError(
+            f"torchrun: method {config.method} takes one batch after another, each with the model "
+            "that the one before has left, in one process; start it by python"
+        )
     if config.model.bn_sync and get_device(config.device).type != "cuda":
         raise UserError(
             "model.bn_sync: torch has synchronized batch norm on CUDA devices only; leave it out"
@@ -248,7 +254,7 @@ def _warn(config) -> None:
             "warning: model.bn: frozen keeps the statistics of untrained weights, with which a "
             "deep network hardly learns; name model.weights or init_from, or set model.bn=concat"
         )
-    if config.optim.warmup >= config.steps:
+    if config.steps is not None and config.optim.warmup >= config.steps:
         print(
             f"warning: optim.warmup: the rate rises for {config.optim.warmup} steps, and the run "
             f"has {config.steps}, so it never reaches optim.lr"

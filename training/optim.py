@@ -111,6 +111,14 @@ def clip_gradients(optimizer: torch.optim.Optimizer, clip_norm: float | None) ->
         nn.utils.clip_grad_norm_(parameters, clip_norm)
 
 
+@torch.no_grad()
+def forget_moments(optimizer: torch.optim.Optimizer) -> None:
+    """Set all that an optimizer remembers, such as its momentum, to 0."""
+    for state in optimizer.state.values():
+        for tensor in state.values():
+            tensor.zero_()
+
+
 def learning_rate(config: OptimConfig, step: int, steps: int) -> float:
     """Rate of the new layers at `step` (from 0) of `steps`, with p the progress.
 

@@ -234,9 +234,23 @@ class Run:
         names = self.domains.classes, shares, self.domains.absent_classes
         self.monitor = CollapseMonitor(*names, self.log.print).to(get_device(self.config.device))
         self.log.monitor = self.monitor
+        self._set_steps()
         if self.read_all:
             print(f"--all: each of {check_files(self.domains)} files can be used")
         return self.domains
+
+    def _set_steps(self) -> None:
+        """Let a run over a stream have a step per batch of it, or the fewer ones of its `steps`."""
+        if self.domains.stream is None:
+            return
+        batches, steps = self.domains.stream_length(), self.config.steps
+        if steps is not None and steps > batches:
+            raise UserError(
+                f"steps: {steps}, but the stream has {batches} batches of "
+                f"{self.config.data.batch}; set steps: null for all of them"
+            )
+        steps = batches if steps is None else steps
+        self.config.steps = self.last_step = self.log.steps = self.run_folder.steps = steps
 
     def begin(self, *, model: torch.nn.Module, **state) -> int:
         """Start or continue the run.
@@ -455,7 +469,7 @@ class Run:
         before = config_of(saved["config"], self.config, file)
         changed = check_changes(before, self.config, self.allow_change, self.folder)
         step, steps = saved["step"], self.config.steps
-        if changed and steps <= step:
+        if changed and steps is not None and steps <= step:
             raise UserError(
                 f"--allow-change: {self.folder} is at step {step} already, and steps is {steps}; "
                 f"set steps above {step} to go on"

@@ -6,6 +6,7 @@ from pathlib import Path
 from data import Domains
 from training.device import get_device
 from training.evaluation import choose
+from training.stream import describe_stream
 
 
 def iou_table(target: dict[str, dict]) -> str:
@@ -95,6 +96,8 @@ def print_summary(summary: dict, file: Path) -> None:
         file: where it is stored.
     """
     target = summary["target"]
+    if "stream" in summary:
+        print(*describe_stream(summary["stream"], summary["collapse_alarms"]), sep="\n")
     for name, reason in summary["collapsed"].items():
         print(f"warning: {name}: the predictions on the target have collapsed: {reason}")
     if target["oracle"]["step"] is None:

@@ -1,0 +1,166 @@
+"""What was predicted on a stream, beside the predictions of the unadapted model."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from common.averages import RunningMean, class_mean
+from common.metrics import confusion_matrix, main_metric
+from common.resize import resize_maps
+from data import EvaluationSets
+from training.collapse import RECENT
+
+WHOLE = 64  # predictions that count as one update of the recent means; fewer in proportion
+CONFIDENT = 0.9  # probability from which on a prediction of the unadapted model is confident
+AGREED = 0.9  # share of the recent confident predictions below which there is an alarm
+FEWEST = 128  # recent confident predictions below which the share may be chance
+
+
+def _entropy(p: torch.Tensor) -> float:
+    return -float(torch.xlogy(p, p).sum())
+
+
+class StreamRecord(nn.Module):
+    """Scores the predictions of a stream as they are made, and watches them without labels.
+
+    The unadapted model predicts the same images. Where it is confident it is mostly right, so an
+    adapted model that contradicts many of these predictions may have become worse; and a mean
+    prediction of much smaller entropy than the unadapted model's has collapsed, whatever the
+    classes in the stream.
+
+    Args:
+        sets: of the run; its classes, and how a confusion matrix is measured.
+        alarm: called with the step and the reason of each new alarm.
+
+    Attributes:
+        adapted, unadapted: confusion matrices (K, K); zeros without labels.
+        pairs: counts (K, K) of predictions, a row per class of the unadapted model and a column per
+            class of the adapted one.
+        confident: how many predictions of the unadapted model are confident, and on how many of
+            these the adapted model agrees (2,).
+        recent: of the last `RECENT` updates, the mean prediction of the adapted and of the
+            unadapted model, and the shares of the predictions that `confident` counts (2 K + 2,).
+        images, resets: how many there were.
+    """
+
+    def __init__(self, sets: EvaluationSets, alarm: Callable[[int, str], None]):
+        super().__init__()
+        self.classes, self.measure, self.alarm = sets.classes, sets.measure, alarm
+        k = len(self.classes)
+        for name, shape in {"adapted": (k, k), "unadapted": (k, k), "pairs": (k, k)}.items():
+            self.register_buffer(name, torch.zeros(shape, dtype=torch.int64))
+        self.register_buffer("confident", torch.zeros(2, dtype=torch.int64))
+        for name in ("images", "resets", "in_doubt"):
+            self.register_buffer(name, torch.zeros((), dtype=torch.int64))
+        self.recent = RunningMean(torch.zeros(2 * k + 2), 1 - 1 / RECENT)
+
+    @torch.no_grad()
+    def add(
+        self, logits: torch.Tensor, unadapted: torch.Tensor, labels: torch.Tensor | None
+    ) -> None:
+        """Add the predictions on a batch.
+
+        Args:
+            logits, unadapted: of the adapted and of the unadapted model (N, K, ...).
+            labels: (N, ...), or None. Logits of maps are enlarged to labels of another size.
+        """
+        k = len(self.classes)
+        p, q = (x.float().log_softmax(1).exp() for x in (logits, unadapted))
+        confidence, predicted = q.max(1)
+        sure = confidence >= CONFIDENT
+        counts = torch.stack([sure.sum(), (sure & (p.argmax(1) == predicted)).sum()])
+        self.images += len(logits)
+        self.confident += counts
+        self.pairs += confusion_matrix(logits, predicted, k)
+        shares = counts / sure.numel()
+        recent = torch.cat([class_mean(p), class_mean(q), shares])
+        self.recent.update(recent, min(sure.numel() / WHOLE, 1.0))
+        if labels is not None:
+            for matrix, scores in ((self.adapted, logits), (self.unadapted, unadapted)):
+                if scores.shape[2:] != labels.shape[1:]:
+                    scores = resize_maps(scores, labels.shape[1:])
+                matrix += confusion_matrix(scores, labels, k)
+
+    def has_collapsed(self, share: float) -> bool:
+        """Whether the entropy of the recent mean prediction is below `share` of the unadapted's.
+
+        Waits for the device.
+        """
+        k, recent = len(self.classes), self.recent.value.cpu()
+        filled = float(self.recent.updates) >= 1
+        return filled and _entropy(recent[:k]) < share * _entropy(recent[k : 2 * k])
+
+    def reset(self) -> None:
+        """Forget the recent predictions, since the adapted model is the unadapted one again."""
+        self.resets += 1
+        self.in_doubt.zero_()
+        self.recent.value.zero_()
+        self.recent.updates.zero_()
+
+    def report(self, step: int) -> dict[str, float | None]:
+        """The figures so far, for a line of metrics.jsonl; raises an alarm if there is reason to.
+
+        Waits for the device.
+
+        Returns:
+            `stream.<metric>` and `stream.unadapted_<metric>`, None without labels, and
+            `confident_agreement`, None without a confident prediction.
+        """
+        sure, agreed = self.recent.value[-2:].tolist()
+        enough = sure * float(self.recent.updates) * WHOLE >= FEWEST
+        doubt = enough and agreed < AGREED * sure
+        if doubt and not self.in_doubt:
+            self.alarm(
+                step,
+                f"the adapted model agrees with {100 * agreed / sure:.0f} % of the predictions that"
+                " the unadapted model is confident of: the adaptation may have hurt",
+            )
+        self.in_doubt.fill_(doubt)
+        adapted, unadapted = self.measure(self.adapted), self.measure(self.unadapted)
+        name = main_metric(adapted)
+        return {
+            f"stream.{name}": adapted[name],
+            f"stream.unadapted_{name}": unadapted[name],
+            "confident_agreement": agreed / sure if sure > 0 else None,
+        }
+
+    def facts(self) -> dict:
+        """What summary.json contains about the entire stream."""
+        pairs, (sure, agreed) = self.pairs.cpu(), self.confident.tolist()
+        counts = {"adapted": pairs.sum(0).tolist(), "unadapted": pairs.sum(1).tolist()}
+        return {
+            "images": int(self.images),
+            "adapted": self.measure(self.adapted),
+            "unadapted": self.measure(self.unadapted),
+            "agreement": float(pairs.trace() / pairs.sum()),
+            "confident_agreement": agreed / sure if sure else None,
+            "predicted": {
+                name: dict(zip(self.classes, row, strict=True)) for name, row in counts.items()
+            },
+            "resets": int(self.resets),
+        }
+
+
+def describe_stream(stream: dict, alarms: list[dict]) -> list[str]:
+    """Sentences about the `facts` of a stream, and about the alarms of its run."""
+    name = main_metric(stream["adapted"])
+    figures = (stream["adapted"][name], stream["unadapted"][name])
+    lines = [f"stream of {stream['images']} images: no labels to score with"]
+    if None not in figures:
+        adapted, unadapted = figures
+        lines = [
+            f"stream of {stream['images']} images: {name} {adapted:.2f} as predicted, "
+            f"{unadapted:.2f} by the unadapted model"
+        ]
+    lines.append(
+        f"the two models agree on {100 * stream['agreement']:.1f} % of the predictions; "
+        f"{stream['resets']} resets"
+    )
+    if alarms:
+        first = alarms[0]
+        lines.append(
+            f"warning: the adaptation may have hurt: {len(alarms)} alarms, the first at step "
+            f"{first['step']}: {first['reason']}"
+        )
+    return lines
