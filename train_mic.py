@@ -42,13 +42,15 @@ from training.optim import build_optimizer, clip_gradients, set_rates
 from training.run import Run
 from training.schedules import progress, warm_up
 
+Weighting = Literal["mask", "confident_fraction", "confidence"]
+
 
 @dataclass
 class Config(RunConfig):
     method: ClassVar[str] = "mic"
     ema_decay: float = 0.999  # of the teacher's weights; smaller in the first steps
     threshold: float = positive(0.968)  # confidence from which a pseudo-label is accepted
-    weighting: Literal["mask", "confident_fraction", "confidence"] = "confident_fraction"
+    weighting: Weighting = "confident_fraction"  # what a pseudo-label weighs, see above
     pseudo_weight: float = not_negative(1.0)  # of pseudo_loss
     mask_weight: float = not_negative(1.0)  # of mask_loss
     mask_ratio: float = 0.7  # probability of a block to be hidden

@@ -30,6 +30,11 @@ def both(folder, script: str, task: str = "classification", **lines) -> tuple:
     return folder / "whole", folder / "parts"
 
 
+def values(folder):
+    """The last state without the numbers of updates of running means, which parts have more of."""
+    return {name: x for name, x in last_state(folder).items() if not name.endswith(".updates")}
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_two_parts_are_one_batch(tmp_path, learned, case):
     """Without batch norm and dropout, of losses that are means over images."""
@@ -37,7 +42,7 @@ def test_two_parts_are_one_batch(tmp_path, learned, case):
     lines = {"model": PLAIN, "steps": 8, "eval_every": 4, "save_every": 8, **changes}
     lines |= {} if script == "train_shot" else {"init_from": learned}
     whole, parts = both(tmp_path, script, **lines)
-    assert largest_difference(last_state(whole), last_state(parts)) < 1e-5
+    assert largest_difference(values(whole), values(parts)) < 1e-5
     for line, other in zip(metrics(whole), metrics(parts), strict=True):
         assert line.keys() == other.keys()
         for name, value in line.items():
@@ -50,7 +55,7 @@ def test_two_parts_of_images_with_masks_are_one_batch(tmp_path, script):
     changes = {"train_advent": {"adv_weight": 0.1}, "train_pseudo": {"mix": "none"}}
     lines = {"model": FROZEN, "steps": 4, "eval_every": 4, "save_every": 4, "optim": "{lr: 0.001}"}
     whole, parts = both(tmp_path, script, "segmentation", **lines, **changes.get(script, {}))
-    assert largest_difference(last_state(whole), last_state(parts)) < 1e-5
+    assert largest_difference(values(whole), values(parts)) < 1e-5
 
 
 def test_control_batch_norm_takes_the_statistics_of_a_part(tmp_path):

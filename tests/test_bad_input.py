@@ -79,7 +79,8 @@ def test_an_unknown_key(config, refused, script):
 def test_a_key_of_another_script(config, refused):
     message = refused("train_source", config, "adv_weight=1")
     assert message == (
-        "error: adv_weight=1: unknown key adv_weight; it is a key of train_advent.py, train_dann.py"
+        "error: adv_weight=1: unknown key adv_weight; "
+        "it is a key of train_advent.py, train_dann.py, train_mdd.py"
     )
 
 

@@ -63,7 +63,7 @@ def test_a_card_names_model_data_and_method(dann):
     assert re.search(r"^target_test +drawn_digits_shifted: 30 images", parts["Data"], re.M)
     assert "the labels of the 200 source images, and no label of the target" in parts["Data"]
     assert "`train_dann.py`: Domain-adversarial training with gradient" in parts["Method"]
-    assert "minimize  cls_loss + adv_weight * adv_loss\n" in parts["Method"]
+    assert "minimize  cls_loss + adv_weight * adv_loss + mcc_weight * mcc_loss\n" in parts["Method"]
     assert "--config" not in parts["Method"]
     assert "made for the target, drawn_digits_shifted" in parts["Limits"]
 

@@ -17,7 +17,7 @@ from PIL import Image, ImageFont
 from common.drawing import class_colors, drawable, wrapped
 from common.errors import UserError
 from data import check, contact_sheet, section
-from data.config import DataConfig, LabeledDataConfig, TargetDataConfig
+from data.config import DataConfig, LabeledDataConfig, StreamDataConfig, TargetDataConfig
 from data.contact_sheet import Shown
 from data.listing import Listing
 from tests.helpers import ROOT
@@ -372,7 +372,7 @@ def test_the_section_of_every_config_is_read_as_by_its_script(monkeypatch):
             own = re.search(r"^    data: (\w+)$", (ROOT / words[0]).read_text(), re.M)
             assert type(config.data).__name__ == (own[1] if own else "DataConfig"), file
             kinds[type(config.data)] += 1
-    assert {DataConfig, LabeledDataConfig, TargetDataConfig} == set(kinds)
+    assert {DataConfig, LabeledDataConfig, StreamDataConfig, TargetDataConfig} == set(kinds)
 
 
 def load(tmp_path, text: str, *overrides: str):

@@ -1104,8 +1104,8 @@ def test_a_key_of_another_script_is_said_to_be_one():
     with pytest.raises(UserError) as caught:
         load_run_config(Config, "a.yaml", ["disc_hiden=3"])
     assert [line.strip() for line in str(caught.value).splitlines()] == [
-        "a.yaml: unknown key ema_decay; it is a key of train_pseudo.py",
-        "a.yaml: unknown key threshold; it is a key of train_pseudo.py",
+        "a.yaml: unknown key ema_decay; it is a key of train_mic.py, train_pseudo.py",
+        "a.yaml: unknown key threshold; it is a key of train_mic.py, train_pseudo.py",
         "a.yaml: unknown key qqqqqq; see --help",
         "disc_hiden=3: unknown key disc_hiden; did you mean disc_hidden?",
     ]
