@@ -103,7 +103,8 @@ def small(tree: dict, start: Path, source: bool) -> dict:
     keep = ("bn", "bn_running", "bn_affine", "channels_last")
     model = {key: value for key, value in tree.get("model", {}).items() if key in keep}
     tree = {**tree, "data": data, "model": {**model, **MODEL[task]}, "out_dir": "run"}
-    tree.pop("source_steps", None)  # ADDA: 0 needs a run
+    for key in ("source_steps", "fd_weight", "fd_classes"):  # which need a run, or weights
+        tree.pop(key, None)
     return {**tree, "init_from": None if source else str(start)}
 
 
