@@ -403,13 +403,19 @@ def test_masks_enter_the_loss(tmp_path, script):
 
 @pytest.mark.parametrize("few", [True, False])
 def test_labels_teach_what_the_source_does_not(tmp_path, pictures, few):
-    """The source's labels are random; two labeled target images per class tell the colors apart."""
+    """The source's labels are random; two labeled target images per class tell the colors apart.
+
+    Without them, a source whose labels are swapped teaches the opposite.
+    """
     pictures("photo", {"cat": 16, "dog": 16})
     pictures("sketch", {"cat": 12, "dog": 12})
     lot = torch.randperm(32, generator=torch.Generator().manual_seed(0)) % 2
     images = [(c, k, i) for k, c in enumerate(("cat", "dog")) for i in range(16)]
+    given = [lot[16 * k + i] if few else 1 - k for _, k, i in images]
     write_list(
-        tmp_path, [f"{c}/{i:03d}.png {lot[16 * k + i]}" for c, k, i in images], "photo/list.txt"
+        tmp_path,
+        [f"{c}/{i:03d}.png {y}" for (c, _, i), y in zip(images, given, strict=True)],
+        "photo/list.txt",
     )
     write_list(
         tmp_path, [f"{c}/{i:03d}.png {k}" for c, k, i in images if i < 12], "sketch/list.txt"
@@ -422,7 +428,7 @@ def test_labels_teach_what_the_source_does_not(tmp_path, pictures, few):
     config = tiny_config(tmp_path, data=data, steps=120, eval_every=120, optim="{lr: 0.05}")
     assert train("train_source", config) == 0
     accuracy = summary(tmp_path / "run")["target"]["last"]["accuracy"]
-    assert accuracy > 90 if few else accuracy < 80
+    assert accuracy >= 75 if few else accuracy < 40
 
 
 @pytest.mark.parametrize("script", ["train_dann", "train_pseudo", "train_adda"])

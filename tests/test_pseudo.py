@@ -340,7 +340,7 @@ def test_the_alarm_sees_one_class_for_every_image_without_confidence():
     monitor, told = monitor_of([0.25] * 4)
     for step in range(300):
         monitor.add(
-            predictions(step, [0, 1, 2, 3]) if step < 200 else torch.tensor([[0.1, 0, 0, 0]])
+            predictions(step, [0, 1, 2, 3]) if step < 200 else torch.tensor(8 * [[0.1, 0, 0, 0]])
         )
     assert monitor.report(300) == {"vanished": 0, "drift": pytest.approx(0, abs=0.05)}
     assert len(told) == 1
