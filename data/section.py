@@ -111,14 +111,13 @@ def kind_of(tree: dict, scripts: list[Script]) -> str:
         return "TargetDataConfig"
     if data.get("source") is not None or "target" not in data:
         return "DataConfig"
-    keys = dict.fromkeys(KINDS.keys() - {"DataConfig"}, 0)
+    keys = dict.fromkeys(("TargetDataConfig", "LabeledDataConfig"), 0)
     for script in scripts:
         if script.kind in keys:
             keys[script.kind] = max(keys[script.kind], len(script.keys & tree.keys()))
-    best = [kind for kind, count in keys.items() if count == max(keys.values())]
-    if len(best) > 1:
+    if keys["TargetDataConfig"] == keys["LabeledDataConfig"]:
         return "TargetDataConfig" if tree.get("init_from") else "LabeledDataConfig"
-    return best[0]
+    return max(keys, key=keys.get)
 
 
 def load_section(files: Sequence[str], overrides: Sequence[str]) -> tuple[Config, list[str]]:
