@@ -452,14 +452,14 @@ def test_the_head_alone_and_no_head_first(tmp_path):
 
 def test_each_stage_learns(tmp_path):
     keys = ["steps=80", "eval_every=20", "data.batch=16", f"out_dir={tmp_path}/source"]
-    assert train("train_source", tiny_config(tmp_path, optim="{lr: 0.05}"), *keys) == 0
+    assert train("train_source", tiny_config(tmp_path, optim="{lr: 0.03}"), *keys) == 0
     config = finetune_config(
         tmp_path,
         head_steps=40,
         optim="{lr: 0.05, schedule: constant}",
         init_from=tmp_path / "source",
     )
-    assert train("finetune", config, *keys[:3], "finetune_lr=0.005", "unfreeze=1.0") == 0
+    assert train("finetune", config, *keys[:3], "finetune_lr=0.002", "unfreeze=1.0") == 0
     loss = {
         m["step"]: -m["criteria.neg_val_loss"]
         for m in metrics(tmp_path / "run")
