@@ -44,6 +44,14 @@ TRAINING = [*sorted(ROOT.glob("train_*.py")), ROOT / "finetune.py", ROOT / "adap
 # They are told by their text, so that a script under work breaks its own tests alone.
 # `any_config` makes a config for each of TRAINING.
 SCRIPTS = [path.stem for path in TRAINING if not re.search(r"^    data: ", path.read_text(), re.M)]
+SOURCE_FREE = ("train_shot", "train_aad")  # they start from a model, which they train here
+ONLY_CLASSIFICATION = ("train_aad",)
+RUNS = [
+    (path.stem, task)
+    for task in TASKS
+    for path in TRAINING
+    if task == "classification" or path.stem not in ONLY_CLASSIFICATION
+]
 
 
 def tiny_config(folder: Path, **changes) -> Path:
@@ -147,6 +155,16 @@ def shot_config(folder: Path, task: str = "classification", **changes) -> Path:
     return _without_source(config, task, folder / "shot.yaml", lines)
 
 
+def aad_config(folder: Path, task: str = "classification", **changes) -> Path:
+    """Ten steps of train_aad.py from a run of train_source.py in folder/source.
+
+    The source model is trained first.
+    """
+    config = _source_run(folder, task, changes)
+    lines = {"out_dir": folder / "run", "init_from": folder / "source", **changes}
+    return _without_source(config, task, folder / "aad.yaml", lines)
+
+
 def online_config(folder: Path, task: str = "classification", **changes) -> Path:
     """Ten steps of adapt_online.py from a run of train_source.py.
 
@@ -176,7 +194,12 @@ def any_config(script: str, folder: Path, task: str = "classification", **change
     """A config of ten steps for any of TRAINING."""
     if script in SCRIPTS:
         return config_of(task, folder, script, **changes)
-    make = {"train_shot": shot_config, "finetune": finetune_config, "adapt_online": online_config}
+    make = {
+        "train_shot": shot_config,
+        "train_aad": aad_config,
+        "finetune": finetune_config,
+        "adapt_online": online_config,
+    }
     return make[script](folder, task, **changes)
 
 

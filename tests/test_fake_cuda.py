@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 from data import operations
 from data.views import Raw
 from models.config import fitting_heads
-from tests.helpers import TASKS, TRAINING, any_config, train
+from tests.helpers import RUNS, TASKS, TRAINING, any_config, train
 from training import collapse, evaluation, state
 from training.log import Log
 
@@ -141,11 +141,10 @@ VARIANTS = {
     "adapt_online": [["prior_from=source", "updates=2", "ent_margin=0.4"]],
     "finetune": [["head_steps=0"], ["data.augment={}", "data.target.crop=null"]],
 }
-EVERY = [(path.stem, keys) for path in TRAINING for keys in ([], *VARIANTS.get(path.stem, []))]
+EVERY = [(script, task, keys) for script, task in RUNS for keys in ([], *VARIANTS.get(script, []))]
 
 
-@pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize(("script", "keys"), EVERY)
+@pytest.mark.parametrize(("script", "task", "keys"), EVERY)
 def test_steps_do_not_wait_for_the_device(tmp_path, script, keys, task):
     if task == "segmentation" and "conditional=cdan_e" in keys:
         keys = ["disc_locations=true"]  # in its place: conditioning is for one vector per image

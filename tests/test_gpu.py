@@ -11,6 +11,7 @@ from common.resize import resize_maps
 from data import to_views
 from data.tasks import task_module
 from tests.helpers import (
+    RUNS,
     SCRIPTS,
     TASKS,
     TRAINING,
@@ -31,7 +32,6 @@ pytestmark = [
 ]
 
 
-EVERY = [path.stem for path in TRAINING]
 VARIANTS = [
     ("train_dann", ["model.bn=separate", "model.bn_running=target"]),
     ("train_dann", ["conditional=cdan_e"]),
@@ -48,7 +48,10 @@ VARIANTS = [
 ]
 # The stream of adapt_online.py has no 20 steps in these tests.
 OTHERS = ("train_shot", "finetune", "adapt_online")
-VARIANTS += [(script, []) for script in EVERY if script not in OTHERS]
+VARIANTS += [(path.stem, []) for path in TRAINING if path.stem not in OTHERS]
+CASES = [
+    (script, task, keys) for task in TASKS for script, keys in VARIANTS if (script, task) in RUNS
+]
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -62,8 +65,7 @@ def test_every_precision_trains(tmp_path, script, amp, task):
 
 
 @pytest.mark.parametrize("amp", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize(("script", "keys"), VARIANTS)
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize(("script", "task", "keys"), CASES)
 def test_no_host_sync_between_log_steps(tmp_path, monkeypatch, script, keys, amp, task):
     """Between the first step and the log, anything that waits for the device raises."""
     add, seen = log.Log.add, []
@@ -85,8 +87,7 @@ def test_no_host_sync_between_log_steps(tmp_path, monkeypatch, script, keys, amp
     assert len(seen) == 20
 
 
-@pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("script", EVERY)
+@pytest.mark.parametrize(("script", "task"), RUNS)
 def test_resume_is_exact(tmp_path, monkeypatch, script, task):
     config = any_config(script, tmp_path, task)
     arguments = ["device=cuda"] + (["disc_norm=dropout"] if script == "train_dann" else [])

@@ -10,12 +10,13 @@ from data import open_domains, train_loader
 from data.config import DataConfig, DomainConfig
 from tests.helpers import (
     SCRIPTS,
+    SOURCE_FREE,
     TASKS,
+    any_config,
     config_of,
     differing,
     finetune_config,
     metrics,
-    shot_config,
     stop_after,
     summary,
     tiny_config,
@@ -370,15 +371,9 @@ def test_a_mistake_in_one_of_several_sources_is_named(tmp_path, capsys):
 # --- what they train
 
 
-def labeled_config(script: str, task: str, tmp_path):
-    return (
-        shot_config(tmp_path, task) if script == "train_shot" else config_of(task, tmp_path, script)
-    )
-
-
-@pytest.mark.parametrize("script", [*SCRIPTS, "train_shot"])
+@pytest.mark.parametrize("script", [*SCRIPTS, *SOURCE_FREE])
 def test_labels_enter_the_loss_of_every_script(tmp_path, script):
-    config = labeled_config(script, "classification", tmp_path)
+    config = any_config(script, tmp_path)
     few = ["data.target_labeled=1", "data.eval_batch=60"]
     assert train(script, config, *few) == 0
     assert train(script, config, f"out_dir={tmp_path}/without") == 0
@@ -443,7 +438,7 @@ def test_resume_is_exact(tmp_path, monkeypatch, script):
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "run")
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, "train_shot"])
+@pytest.mark.parametrize("script", [*SCRIPTS, *SOURCE_FREE])
 def test_no_other_target_label_trains(tmp_path, pictures, script):
     """Two lists name the same labeled images; the labels of all others differ."""
     pictures("photo", {"cat": 12, "dog": 12})
@@ -467,7 +462,7 @@ def test_no_other_target_label_trains(tmp_path, pictures, script):
 
     write(False)
     config = tiny_config(tmp_path, data=data, select="infomax")
-    if script == "train_shot":
+    if script in SOURCE_FREE:
         assert (
             train("train_source", config, "data.target_labeled=null", f"out_dir={tmp_path}/source")
             == 0

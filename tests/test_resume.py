@@ -19,12 +19,13 @@ from models import build_model
 from tests.helpers import (
     ROOT,
     SCRIPTS,
+    SOURCE_FREE,
+    any_config,
     differing,
     finetune_config,
     in_a_fork,
     load_script,
     metrics,
-    shot_config,
     stop_after,
     stop_within_evaluation,
     street_config,
@@ -456,11 +457,11 @@ def test_a_run_does_not_go_on_with_other_data(tmp_path, monkeypatch, pictures):
 # --- without what the run started from
 
 
-@pytest.mark.parametrize("script", ["train_shot", "finetune", "train_dann", "train_adda"])
+@pytest.mark.parametrize("script", [*SOURCE_FREE, "finetune", "train_dann", "train_adda"])
 def test_a_run_goes_on_without_the_run_it_started_from(tmp_path, monkeypatch, script):
     """All of it is in the checkpoint, the names of the classes too."""
-    if script == "train_shot":
-        config = shot_config(tmp_path)
+    if script in SOURCE_FREE:
+        config = any_config(script, tmp_path)
     else:
         source = tiny_config(tmp_path, out_dir=tmp_path / "source")
         assert train("train_source", source) == 0
