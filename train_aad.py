@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from common.config import not_negative, positive
 from common.errors import UserError, exit_with
 from common.ranks import average_gradients, gather, total
-from data import TargetDataConfig
+from data import ClassificationTargetDataConfig
 from data.views import to_views
 from losses.aad import NeighborBank, attraction_loss, dispersion_loss
 from losses.supervised import supervised_loss
@@ -39,7 +39,7 @@ from training.run import Run
 @dataclass
 class Config(RunConfig):
     method: ClassVar[str] = "aad"
-    data: TargetDataConfig
+    data: ClassificationTargetDataConfig
     neighbors: int = positive(5)  # of each image that attract it
     disperse_weight: float = not_negative(1.0)  # of disperse_loss, at the start
     disperse_decay: float = not_negative(5.0)  # 0: disperse_coeff is constant
@@ -59,10 +59,6 @@ class Config(RunConfig):
             (
                 self.select != "source_val",
                 "select: source_val needs source images, which are not read here",
-            ),
-            (
-                not self.data or self.data.task == "classification",
-                "data.task: segmentation has no neighbors here; take train_shot.py or minent",
             ),
         ]
 

@@ -1,6 +1,12 @@
 """Data sets, and loaders whose order and augmentation depend only on seed, role and position."""
 
-from data.config import DataConfig, LabeledDataConfig, StreamDataConfig, TargetDataConfig
+from data.config import (
+    ClassificationTargetDataConfig,
+    DataConfig,
+    LabeledDataConfig,
+    StreamDataConfig,
+    TargetDataConfig,
+)
 from data.domains import Domains, EvaluationSets, open_domains
 from data.loaders import eval_loader, train_loader
 from data.prepare import load_image, target_size
@@ -8,6 +14,7 @@ from data.read_all import check_files
 from data.views import to_views
 
 __all__ = [
+    "ClassificationTargetDataConfig",
     "DataConfig",
     "Domains",
     "EvaluationSets",

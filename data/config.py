@@ -308,6 +308,13 @@ class TargetDataConfig(DataConfig):
 
 
 @dataclass
+class ClassificationTargetDataConfig(TargetDataConfig):
+    """`TargetDataConfig` of a method that has no segmentation."""
+
+    task: Literal["classification"] = "classification"
+
+
+@dataclass
 class StreamDataConfig(TargetDataConfig):
     """`DataConfig` of a method that takes the target's images once, one batch after another.
 

@@ -181,5 +181,5 @@ def test_what_cannot_be_asked_for(tmp_path):
     with pytest.raises(UserError, match="init_from is missing"):
         train("train_aad", config, "init_from=null")
     street = street_config(tmp_path, "train_aad")
-    with pytest.raises(UserError, match=r"data\.task: segmentation has no neighbors"):
+    with pytest.raises(UserError, match=r"data\.task must be classification"):
         train("train_aad", street, "data.source=null", f"init_from={tmp_path}/source")
