@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 from common.config import build_config, not_negative, range_rules, read_layers
 from common.errors import require
+from data import config as data_config
 from data.config import DataConfig, LabeledDataConfig, StreamDataConfig, TargetDataConfig
 
 ROOT = Path(__file__).resolve().parents[1]  # the folder of the scripts
@@ -73,7 +74,13 @@ def read_script(text: str) -> Script | None:
     while name not in KINDS and name in classes and classes[name].bases:
         data_keys |= _fields(classes[name]).keys()
         name = ast.unparse(classes[name].bases[0]).split(".")[-1]
-    return Script(set(declared), name if name in KINDS else "DataConfig", data_keys)
+    return Script(set(declared), _kind(name), data_keys)
+
+
+def _kind(name: str) -> str:
+    """The one of KINDS that a class of data/config.py is, or is derived from."""
+    bases = getattr(data_config, name, DataConfig).__mro__
+    return next(base.__name__ for base in bases if base.__name__ in KINDS)
 
 
 @functools.cache
