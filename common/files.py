@@ -2,7 +2,6 @@
 
 import fcntl
 import hashlib
-import io
 import json
 import os
 import pickle
@@ -107,23 +106,54 @@ def save_tensors(path: Path, state: dict) -> None:
     `state` consists of tensors, numbers and strings, and of lists and dicts of these. If the name
     of the file ends with .safetensors, it is a dict of tensors, and the file has that format.
     """
-    # Into memory first: to a full disk torch's zip writer raises a RuntimeError.
-    if path.suffix == SAFETENSORS:
-        content = safetensors.to_bytes(state)
-    else:
-        buffer = io.BytesIO()
-        torch.save(state, buffer)
-        content = buffer.getbuffer()
+    digest = hashlib.sha256()
 
     def write(file) -> None:
-        file.write(content)
+        hashed = _HashedFile(file, digest)
+        if path.suffix == SAFETENSORS:
+            hashed.write(safetensors.to_bytes(state))
+        else:
+            _save(state, hashed)
         file.flush()
         os.fsync(file.fileno())  # a full disk is known now, while the old file has its hash
         # The old hash must never lie beside the new file.
         _hash_file(path).unlink(missing_ok=True)
 
     write_atomically(path, write)
-    write_text(_hash_file(path), f"{hashlib.sha256(content).hexdigest()}  {path.name}\n")
+    write_text(_hash_file(path), f"{digest.hexdigest()}  {path.name}\n")
+
+
+class _HashedFile:
+    """A binary file, of which everything that is written enters a hash.
+
+    Attributes:
+        error: that of a write, such as to a full disk.
+    """
+
+    def __init__(self, file, digest):
+        self.file, self.digest, self.error = file, digest, None
+
+    def write(self, content) -> int:
+        try:
+            count = self.file.write(content)
+        except OSError as error:
+            self.error = error
+            raise
+        self.digest.update(content)
+        return count
+
+    def flush(self) -> None:
+        self.file.flush()
+
+
+def _save(state: dict, file: _HashedFile) -> None:
+    """`torch.save`, whose zip writer raises a RuntimeError where the file could not be written."""
+    try:
+        torch.save(state, file)
+    except RuntimeError:
+        if file.error is None:
+            raise
+        raise file.error from None
 
 
 def load_tensors(path: Path) -> dict:
