@@ -3,15 +3,16 @@
     minimize  ent_loss = mean of w H(p),  p = model(x_t), H in nats
     over the scales and shifts of the normalization layers
 
-    w = exp(E0 - H) where H < E0 = ent_margin * log K, else 0
+    w = exp(E0 - H) where H < E0 = ent_margin * log K, else 0; times (1 - cos(p, mean p)), scaled
     batch norm normalizes by (prior * statistics so far + n * those of the n images) / (prior + n)
 
-Each batch is predicted, scored, and then learned from. The unadapted model, that of `init_from`,
-predicts it, too: both figures stand in metrics.jsonl and summary.json. Labels of the stream only
-score. After each step the weights go a share `source_pull` of the way back to the unadapted ones,
-and all the way where the predictions have collapsed. Rate and share are for 64 images; a batch of n
-has n/64 of them. The weights of EATA (arXiv:2204.02610), the prior (arXiv:2006.16971) and the way
-back of ROID (arXiv:2306.00650) can be left out by their keys. docs/online.md explains the rest.
+Each batch is predicted, and the same forward is learned from. The unadapted model, that of
+`init_from`, predicts it, too: both figures stand in metrics.jsonl and summary.json. Labels of the
+stream score the predictions. After each step the weights go a share `source_pull` of the way back
+to the unadapted ones, and the entire way where the predictions have collapsed. Rate and share are
+for `lr_images` images; a batch of n has n/lr_images of them. The weights of EATA (arXiv:2204.02610)
+and ROID (arXiv:2306.00650), the prior (arXiv:2006.16971) and the way back of ROID can be left out
+by their keys. docs/online.md explains the rest.
 
     python adapt_online.py --config configs/demo/digits.yaml configs/demo/online.yaml
     python adapt_online.py --config configs/demo/digits.yaml configs/demo/online.yaml --resume
@@ -28,7 +29,7 @@ from common.config import not_negative, positive
 from common.errors import exit_with
 from data import StreamDataConfig
 from data.views import to_views
-from losses.online import IMAGES, sure_weights, weighted_entropy
+from losses.online import diversity_weights, reliable_weights, weighted_entropy
 from models import build_model, eval_mode
 from models.stream_norm import copy_statistics, follow_stream
 from training.config import RunConfig, parse_args
@@ -49,9 +50,11 @@ class Config(RunConfig):
     prior_from: Literal["stream", "source"] = "stream"  # prior: statistics so far | the source's
     updates: int = not_negative(1)  # gradient steps per batch; 0: the statistics alone adapt
     ent_margin: float | None = positive(0.4, most=1)  # share of log K; null: all have weight 1
-    source_pull: float = not_negative(0.01, most=1)  # way back to the source's weights, per 64
-    reset_below: float = not_negative(0.5, most=1)  # of the source's diversity; 0: never reset
-    check_every: int = positive(10)  # steps between looks for a collapse
+    diversity: bool = True  # whether classes that are predicted often are learned from less
+    lr_images: int = positive(64)  # images that optim.lr and source_pull are for
+    source_pull: float = not_negative(0.01, most=1)  # share of the way back to init_from's weights
+    reset_below: float = not_negative(0.5, most=1)  # of the unadapted entropy; 0: never reset
+    check_every: int = positive(10)  # steps between two looks for harm
 
     def __post_init__(self):
         if self.data and self.data.classes_from is None:
@@ -70,10 +73,6 @@ class Config(RunConfig):
                 self.prior is None or not self.model or self.model.bn != "frozen",
                 "model.bn: frozen keeps the source's statistics; set model.bn: concat to adapt "
                 "them, or prior: null",
-            ),
-            (
-                self.prior != 0 or not self.data or self.data.batch > 1,
-                "prior: 0 normalizes by the batch alone, which needs a data.batch above 1",
             ),
             (
                 self.updates > 0 or self.prior is not None,
@@ -115,7 +114,9 @@ def main(argv: list[str] | None = None) -> int:
         lr = set_rates(optimizer, config.optim, step - 1, config.steps)
         batch = to_views(next(stream), device)
         x_t, y_t = batch if labeled else (batch, None)
-        share = len(x_t) / IMAGES  # of a full batch
+        share = len(x_t) / config.lr_images
+        for group in optimizer.param_groups:
+            group["lr"] *= share
         eval_mode(model, batch_statistics=config.prior is not None)
         if config.prior_from == "source":
             copy_statistics(model, source)
@@ -129,11 +130,13 @@ def main(argv: list[str] | None = None) -> int:
             ):
                 logits = model(x_t).logits
                 log_p = logits.float().log_softmax(1)
-                weights = sure_weights(log_p, config.ent_margin)
+                weights = reliable_weights(log_p, config.ent_margin)
+                if config.diversity:
+                    weights = weights * diversity_weights(log_p, record.mean_prediction)
                 loss = weighted_entropy(log_p, weights)
             if config.updates > 0:
                 optimizer.zero_grad(set_to_none=True)
-                scaler.scale(loss * share).backward()
+                scaler.scale(loss).backward()
                 scaler.unscale_(optimizer)
                 clip_gradients(optimizer, config.optim.clip_norm)
                 scaler.step(optimizer)
@@ -147,13 +150,15 @@ def main(argv: list[str] | None = None) -> int:
         agreement = (logits.argmax(1) == unadapted.argmax(1)).float().mean()
         run.log.add(ent_loss=loss, learned=(weights > 0).float().mean(), agreement=agreement)
 
-        if step % config.check_every == 0 and record.has_collapsed(config.reset_below):
-            run.monitor.alarm(step, "the predictions have collapsed: back to the source's model")
-            model.load_state_dict(source.state_dict())
-            forget_moments(optimizer)
-            record.reset()
+        if run.due(step, config.check_every):
+            record.look_for_harm(step)
+            if record.has_collapsed(config.reset_below):
+                run.monitor.alarm(step, "the predictions have collapsed: back to init_from's model")
+                model.load_state_dict(source.state_dict())
+                forget_moments(optimizer)
+                record.reset()
         if run.due(step, config.log_every):
-            run.log.write(step, lr=lr, **record.report(step))
+            run.log.write(step, lr=lr, **record.report())
         if run.due(step, config.eval_every):
             with autocast:
                 run.evaluate(step, model, evaluation)

@@ -355,7 +355,7 @@ def _matched(images: ImageSet, role: str, classes: list[str], config: DataConfig
 
 def classes_of_run(path: str) -> list[str]:
     """The class names of a run folder. Raises `UserError` if it does not name them."""
-    classes = trained_classes(path)
+    classes = trained_classes(str(Path(path).expanduser()))
     if classes is None:
         raise UserError(
             f"{path} has no summary.json that names the classes; "

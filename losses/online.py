@@ -1,19 +1,19 @@
-"""Entropy of a stream's predictions, of those that can be learned from.
+"""Entropy of the predictions on a stream, and how much each of them is learned from.
 
-Minimized over scale and shift of normalization layers it is TENT (Wang et al. 2021,
-arXiv:2006.10726); the weights are those of EATA (Niu et al. 2022, arXiv:2204.02610).
+Minimized over scale and shift of normalization layers the entropy is TENT (Wang et al. 2021,
+arXiv:2006.10726). The weights are those of EATA (Niu et al. 2022, arXiv:2204.02610) and, up to a
+constant factor, of ROID (Marsden et al. 2024, arXiv:2306.00650).
 """
 
 import math
 
 import torch
-
-IMAGES = 64  # of a full batch, which learning rate and other shares are for
+import torch.nn.functional as F
 
 
 @torch.no_grad()
-def sure_weights(log_p: torch.Tensor, margin: float | None) -> torch.Tensor:
-    """Weights of predictions, by which sure ones count more and unsure ones nothing.
+def reliable_weights(log_p: torch.Tensor, margin: float | None) -> torch.Tensor:
+    """Weights by which certain predictions count more, and uncertain ones nothing.
 
         w = exp(E0 - H) where H < E0, else 0                            equation 3 of EATA
 
@@ -33,12 +33,35 @@ def sure_weights(log_p: torch.Tensor, margin: float | None) -> torch.Tensor:
     return torch.exp(limit - entropies) * (entropies < limit)
 
 
+@torch.no_grad()
+def diversity_weights(log_p: torch.Tensor, mean: torch.Tensor) -> torch.Tensor:
+    """Weights by which classes that are predicted often count less.
+
+        w = (1 - cos(p, mean)) / (1 - 1 / sqrt(K))                      equation 3 of ROID
+
+    so that a certain prediction has weight 1 where all classes are predicted equally often, and
+    next to none where nearly all predictions are of its class. ROID scales the weights of a batch
+    to the range from 0 to 1 instead, which one image cannot have.
+
+    Args:
+        log_p: float32 log-probabilities (N, K, ...).
+        mean: mean of the recent predictions (K,); zeros, before any, count as equal frequencies.
+
+    Returns:
+        (N, ...), without gradient.
+    """
+    k = len(mean)
+    mean = (mean + 1e-6).view(1, k, *[1] * (log_p.dim() - 2))
+    cosine = F.cosine_similarity(log_p.exp(), mean, dim=1)
+    return (1 - cosine).clamp_min(0) / (1 - k**-0.5)
+
+
 def weighted_entropy(log_p: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
     """Mean over all predictions of weight times entropy, in nats.
 
     Args:
         log_p: float32 log-probabilities (N, K, ...).
-        weights: (N, ...), of `sure_weights`.
+        weights: (N, ...), constants.
 
     Returns:
         A scalar; 0, attached to the graph, without any prediction.

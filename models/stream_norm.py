@@ -19,7 +19,8 @@ class StreamNorm(BatchNorm):
     for a batch of n images (Schneider et al. 2020, arXiv:2006.16971). N is 0 for the
     batch alone; with N above 0 one image suffices. In train mode it normalizes so, and the mixture
     becomes the running statistics; gradients pass through the batch's part. In eval mode it is
-    ordinary batch norm. Its tensors have the names of ordinary batch norm.
+    ordinary batch norm, and so it is, with N = 0, for a batch of one value per channel, which has
+    no variance. Its tensors have the names of ordinary batch norm.
 
     Args:
         norm: the layer that it takes the place of, and whose tensors it has.
@@ -39,8 +40,9 @@ class StreamNorm(BatchNorm):
         """Accept features (N, C) and maps (N, C, H, W)."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.training:
-            return super().forward(x)
+        if not self.training or (self.prior == 0 and x.numel() == x.shape[1]):
+            tensors = (self.running_mean, self.running_var, self.weight, self.bias)
+            return nn.functional.batch_norm(x, *tensors, eps=self.eps)
         values, share = x.float(), len(x) / (self.prior + len(x))
         dims = [dim for dim in range(x.dim()) if dim != 1]
         variance, mean = torch.var_mean(values, dims, correction=0)
@@ -91,8 +93,8 @@ def follow_stream(model: Network, prior: float | None, pooled: bool) -> None:
             setattr(model.get_submodule(parent), child, StreamNorm(module, prior, pooled))
 
 
-def copy_statistics(model: nn.Module, of: nn.Module) -> None:
+def copy_statistics(model: nn.Module, source: nn.Module) -> None:
     """Give the batch norm of `model` the running statistics of another model of its layers."""
-    for name, buffer in of.named_buffers():
+    for name, buffer in source.named_buffers():
         if name.endswith(("running_mean", "running_var")):
             model.get_buffer(name).copy_(buffer)

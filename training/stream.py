@@ -1,5 +1,6 @@
 """What was predicted on a stream, beside the predictions of the unadapted model."""
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -11,10 +12,12 @@ from common.resize import resize_maps
 from data import EvaluationSets
 from training.collapse import RECENT
 
-WHOLE = 64  # predictions that count as one update of the recent means; fewer in proportion
+UPDATE = 64  # predictions that count as one update of the recent means; fewer in proportion
 CONFIDENT = 0.9  # probability from which on a prediction of the unadapted model is confident
 AGREED = 0.9  # share of the recent confident predictions below which there is an alarm
 FEWEST = 128  # recent confident predictions below which the share may be chance
+MIXED = 0.5  # entropy of a mean prediction, as a share of log K, that tells a mixture of classes
+LOSS = 1.0  # points below the unadapted model that the end of a labeled stream warns of
 
 
 def _entropy(p: torch.Tensor) -> float:
@@ -25,9 +28,10 @@ class StreamRecord(nn.Module):
     """Scores the predictions of a stream as they are made, and watches them without labels.
 
     The unadapted model predicts the same images. Where it is confident it is mostly right, so an
-    adapted model that contradicts many of these predictions may have become worse; and a mean
-    prediction of much smaller entropy than the unadapted model's has collapsed, whatever the
-    classes in the stream.
+    adapted model that contradicts many of these predictions may have become worse. Where it sees a
+    mixture of classes, an adapted model whose mean prediction has a much smaller entropy has
+    collapsed. A stream of few classes at a time is not judged by the second, since a model that
+    gains on it looks the same.
 
     Args:
         sets: of the run; its classes, and how a confusion matrix is measured.
@@ -42,6 +46,7 @@ class StreamRecord(nn.Module):
         recent: of the last `RECENT` updates, the mean prediction of the adapted and of the
             unadapted model, and the shares of the predictions that `confident` counts (2 K + 2,).
         images, resets: how many there were.
+        in_doubt: 1 while the models disagree, of which one alarm is raised.
     """
 
     def __init__(self, sets: EvaluationSets, alarm: Callable[[int, str], None]):
@@ -75,21 +80,27 @@ class StreamRecord(nn.Module):
         self.pairs += confusion_matrix(logits, predicted, k)
         shares = counts / sure.numel()
         recent = torch.cat([class_mean(p), class_mean(q), shares])
-        self.recent.update(recent, min(sure.numel() / WHOLE, 1.0))
+        self.recent.update(recent, min(sure.numel() / UPDATE, 1.0))
         if labels is not None:
             for matrix, scores in ((self.adapted, logits), (self.unadapted, unadapted)):
                 if scores.shape[2:] != labels.shape[1:]:
                     scores = resize_maps(scores, labels.shape[1:])
                 matrix += confusion_matrix(scores, labels, k)
 
+    @property
+    def mean_prediction(self) -> torch.Tensor:
+        """The mean of the adapted model's recent predictions (K,); zeros before any."""
+        return self.recent.value[: len(self.classes)]
+
     def has_collapsed(self, share: float) -> bool:
         """Whether the entropy of the recent mean prediction is below `share` of the unadapted's.
 
-        Waits for the device.
+        Never where the unadapted model sees no mixture of classes. Waits for the device.
         """
         k, recent = len(self.classes), self.recent.value.cpu()
+        adapted, unadapted = _entropy(recent[:k]), _entropy(recent[k : 2 * k])
         filled = float(self.recent.updates) >= 1
-        return filled and _entropy(recent[:k]) < share * _entropy(recent[k : 2 * k])
+        return filled and unadapted >= MIXED * math.log(k) and adapted < share * unadapted
 
     def reset(self) -> None:
         """Forget the recent predictions, since the adapted model is the unadapted one again."""
@@ -98,17 +109,10 @@ class StreamRecord(nn.Module):
         self.recent.value.zero_()
         self.recent.updates.zero_()
 
-    def report(self, step: int) -> dict[str, float | None]:
-        """The figures so far, for a line of metrics.jsonl; raises an alarm if there is reason to.
-
-        Waits for the device.
-
-        Returns:
-            `stream.<metric>` and `stream.unadapted_<metric>`, None without labels, and
-            `confident_agreement`, None without a confident prediction.
-        """
+    def look_for_harm(self, step: int) -> None:
+        """Raise an alarm where the models begin to disagree. Waits for the device."""
         sure, agreed = self.recent.value[-2:].tolist()
-        enough = sure * float(self.recent.updates) * WHOLE >= FEWEST
+        enough = sure * min(float(self.recent.updates), RECENT) * UPDATE >= FEWEST
         doubt = enough and agreed < AGREED * sure
         if doubt and not self.in_doubt:
             self.alarm(
@@ -117,6 +121,15 @@ class StreamRecord(nn.Module):
                 " the unadapted model is confident of: the adaptation may have hurt",
             )
         self.in_doubt.fill_(doubt)
+
+    def report(self) -> dict[str, float | None]:
+        """The figures so far, for a line of metrics.jsonl. Waits for the device.
+
+        Returns:
+            `stream.<metric>` and `stream.unadapted_<metric>`, None without labels, and
+            `confident_agreement`, None without a confident prediction.
+        """
+        sure, agreed = self.recent.value[-2:].tolist()
         adapted, unadapted = self.measure(self.adapted), self.measure(self.unadapted)
         name = main_metric(adapted)
         return {
@@ -153,6 +166,8 @@ def describe_stream(stream: dict, alarms: list[dict]) -> list[str]:
             f"stream of {stream['images']} images: {name} {adapted:.2f} as predicted, "
             f"{unadapted:.2f} by the unadapted model"
         ]
+        if adapted < unadapted - LOSS:
+            lines.append("warning: the adaptation has hurt; take the unadapted model")
     lines.append(
         f"the two models agree on {100 * stream['agreement']:.1f} % of the predictions; "
         f"{stream['resets']} resets"
@@ -160,7 +175,6 @@ def describe_stream(stream: dict, alarms: list[dict]) -> list[str]:
     if alarms:
         first = alarms[0]
         lines.append(
-            f"warning: the adaptation may have hurt: {len(alarms)} alarms, the first at step "
-            f"{first['step']}: {first['reason']}"
+            f"warning: {len(alarms)} alarms, the first at step {first['step']}: {first['reason']}"
         )
     return lines
