@@ -566,7 +566,7 @@ def test_harm_is_told(tmp_path, learned, capsys):
     """A rate at which the predictions go wrong raises alarms; a small one is a control."""
     for name, keys in {
         "harmful": ["optim.lr=30", "source_pull=0", "diversity=false", "ent_margin=null"],
-        "harmless": ["optim.lr=0.0001"],
+        "harmless": ["optim.lr=0.0001", "prior=null"],
     }.items():
         words = [
             *keys,
