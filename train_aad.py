@@ -5,12 +5,12 @@
     attract_loss  = -mean_i sum_j p_i . p_j, over the `neighbors` nearest of all target images
     disperse_loss =  mean_i sum_m p_i . p_m, over the other images of the batch
 
-An image shall be predicted as its neighbors in feature space are, and other than images taken at
-random, of which few are of its class. A memory holds the latest feature and prediction of every
-target image; it starts with one pass over the target. disperse_coeff = disperse_weight * (1 + 10
-t)^-disperse_decay, where t goes from 0 to 1 over the run. All weights train, the classifier too.
-`init_from` is a run of train_source.py with the same `model`. Classification only, as in the paper.
-docs/aad.md explains every metric and departure from the paper.
+An image is drawn to the predictions of its neighbors in feature space, and pushed from those of
+images taken at random, of which few are of its class. A memory holds the latest feature and
+prediction of every target image; it starts with one pass over the target. disperse_coeff is
+disperse_weight * (1 + 10 t)^-disperse_decay, where t goes from 0 to 1 over the run. All weights
+train, the classifier too. `init_from` is a run of train_source.py with the same `model`. There is
+no segmentation, as in the paper. docs/aad.md explains every metric and departure from the paper.
 
     python train_aad.py --config configs/demo/digits.yaml configs/demo/aad.yaml
 """
@@ -72,7 +72,15 @@ def fill(
     autocast: torch.autocast,
     device: torch.device,
 ) -> None:
-    """Features and predictions of all images, in eval mode; `batches` are (number, images)."""
+    """Fill the memory with one pass over the target in eval mode.
+
+    Args:
+        bank: the memory.
+        model: is in train mode afterwards.
+        batches: (number of the batch, images) of this process.
+        eval_batch: images per batch; the last one may be smaller.
+        autocast, device: of the run.
+    """
     model.eval()
     for number, x_t in batches:
         with autocast:
@@ -136,11 +144,12 @@ def main(argv: list[str] | None = None) -> int:
             with autocast:
                 out_t = model(x_t)
                 features, p_t = unit(out_t.features[model.head_layer]), probabilities(out_t.logits)
-                bank.remember(*(gather(x.detach()) for x in (images, features, p_t)))
                 with torch.autocast(device.type, enabled=False):  # cosines in float32
+                    all_images, all_p = gather(images), gather(p_t)
+                    bank.remember(all_images, gather(features), all_p)
                     neighbors = bank.nearest(images, features, config.neighbors)
                     attract_loss = attraction_loss(p_t, neighbors)
-                    disperse_loss = dispersion_loss(gather(p_t))
+                    disperse_loss = dispersion_loss(all_p, all_images)
                 loss = attract_loss + disperse_coeff * disperse_loss
                 losses = {"attract_loss": attract_loss, "disperse_loss": disperse_loss}
                 if labeled:

@@ -53,9 +53,17 @@ class Config(RunConfig):
 
     def rules(self):
         differ = self.contrastive_weight == 0 or len(self.strong_augment) > 0
+        used = self.contrastive_weight > 0 or len(self.strong_augment) == 0
+        roles = ("source", "target") if self.data and self.rotation_weight > 0 else ()
+        flipped = any("flip" in self.data.augment_of(role) for role in roles)
         return [
             *super().rules(),
             (differ, "contrastive_weight needs strong_augment: the two views must differ"),
+            (used, "strong_augment is the second view of contrastive_weight, which is 0"),
+            (
+                self.rotation_set != "digits" or not flipped,
+                "rotation_set: digits has mirrored images as a class; leave flip out of augment",
+            ),
             *(self.data.strong_view_rules(self.strong_augment) if self.data else ()),
         ]
 
@@ -89,7 +97,9 @@ def main(argv: list[str] | None = None) -> int:
 
     # --- data
     source = domains.batches("source", start, config.steps)
-    target = domains.batches("target", start, config.steps, config.strong_augment)
+    contrast = config.contrastive_weight > 0
+    strong = config.strong_augment if contrast else None
+    target = domains.batches("target", start, config.steps, strong)
     labeled = domains.batches("target_labeled", start, config.steps)
     evaluation = domains.evaluation()
 
@@ -99,7 +109,8 @@ def main(argv: list[str] | None = None) -> int:
         optimizer.zero_grad(set_to_none=True)
         for part in range(config.accumulate):
             x_s, y_s = to_views(next(source), device)
-            x_t, x_strong = to_views(next(target), device)
+            views = to_views(next(target), device)
+            x_t, x_strong = views if contrast else (views, None)
             x_l, y_l = to_views(next(labeled), device) if labeled else (None, None)
 
             with autocast:
@@ -120,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
                         losses[f"{name}_loss"] = problem_loss
                         losses[f"{name}_accuracy"] = 100 * hits_t.float().mean()
                         loss = loss + weight * problem_loss
-                    if config.contrastive_weight > 0:
+                    if contrast:
                         pair = out_t, model(x_strong)
                         features = [feature_vectors(out.features[layer], False) for out in pair]
                         z = [heads["contrastive"](x) for x in features]

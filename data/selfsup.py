@@ -19,7 +19,7 @@ def rotations(images: torch.Tensor) -> list[torch.Tensor]:
 def digit_rotations(images: torch.Tensor) -> list[torch.Tensor]:
     """Squares (N, C, S, S) as they are, transposed, mirrored, and turned by 90 degrees, clockwise.
 
-    A 6 turned by 180 degrees is a 9, so that the authors' code has these for digits.
+    A 6 turned by 180 degrees is a 9, which is why the authors' code has these for digits.
     """
     return [images, images.mT, images.flip(3), images.mT.flip(3)]
 
@@ -59,7 +59,7 @@ def make_problem(
     transform: Callable[[torch.Tensor], list[torch.Tensor]],
     generator: torch.Generator,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images, each transformed at random in one of K ways, and in which way.
+    """Transform each image in one of K ways at random, and say in which.
 
     Args:
         images: (N, C, H, W), those of this process; those that are not square are cropped.

@@ -20,16 +20,19 @@ def attraction_loss(p: torch.Tensor, neighbors: torch.Tensor) -> torch.Tensor:
     return -torch.einsum("nk,njk->", p, neighbors) / max(len(p), 1)
 
 
-def dispersion_loss(p: torch.Tensor) -> torch.Tensor:
+def dispersion_loss(p: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
     """The mean over images of sum_m p_i . p_m over the other images m of the batch (eq. 5, right).
 
     Args:
         p: float32 (N, K).
+        images: int64 (N,), the numbers of the images. A batch in which one pass over the set ends
+            and the next one begins may have an image twice, which is no other image.
 
     Returns:
         A float32 scalar; 0, attached to the graph, without any image.
     """
-    return (p.sum(0).square().sum() - p.square().sum()) / max(len(p), 1)
+    others = images[:, None] != images
+    return ((p @ p.T) * others).sum() / max(len(p), 1)
 
 
 class NeighborBank(nn.Module):
@@ -49,15 +52,19 @@ class NeighborBank(nn.Module):
         self.register_buffer("p", torch.zeros(num_images, num_classes))
 
     def remember(self, images: torch.Tensor, features: torch.Tensor, p: torch.Tensor) -> None:
-        """Replace what is known of the images numbered by `images`, int64 (N,)."""
-        self.features[images] = features.detach()
-        self.p[images] = p.detach()
+        """Replace what is known of the images numbered by `images`, int64 (N,).
+
+        Of an image that is there twice the first row counts.
+        """
+        first = (images[:, None] == images).int().argmax(1)  # one value, whichever row is last
+        self.features[images] = features.detach()[first]
+        self.p[images] = p.detach()[first]
 
     def nearest(self, images: torch.Tensor, features: torch.Tensor, count: int) -> torch.Tensor:
         """Predictions of the `count` images whose features have the largest cosine.
 
         Args:
-            images: int64 (N,), the numbers of the images themselves, which are no neighbors.
+            images: int64 (N,), the numbers of the images themselves, which are excluded.
             features: (N, D).
             count: at most M - 1.
 

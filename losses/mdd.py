@@ -9,7 +9,7 @@ def disagreement_loss(logits: torch.Tensor, predictions: torch.Tensor) -> torch.
     It is 0 where a classifier is certain that the predicted class is wrong, and grows without bound
     as it comes to agree: the disparity on the target (section 4), with its sign changed. log(1 -
     p_k) is computed as the logsumexp of log p over the other classes. It is exact however close p_k
-    is to 1, and no entry of its gradient exceeds 1.
+    is to 1 (near 0, where the loss is 0, to about 1e-7), and no entry of its gradient exceeds 1.
 
     Args:
         logits: (N, K, ...) of the adversarial classifier.

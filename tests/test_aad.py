@@ -50,19 +50,29 @@ def test_dispersion_against_a_loop(images, classes):
         sum(float(p[i] @ p[m]) for m in range(images) if m != i)  # itself is none of the others
         for i in range(images)
     ]
-    assert float(dispersion_loss(p)) == pytest.approx(sum(sums) / images, rel=1e-5, abs=1e-6)
+    loss = float(dispersion_loss(p, torch.arange(images)))
+    assert loss == pytest.approx(sum(sums) / images, rel=1e-5, abs=1e-6)
+
+
+def test_an_image_that_is_there_twice_is_no_other_image():
+    p = probabilities(3, 4)
+    twice, numbers = p[[0, 1, 2, 1]], torch.tensor([5, 2, 9, 2])
+    expected = sum(float(twice[i] @ twice[m]) for i in range(4) for m in range(4)) / 4
+    expected -= sum(float(twice[i] @ twice[m]) for i, m in [(0, 0), (2, 2)]) / 4
+    expected -= sum(float(twice[i] @ twice[m]) for i in (1, 3) for m in (1, 3)) / 4
+    assert float(dispersion_loss(twice, numbers)) == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_gradient_of_dispersion_reaches_both_images():
     p = probabilities(3, 4).requires_grad_()
-    (gradient,) = torch.autograd.grad(dispersion_loss(p), p)
+    (gradient,) = torch.autograd.grad(dispersion_loss(p, torch.arange(3)), p)
     expected = 2 * (p.sum(0) - p) / 3
     assert torch.allclose(gradient, expected.detach(), atol=1e-6)
 
 
 def test_losses_of_no_image_are_zero_and_attached():
     p = torch.zeros(0, 4, requires_grad=True)
-    for loss in (attraction_loss(p, torch.zeros(0, 2, 4)), dispersion_loss(p)):
+    for loss in (attraction_loss(p, torch.zeros(0, 2, 4)), dispersion_loss(p, torch.arange(0))):
         assert float(loss.detach()) == 0
         loss.backward()
 
@@ -90,6 +100,10 @@ def test_the_memory_is_of_constants_and_replaces_rows():
     bank.remember(torch.tensor([3, 1]), features, features)
     assert bank.features.tolist() == [[0, 0], [0, 1], [0, 0], [1, 0]]
     assert not bank.p.requires_grad
+    bank.remember(
+        torch.tensor([2, 0, 2]), torch.tensor([[1.0, 2], [3, 4], [5, 6]]), torch.ones(3, 2)
+    )
+    assert bank.features.tolist() == [[3, 4], [0, 1], [1, 2], [1, 0]]  # of two rows the first
     assert set(bank.state_dict()) == {"features", "p"}
 
 
@@ -104,12 +118,26 @@ def test_the_memory_has_every_image_of_the_target(tmp_path):
     assert state["p"].shape == (200, 10)
     assert torch.allclose(state["p"].sum(1), torch.ones(200), atol=1e-5)
     assert torch.allclose(state["features"].norm(dim=1), torch.ones(200), atol=1e-5)
-    # Images that no step has seen do not depend on how many are forwarded at once.
+    # It does not depend on how many are forwarded at once.
     keys = ["optim.lr=1e-30", "optim.weight_decay=0", "data.eval_batch=7", "data.workers=2"]
     assert train("train_aad", config, *keys, f"out_dir={tmp_path}/other") == 0
     other = weights(tmp_path / "other", "checkpoints/step_00000001.pt")["bank"]
     assert torch.allclose(state["p"], other["p"], atol=1e-5)
     assert (state["p"][0] != state["p"][1:]).any()  # control: images differ
+
+
+def test_each_row_is_of_its_image(tmp_path):
+    """Steps that train nothing forward the images as the first pass has: no row changes."""
+    config = aad_config(tmp_path, save_every=1, model="{bn: frozen}")
+    still = ["optim.lr=1e-30", "optim.weight_decay=0", "data.augment={}"]
+    for steps in (1, 26):  # 25 batches are one pass over the target
+        keys = [f"steps={steps}", f"save_every={steps}", f"out_dir={tmp_path}/{steps}"]
+        assert train("train_aad", config, *still, *keys) == 0
+    files = [tmp_path / f"{steps}/checkpoints/step_{steps:08d}.pt" for steps in (1, 26)]
+    first, last = (torch.load(file, weights_only=True)["bank"] for file in files)
+    for name in ("features", "p"):
+        assert torch.allclose(first[name], last[name], atol=1e-5)
+        assert not torch.allclose(first[name], last[name].roll(1, 0), atol=1e-5)  # control
 
 
 def test_a_step_replaces_what_the_memory_knows_of_its_images(tmp_path):

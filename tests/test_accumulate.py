@@ -13,6 +13,7 @@ from tests.test_ranks import learned as learned  # a fixture
 CASES = {
     "source": ("train_source", {}),
     "few_labels": ("train_source", {"data": FEW}),
+    "mdd": ("train_mdd", {"reversal_max": 0.01}),
     "dann": ("train_dann", {"disc_norm": "none", "reversal_bound": "null"}),
     "advent": ("train_advent", {"adv_weight": 0.1, "ent_weight": 0.1}),
     "minent": ("train_advent", {"adv_weight": 0, "ent_weight": 0.1}),

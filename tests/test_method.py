@@ -422,7 +422,7 @@ def test_the_loss_of_the_method_moves_the_weights(ready, whole, tmp_path):
     )
 
 
-@pytest.mark.parametrize("amp", ["float16", "bfloat16"])
+@pytest.mark.parametrize("amp", [pytest.param("float16", marks=covered), "bfloat16"])
 def test_mixed_precision_trains(ready, tmp_path, amp):
     keys = [f"amp={amp}", "steps=2", "log_every=1", "eval_every=1000"]
     halved = [f"{key.split('=')[0]}=1" for key in ready.short(tmp_path) if "_steps=" in key]

@@ -234,6 +234,8 @@ SHARED = [
     ("pseudo", collapse, "mean_over_ranks"),
     ("shot", ranks, "total"),
     ("selfsup", contrastive, "gather"),
+    ("aad", ranks, "gather"),  # the memory, and the images that an image is pushed from
+    ("aad", ranks, "total"),  # the first pass over the target
 ]
 
 
@@ -245,7 +247,7 @@ def test_control_alone_they_train_something_else(
     script, changes = CASES.get(case, ("train_source", {"model": FROZEN}))
     task = "segmentation" if case == "street" else "classification"
     lines = {"model": PLAIN, "steps": 5, "eval_every": 5, "save_every": 5, **changes}
-    lines |= {} if case in ("street", "shot") else {"init_from": learned}
+    lines |= {} if case in ("street", "shot", "aad") else {"init_from": learned}
     config = any_config(script, tmp_path, task, **lines)
     assert train(script, config, f"out_dir={tmp_path}/one") == 0
     local = (lambda x: x.detach().norm()) if name == "norm_over_ranks" else (lambda x, *others: x)

@@ -110,7 +110,8 @@ def test_two_machines_train_the_same(tmp_path, digits):
     assert differing(weights(tmp_path / "one_machine"), weights(tmp_path / "run")) == 0
 
 
-@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
 def test_two_machines_restart_together(tmp_path, digits, victim):
     """Each launcher counts its own restarts only."""
     train_on(2, "train_dann", digits, f"out_dir={tmp_path}/one_machine")
@@ -142,7 +143,7 @@ def test_a_signal_to_the_launcher_saves(tmp_path):
 
 
 def test_a_run_that_the_launcher_stopped_goes_on_exactly(tmp_path, digits):
-    keys = "steps=300", "eval_every=300", "save_every=300"
+    keys = "steps=120", "eval_every=120", "save_every=120", "log_every=1"
     train_on(2, "train_dann", digits, *keys, f"out_dir={tmp_path}/through")
     options = "--standalone", "--nproc-per-node", 2, script(tmp_path), "--config", digits
     launcher = launch(tmp_path, *options, *keys)
