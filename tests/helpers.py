@@ -1,5 +1,6 @@
 """Tiny runs of the real scripts, in this process."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -201,6 +202,27 @@ def any_config(script: str, folder: Path, task: str = "classification", **change
         "adapt_online": online_config,
     }
     return make[script](folder, task, **changes)
+
+
+def batches_in_pieces(domains, role: str, steps: int, patch) -> dict[str, list[torch.Tensor]]:
+    """The images of each step's batch: as a whole, of two processes, and in two parts.
+
+    Args:
+        domains: of `open_domains`.
+        role, steps: as for `Domains.batches`.
+        patch: pytest's monkeypatch.
+    """
+    pieces = {"whole": [x for x, *_ in domains.batches(role, 0, steps)]}
+    processes = []
+    for number in range(2):
+        with patch.context() as environment:
+            environment.setenv("WORLD_SIZE", "2")
+            environment.setenv("RANK", str(number))
+            processes.append([x for x, *_ in domains.batches(role, 0, steps)])
+    pieces["processes"] = [torch.cat(pair) for pair in zip(*processes, strict=True)]
+    halves = [x for x, *_ in dataclasses.replace(domains, parts=2).batches(role, 0, steps)]
+    pieces["parts"] = [torch.cat(halves[2 * k : 2 * k + 2]) for k in range(steps)]
+    return pieces
 
 
 def train(script: str, config: Path, *arguments: str) -> int:

@@ -17,6 +17,7 @@ from data.rare_classes import LEAST_SHARE, RareClassOrder, class_counts
 from tests.helpers import (
     ROOT,
     TASKS,
+    batches_in_pieces,
     config_of,
     differing,
     load_script,
@@ -150,6 +151,17 @@ def test_counts_of_files_are_stored(rare_street, monkeypatch):
     Image.fromarray(np.zeros((40, 60), np.uint8)).save("images/day/masks/2.png")
     changed = class_counts(open_domains(config, 0).source, folder)
     assert changed[2].tolist() == [2400, 0, 0]
+
+
+def test_processes_and_parts_share_a_batch(tmp_path, monkeypatch):
+    file = config_of("classification", tmp_path, "train_source")
+    domains = open_domains(section_of(file, "data.rare_class_temperature=0.1"), 3)
+    monkeypatch.setattr(rare_classes.ranks, "first_on_machine", lambda function: function())
+    pieces = batches_in_pieces(domains, "source", 3, monkeypatch)
+    for step, whole in enumerate(pieces["whole"]):
+        assert torch.equal(whole, pieces["processes"][step])
+        assert torch.equal(whole, pieces["parts"][step])
+    assert not torch.equal(pieces["whole"][0], pieces["whole"][1])  # control
 
 
 @pytest.mark.parametrize("task", TASKS)

@@ -7,7 +7,16 @@ import torch
 from common.errors import UserError
 from data import open_domains
 from data.style import fourier_style
-from tests.helpers import ROOT, TASKS, config_of, differing, load_script, train, weights
+from tests.helpers import (
+    ROOT,
+    TASKS,
+    batches_in_pieces,
+    config_of,
+    differing,
+    load_script,
+    train,
+    weights,
+)
 from tests.test_operations import photographs
 from training.config import load_run_config
 
@@ -76,6 +85,16 @@ def test_the_style_is_that_of_the_target_batch(tmp_path, task, workers):
         assert torch.equal(y, y_s)
         assert torch.equal(x, fourier_style(x_s, x_t, 0.1))
         assert not torch.equal(x, fourier_style(x_s, x_t.roll(1, 0), 0.1))  # control
+
+
+def test_processes_and_parts_take_the_styles_of_their_rows(tmp_path, monkeypatch):
+    file = config_of("classification", tmp_path, "train_source")
+    keys = ["data.fda=0.1"]
+    config = load_run_config(load_script(ROOT / "train_source.py").Config, [file], keys).data
+    pieces = batches_in_pieces(open_domains(config, 3), "source", 3, monkeypatch)
+    for step, whole in enumerate(pieces["whole"]):
+        assert torch.equal(whole, pieces["processes"][step])
+        assert torch.equal(whole, pieces["parts"][step])
 
 
 @pytest.mark.parametrize("script", ["train_source", "train_dann"])
