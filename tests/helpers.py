@@ -14,6 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import pytest
 import torch
 from torch.distributed import TCPStore
 
@@ -53,6 +54,14 @@ RUNS = [
     for path in TRAINING
     if task == "classification" or path.stem not in ONLY_CLASSIFICATION
 ]
+
+
+def others_slow(scripts, always: tuple[str, ...]) -> list:
+    """Scripts as parameters of a test that takes all but `always` with --slow only."""
+    return [
+        script if script in always else pytest.param(script, marks=pytest.mark.slow)
+        for script in scripts
+    ]
 
 
 def tiny_config(folder: Path, **changes) -> Path:

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_map_only
 from data import operations
 from data.views import Raw
 from models.config import fitting_heads
-from tests.helpers import RUNS, TASKS, TRAINING, any_config, train
+from tests.helpers import RUNS, TASKS, TRAINING, any_config, others_slow, train
 from training import collapse, evaluation, state
 from training.log import Log
 
@@ -141,7 +141,10 @@ VARIANTS = {
     "adapt_online": [["prior_from=source", "updates=2", "ent_margin=0.4"]],
     "finetune": [["head_steps=0"], ["data.augment={}", "data.target.crop=null"]],
 }
-EVERY = [(script, task, keys) for script, task in RUNS for keys in ([], *VARIANTS.get(script, []))]
+EVERY = [(script, task, []) for script, task in RUNS]
+EVERY += [(script, "classification", keys) for script in VARIANTS for keys in VARIANTS[script]]
+MAPS = [(script, "segmentation", keys) for script in VARIANTS for keys in VARIANTS[script]]
+EVERY += [pytest.param(*case, marks=pytest.mark.slow) for case in MAPS]
 
 
 @pytest.mark.parametrize(("script", "task", "keys"), EVERY)
@@ -170,7 +173,9 @@ def test_networks_and_optimizers_of_today_do_not_wait(tmp_path, name, task):
 
 
 @pytest.mark.parametrize("amp", ["float32", pytest.param("float16", marks=pytest.mark.slow)])
-@pytest.mark.parametrize("script", [path.stem for path in TRAINING])
+@pytest.mark.parametrize(
+    "script", others_slow([path.stem for path in TRAINING], ("train_dann", "train_pseudo"))
+)
 def test_steps_of_other_precisions(tmp_path, script, amp):
     take_steps(script, any_config(script, tmp_path), f"amp={amp}")
 

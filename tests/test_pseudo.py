@@ -754,9 +754,8 @@ def test_a_forced_collapse_raises_the_alarm_and_a_healthy_run_does_not(tmp_path,
         *keys,
     ]
     config = tiny_config(tmp_path, optim="{lr: 0.02, schedule: constant}")
-    assert (
-        train("train_pseudo", config, *short, "threshold=0.8", f"out_dir={tmp_path}/healthy") == 0
-    )
+    healthy = [*short, "threshold=0.8", "steps=80", f"out_dir={tmp_path}/healthy"]
+    assert train("train_pseudo", config, *healthy) == 0
     assert summary(tmp_path / "healthy")["collapse_alarms"] == []
     assert "collapse alarm" not in capsys.readouterr().out
 

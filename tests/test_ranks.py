@@ -42,6 +42,7 @@ from tests.helpers import (
     differing,
     load_script,
     metrics,
+    others_slow,
     start_on,
     status,
     train,
@@ -202,7 +203,10 @@ def unequal_voids(monkeypatch):
     monkeypatch.setattr(segmentation, "open_street", voided)
 
 
-@pytest.mark.parametrize("script", STREETS)
+@pytest.mark.parametrize(
+    "script",
+    others_slow(STREETS, ("train_source", "train_dann", "train_pseudo", "train_mic", "train_shot")),
+)
 def test_two_processes_are_one_in_segmentation(tmp_path, script, unequal_voids):
     changes = {"model": FROZEN, "steps": 5, "eval_every": 2, **STREETS[script]}
     config = any_config(script, tmp_path, "segmentation", **changes)

@@ -26,6 +26,7 @@ from tests.helpers import (
     in_a_fork,
     load_script,
     metrics,
+    others_slow,
     stop_after,
     stop_within_evaluation,
     street_config,
@@ -70,7 +71,9 @@ def whole(tmp_path_factory):
     return folders
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(
+    "script", others_slow(SCRIPTS, ("train_dann", "train_pseudo", "train_mic"))
+)
 @pytest.mark.parametrize(
     ("workers", "workers_after"), [pytest.param(0, 0, marks=pytest.mark.slow), (2, 0)]
 )
