@@ -54,14 +54,13 @@ class Config(RunConfig):
     def rules(self):
         differ = self.contrastive_weight == 0 or len(self.strong_augment) > 0
         used = self.contrastive_weight > 0 or len(self.strong_augment) == 0
-        roles = ("source", "target") if self.data and self.rotation_weight > 0 else ()
-        flipped = any("flip" in self.data.augment_of(role) for role in roles)
+        mirrored = self.rotation_weight > 0 and self.rotation_set == "digits"
         return [
             *super().rules(),
             (differ, "contrastive_weight needs strong_augment: the two views must differ"),
             (used, "strong_augment is the second view of contrastive_weight, which is 0"),
             (
-                self.rotation_set != "digits" or not flipped,
+                not mirrored or not self.data or not self.data.augments_by("flip"),
                 "rotation_set: digits has mirrored images as a class; leave flip out of augment",
             ),
             *(self.data.strong_view_rules(self.strong_augment) if self.data else ()),

@@ -289,6 +289,11 @@ class DataConfig:
 
         return images(self.target) in [images(domain) for domain in self.sources if domain]
 
+    def augments_by(self, operation: str) -> bool:
+        """Whether any set is augmented by an operation; sections that are mistakes do not count."""
+        sections = (self, *self.sources, self.target)
+        return any(operation in (section.augment or {}) for section in sections if section)
+
     def augment_of(self, role: str) -> dict:
         """The augmentation of source, target or target_labeled."""
         domain = self.sources[0] if role == "source" else self.target

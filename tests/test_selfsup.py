@@ -178,7 +178,7 @@ def test_a_head_learns_its_problem_on_the_target(tmp_path):
 def test_a_weight_of_0_leaves_a_problem_out(tmp_path):
     config = tiny_config(tmp_path, steps=1, log_every=1, save_every=1, **VIEWS)
     heads = {}
-    for name, keys in {"none": ["rotation_weight=0"], "all": ALL}.items():
+    for name, keys in {"none": ["rotation_weight=0", "strong_augment={}"], "all": ALL}.items():
         assert train("train_selfsup", config, *keys, f"out_dir={tmp_path}/{name}") == 0
         state = weights(tmp_path / name, "checkpoints/step_00000001.pt")["heads"]
         heads[name] = {key.partition(".")[0] for key in state}
@@ -207,7 +207,7 @@ def test_transformed_images_leave_the_running_statistics_alone(tmp_path, monkeyp
     """They are those of a run without the problems, where the weights stay as they are."""
     config = tiny_config(tmp_path, steps=3, **VIEWS)
     keys = ["optim.lr=1e-30", *(f"model.{key}" for key in bn)]
-    runs = {"plain": ["rotation_weight=0"], "all": ALL, "control": ALL}
+    runs = {"plain": ["rotation_weight=0", "strong_augment={}"], "all": ALL, "control": ALL}
     statistics = {}
     for name, weight in runs.items():
         if name == "control":
@@ -239,3 +239,9 @@ def test_crops_that_are_not_square(tmp_path, bn):
 def test_two_views_that_do_not_differ_are_refused(tmp_path):
     with pytest.raises(UserError, match="contrastive_weight needs strong_augment"):
         train("train_selfsup", tiny_config(tmp_path), "contrastive_weight=1")
+    with pytest.raises(UserError, match="strong_augment is the second view"):
+        train("train_selfsup", tiny_config(tmp_path), "strong_augment={noise: {}}")
+    for keys in (["data.augment={flip: {}}"], ["data.target.augment={flip: {}}"]):
+        with pytest.raises(UserError, match="leave flip out of augment"):
+            train("train_selfsup", tiny_config(tmp_path), "rotation_set=digits", *keys)
+        assert train("train_selfsup", tiny_config(tmp_path), "--dry-run", *keys) == 0  # control
