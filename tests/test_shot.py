@@ -239,7 +239,9 @@ def test_the_running_statistics_are_those_of_the_plain_target(tmp_path, task):
 
 
 @pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize(("stop", "workers", "workers_after"), [(6, 0, 0), (4, 2, 0)])
+@pytest.mark.parametrize(
+    ("stop", "workers", "workers_after"), [pytest.param(6, 0, 0, marks=pytest.mark.slow), (4, 2, 0)]
+)
 def test_resume_is_exact(tmp_path, monkeypatch, task, stop, workers, workers_after):
     config = shot_config(tmp_path, task)
     assert train("train_shot", config, f"out_dir={tmp_path}/whole") == 0

@@ -80,6 +80,7 @@ def digits(tmp_path):
     return any_config("train_dann", tmp_path, disc_norm="dropout", save_every=2)
 
 
+@pytest.mark.slow
 def test_a_restart_goes_on_by_itself(tmp_path, digits):
     train_on(2, "train_dann", digits, f"out_dir={tmp_path}/through")
     options = "--standalone", "--nproc-per-node", 2, "--max-restarts", 1
@@ -102,6 +103,7 @@ def two_machines(folder: Path, *words) -> list[subprocess.Popen]:
     return [launch(folder, *options, *words) for _ in range(2)]
 
 
+@pytest.mark.slow
 def test_two_machines_train_the_same(tmp_path, digits):
     train_on(2, "train_dann", digits, f"out_dir={tmp_path}/one_machine")
     machines = two_machines(tmp_path, script(tmp_path), "--config", digits)
@@ -110,8 +112,7 @@ def test_two_machines_train_the_same(tmp_path, digits):
     assert differing(weights(tmp_path / "one_machine"), weights(tmp_path / "run")) == 0
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_two_machines_restart_together(tmp_path, digits, victim):
     """Each launcher counts its own restarts only."""
     train_on(2, "train_dann", digits, f"out_dir={tmp_path}/one_machine")

@@ -18,6 +18,7 @@ from tests.helpers import (
     differing,
     load_script,
     metrics,
+    others_slow,
     street_config,
     summary,
     tiny_config,
@@ -61,20 +62,13 @@ def test_every_trainable_parameter_moves(tmp_path, script, arguments):
                 assert (value != start[module][name]).any(), f"{module}.{name} did not move"
 
 
-# float16 is emulated on a CPU: ten seconds per script.
-EMULATED = ["train_source"]
+# float16 is emulated on a CPU: ten seconds per script. The conformance kit has bfloat16 of all.
+PRECISIONS = [("train_source", "float16"), ("train_source", "bfloat16")]
+OTHERS = [(x, amp) for x in SCRIPTS for amp in ("float16", "bfloat16")]
+PRECISIONS += [pytest.param(*x, marks=pytest.mark.slow) for x in OTHERS if x not in PRECISIONS]
 
 
-@pytest.mark.parametrize(
-    ("script", "amp"),
-    [
-        pytest.param(script, amp, marks=[pytest.mark.slow] * (amp == "float16"))
-        if script not in EMULATED
-        else (script, amp)
-        for script in SCRIPTS
-        for amp in ("float16", "bfloat16")
-    ],
-)
+@pytest.mark.parametrize(("script", "amp"), PRECISIONS)
 def test_mixed_precision_trains(tmp_path, script, amp):
     short = ["steps=20", "log_every=5", "eval_every=1000", "data.eval_batch=10", "optim.lr=0.05"]
     short += {"train_adda": ["source_steps=15"]}.get(script, [])
@@ -494,7 +488,9 @@ def test_logged_metrics_of_dann(tmp_path):
     assert lines[5]["disc_lr"] == pytest.approx(0.5 / 6**0.75)
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize(
+    "script", others_slow(SCRIPTS, ("train_source", "train_dann", "train_mic"))
+)
 def test_label_smoothing_of_the_source(tmp_path, script):
     """The key reaches the loss, and so the weights."""
     config = tiny_config(tmp_path)
