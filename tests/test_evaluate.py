@@ -138,8 +138,9 @@ def test_mcnemar():
     assert 0 < mcnemar(4800, 5200) < 1e-3
 
 
-def test_the_interval_of_a_difference_covers_it():
+def test_the_interval_of_a_difference_covers_it(monkeypatch):
     """Of pairs of models that differ by 10 points, about 95 % of the intervals contain 10."""
+    monkeypatch.setattr("analysis.compare.SAMPLES", 1000)
     generator, covered = torch.Generator().manual_seed(0), 0
     labels = torch.zeros(60, dtype=torch.int64)
     for seed in range(40):

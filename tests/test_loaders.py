@@ -273,7 +273,7 @@ def test_a_signal_to_the_group_never_costs_the_save(tmp_path):
     A run that is resumed equals an uninterrupted one.
     """
     config, fork = tiny_config(tmp_path), multiprocessing.get_context("fork")
-    for turn in range(5):
+    for turn in range(3):
         folder = tmp_path / str(turn)
         folder.mkdir()
         process = fork.Process(target=run_in_group, args=(config, folder))
