@@ -14,7 +14,7 @@ SETS = {  # of each task: its module, what opens a built-in set there, source an
     "segmentation": (segmentation, "open_street", "drawn_street", "drawn_street_dusk"),
 }
 
-LAST = "checkpoints/step_00000010.pt"
+LAST = "checkpoints/step_00000004.pt"
 
 
 @pytest.fixture
@@ -48,7 +48,8 @@ def test_target_labels_do_not_train_or_select(tmp_path, monkeypatch, permute, sc
         return confusion_matrix(logits, labels, num_classes)
 
     monkeypatch.setattr(evaluation, "confusion_matrix", watched)
-    config, (*opener, source, target) = config_of(task, tmp_path, script), SETS[task]
+    short = {"steps": 4, "eval_every": 2, "save_every": 4}
+    config, (*opener, source, target) = config_of(task, tmp_path, script, **short), SETS[task]
     assert train(script, config, f"out_dir={tmp_path}/plain") == 0
     plain, plain_weights = summary(tmp_path / "plain"), weights(tmp_path / "plain")
     plain_labels = list(seen)
