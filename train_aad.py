@@ -81,6 +81,8 @@ def fill(
         eval_batch: images per batch; the last one may be smaller.
         autocast, device: of the run.
     """
+    bank.features.zero_()  # a pass that a signal has stopped left rows, which the sums would repeat
+    bank.p.zero_()
     model.eval()
     for number, x_t in batches:
         with autocast:

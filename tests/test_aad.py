@@ -9,9 +9,13 @@ import torch.nn.functional as F
 import data
 from common.errors import UserError
 from losses.aad import NeighborBank, attraction_loss, dispersion_loss
+from models import build_classifier
+from models.config import ModelConfig
 from tests.helpers import (
+    ROOT,
     aad_config,
     differing,
+    load_script,
     metrics,
     stop_after,
     street_config,
@@ -108,6 +112,20 @@ def test_the_memory_is_of_constants_and_replaces_rows():
 
 
 # --- the script
+
+
+def test_a_pass_over_the_target_starts_from_nothing():
+    """Processes add up what they have forwarded, so that no row of a stopped pass may remain."""
+    fill = load_script(ROOT / "train_aad.py").fill
+    model = build_classifier(ModelConfig(batch_norm=False), 10, "")
+    bank = NeighborBank(6, model.channels[model.head_layer], 10)
+    bank.features.fill_(1)
+    bank.p.fill_(1)
+    images = torch.randint(256, (2, 3, 28, 28), dtype=torch.uint8)
+    fill(bank, model, [(1, images)], 2, torch.autocast("cpu", enabled=False), torch.device("cpu"))
+    assert (bank.p.sum(1) > 0).tolist() == [False, False, True, True, False, False]
+    assert torch.allclose(bank.features.norm(dim=1)[2:4], torch.ones(2))
+    assert model.training
 
 
 def test_the_memory_has_every_image_of_the_target(tmp_path):

@@ -621,7 +621,7 @@ def test_a_collapse_is_reset_and_told(tmp_path, source, monkeypatch, capsys):
         "step": 5,
         "reason": "the predictions have collapsed: back to init_from's model",
     }
-    assert "warning: 1 alarms, the first at step 5" in capsys.readouterr().out
+    assert "warning: an alarm at step 5 (0 more later)" in capsys.readouterr().out
     states = {
         name: weights(tmp_path / name, "checkpoints/step_00000005.pt")
         for name in ("reset", "control")

@@ -173,8 +173,8 @@ def describe_stream(stream: dict, alarms: list[dict]) -> list[str]:
         f"{stream['resets']} resets"
     )
     if alarms:
-        first = alarms[0]
+        first, more = alarms[0], len(alarms) - 1
         lines.append(
-            f"warning: {len(alarms)} alarms, the first at step {first['step']}: {first['reason']}"
+            f"warning: an alarm at step {first['step']} ({more} more later): {first['reason']}"
         )
     return lines
