@@ -235,7 +235,11 @@ class EvalBatches(Dataset):
     def __len__(self) -> int:
         return -(-len(self.set) // self.batch)
 
+    def start(self, k: int) -> int:
+        """The number of images before batch k."""
+        return k * self.batch
+
     def __getitem__(self, k: int):
-        index = self.set.indices[k * self.batch : (k + 1) * self.batch]
+        index = self.set.indices[self.start(k) : self.start(k + 1)]
         images = three_channels(center(self.set.images[index], self.config.size))
         return images if self.set.labels is None else (images, self.set.labels[index])

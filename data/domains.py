@@ -1,5 +1,6 @@
 """The two domains of a run, opened from its config."""
 
+import hashlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
@@ -219,6 +220,15 @@ class Domains:
                 found[role] = fingerprint(images, Path(self.config.root), files not in listed)
                 listed.add(files)
         return found
+
+    def sample_fingerprint(self, target: torch.Tensor) -> str:
+        """A short text that differs if an image of `criteria` does.
+
+        Args:
+            target: the fingerprint of the set `target`.
+        """
+        parts = target.numpy().tobytes(), self.criteria.indices.numpy().tobytes()
+        return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
 
     def describe(self, storage: bool = True) -> str:
         """One line per set, with where it is stored if `storage`, and the sizes of a batch."""

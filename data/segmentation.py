@@ -1,6 +1,7 @@
 """Images with masks. data/classification.py defines the same names; see data/tasks.py."""
 
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -296,9 +297,14 @@ class EvalBatches(Dataset):
                 self.batches.append([])
             self.batches[-1].append(index)
             last = size
+        self.starts = list(itertools.accumulate(map(len, self.batches), initial=0))
 
     def __len__(self) -> int:
         return len(self.batches)
+
+    def start(self, k: int) -> int:
+        """The number of images before batch k."""
+        return self.starts[k]
 
     def __getitem__(self, k: int):
         index = torch.tensor(self.batches[k])

@@ -67,7 +67,7 @@ def figures_of(*batches: tuple[torch.Tensor, torch.Tensor]) -> dict:
 def test_evaluate():
     model, batches = Answers(), labeled_batches()
     images = torch.cat([x for x, _ in batches])
-    metrics, examples = evaluate(model, sets_of(batches, [images[:7]], batches[:1]))
+    metrics, examples, _ = evaluate(model, sets_of(batches, [images[:7]], batches[:1]))
     assert set(metrics) == {"source_val", "target", "criteria", "predicted", "confusion"}
     counts = images[:7].argmax(1).bincount(minlength=3).tolist()
     assert metrics["predicted"] == dict(zip(CLASSES, counts, strict=True))
@@ -82,7 +82,7 @@ def test_evaluate():
     assert not any(model.modes)  # in eval mode, without gradients
     assert model.training  # the mode is restored
     model.eval()
-    unlabeled, _ = evaluate(model, sets_of(batches, [images], None))
+    unlabeled, _, _ = evaluate(model, sets_of(batches, [images], None))
     assert unlabeled["target"] == NOTHING
     assert unlabeled["confusion"] is None
     assert unlabeled["source_val"] == metrics["source_val"]
@@ -91,7 +91,7 @@ def test_evaluate():
 
 def test_evaluate_without_a_source():
     first, second = labeled_batches()
-    metrics, _ = evaluate(Answers(), sets_of(None, [first[0]], [second]))
+    metrics, _, _ = evaluate(Answers(), sets_of(None, [first[0]], [second]))
     assert metrics["source_val"] == NOTHING
     assert metrics["target"] == figures_of(second)
     assert metrics["confusion"].equal(confusion_matrix(*second, 3))
@@ -100,14 +100,14 @@ def test_evaluate_without_a_source():
 
 def test_the_validation_loss_is_a_criterion_where_labels_may_be_used():
     batches = labeled_batches()
-    metrics, _ = evaluate(Answers(), sets_of(None, None, batches, val_loss=True))
+    metrics, _, _ = evaluate(Answers(), sets_of(None, None, batches, val_loss=True))
     images, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
     loss = nn.functional.cross_entropy(images, labels).item()
     assert metrics["criteria"] == {"neg_val_loss": pytest.approx(-loss, rel=1e-5)}
     void = [(x, torch.full_like(y, IGNORE_INDEX)) for x, y in batches]
     with pytest.raises(UserError, match="none of the validation images has a labeled pixel"):
         evaluate(Answers(), sets_of(None, None, void, val_loss=True))
-    metrics, _ = evaluate(Answers(), sets_of(None, None, batches))  # control
+    metrics, _, _ = evaluate(Answers(), sets_of(None, None, batches))  # control
     assert metrics["criteria"] == {}
 
 
@@ -237,12 +237,12 @@ def test_evaluate_maps_at_the_size_of_their_labels():
     batches = _map_batches(8)
     images = [x for x, _ in batches]
     large = [(x, y.repeat_interleave(2, 1).repeat_interleave(2, 2)) for x, y in batches]
-    metrics, _ = evaluate(Answers(), sets_of_maps(batches, images, large))
+    metrics, _, _ = evaluate(Answers(), sets_of_maps(batches, images, large))
     enlarged = functools.partial(nn.functional.interpolate, size=(12, 16), mode="bilinear")
     expected = sum(confusion_matrix(enlarged(x), y, 4) for x, y in large)
     assert metrics["target"] == ious(expected, NAMES)
     assert metrics["criteria"]["source_val"] == metrics["source_val"]["mean_iou"]
-    unlabeled, _ = evaluate(Answers(), sets_of_maps(batches, images[:3], None))
+    unlabeled, _, _ = evaluate(Answers(), sets_of_maps(batches, images[:3], None))
     assert unlabeled["target"]["mean_iou"] is None
     void = [(x, torch.full_like(y, IGNORE_INDEX)) for x, y in batches]
     with pytest.raises(UserError, match="none of the held-out source images has a labeled pixel"):
@@ -252,13 +252,13 @@ def test_evaluate_maps_at_the_size_of_their_labels():
 def test_examples_are_spread_over_the_target():
     batches = _map_batches(8)
     images = [x for x, _ in batches]
-    _, examples = evaluate(Answers(), sets_of_maps(batches, images, batches))
+    _, examples, _ = evaluate(Answers(), sets_of_maps(batches, images, batches))
     assert len(examples) == 4
     for (image, prediction, label), number in zip(examples, (0, 2, 4, 6), strict=True):
         assert torch.equal(image, images[number][0])
         assert torch.equal(prediction, images[number][0].argmax(0))
         assert torch.equal(label, batches[number][1][0])
-    _, examples = evaluate(Answers(), sets_of_maps(batches, images[:3], None))
+    _, examples, _ = evaluate(Answers(), sets_of_maps(batches, images[:3], None))
     assert [label for *_, label in examples] == [None] * 3
     assert all(torch.equal(e[0], x[0]) for e, x in zip(examples, images, strict=False))
 

@@ -14,6 +14,7 @@ from common.metrics import Criteria, ValidationLoss, confusion_matrix, main_metr
 from common.resize import resize_maps
 from common.transfer import read
 from data import EvaluationSets, to_views
+from training.predictions import Sample
 
 EXAMPLES = 4  # target images whose predictions `evaluate` returns
 BAR_AFTER = 3  # seconds of a pass over a set from which a progress bar is shown
@@ -94,29 +95,34 @@ def add_criteria(
     model: nn.Module,
     loader: Iterable,
     criteria: Criteria,
+    sample: Sample,
     examples: Examples | None,
     device: torch.device,
 ) -> None:
-    """Add the predictions on unlabeled images to `criteria` and `examples`."""
+    """Add the predictions on unlabeled images to `criteria`, `sample` and `examples`."""
     for images in with_progress(loader):
         logits = model(to_views(images, device)).logits
         criteria.add(logits)
+        sample.add(logits)
         if examples is not None:
             examples.add(images, logits, None)
     criteria.share()
 
 
 @torch.inference_mode()
-def evaluate(model: nn.Module, sets: EvaluationSets) -> tuple[dict, list]:
+def evaluate(
+    model: nn.Module, sets: EvaluationSets
+) -> tuple[dict, list[tuple], torch.Tensor | None]:
     """Measure a model in eval mode; its mode is restored. Precision is the caller's autocast.
 
     Returns:
-        (metrics, examples). metrics: `source_val` and `target`, in which each metric is None
-        without labels, and `criteria`: `source_val`, the label-free ones, and `neg_val_loss`,
+        (metrics, examples, sample). metrics: `source_val` and `target`, in which each metric is
+        None without labels, and `criteria`: `source_val`, the label-free ones, and `neg_val_loss`,
         minus the loss in nats, each if there is a set for it; higher is better;
         `predicted`, how many of the unlabeled target images (pixels) are predicted as each class;
         and `confusion`, the target's confusion matrix (K, K), None without labels.
         examples: the rows of `Examples`.
+        sample: the logits of a `Sample` of the unlabeled target images, float16 (M, K), or None.
 
     Raises:
         UserError: no pixel of a set has a label.
@@ -127,19 +133,22 @@ def evaluate(model: nn.Module, sets: EvaluationSets) -> tuple[dict, list]:
     loss, criteria = ValidationLoss(device), Criteria(len(sets.classes), device)
     shown = sets.target_test if sets.target_test is not None else sets.target_train
     examples = None if shown is None else Examples(shown)
+    sample = None
     source = count_pairs(model, sets.source_val, sets, device)
     validation = loss if sets.val_loss else None
     target = count_pairs(model, sets.target_test, sets, device, validation, examples)
     loss.share()
     if sets.target_train is not None:
         unlabeled = None if sets.target_test is not None else examples
-        add_criteria(model, sets.target_train, criteria, unlabeled, device)
+        sample = Sample(sets.target_train)
+        add_criteria(model, sets.target_train, criteria, sample, unlabeled, device)
     # Until here nothing has waited for the device.
     source, target, *sums = read([source, target, *loss.sums, *criteria.sums])
     loss.sums, criteria.sums = sums[:2], sums[2:]
     model.train(was_training)
     metrics = _figures(sets, source, target, loss, criteria)
-    return metrics, [] if examples is None else examples.rows()
+    rows = [] if examples is None else examples.rows()
+    return metrics, rows, None if sample is None else sample.rows()
 
 
 def _figures(

@@ -3,6 +3,7 @@
 config.yaml  metrics.jsonl  status.json  summary.json  MODEL.md  checkpoints/step_00000080.pt
 model.pt  model.yaml  and model.safetensors, if it is asked for
 .lock  held while a run uses the folder
+predictions.pt  of a sample of the target's training images, by the last and the selected step
 pictures/step_00000080.png  for segmentation
 stage1.pt  of fine-tuning
 tracker_id, tensorboard/, wandb/  of a tracker
@@ -44,6 +45,7 @@ from training.evaluation import choose, compact, evaluate
 from training.folder import RunFolder
 from training.log import Log, evaluation_line
 from training.pictures import save_pictures
+from training.predictions import PREDICTIONS
 from training.state import OWN_STATE, check_state, first_not_finite, first_that_differs
 from training.summary import print_summary, summarize, to_json
 from training.tracker import import_tracker, open_tracker
@@ -162,6 +164,8 @@ class Run:
         self.repeat: Path | None = None  # a checkpoint saved then, until that step is evaluated
         # Saved too, since an evaluation after the checkpoint may have written another model.pt.
         self.selected: dict | None = None
+        # Of the last and the selected step: logits float16 (M, K), see `Sample`.
+        self.predictions: dict[str, torch.Tensor] = {}
         self.domains: Domains | None = None
         self.monitor: CollapseMonitor | None = None
         self.commits = [code_version()]  # now: the code may change while the run goes on
@@ -438,6 +442,7 @@ class Run:
             "fingerprints": self.fingerprints,
             "history": self.history,
             "selected": self.selected,
+            "predictions": self.predictions,
             "seconds": self.total_seconds(),
             "commits": self.commits,
             "machines": self.machines,
@@ -491,6 +496,7 @@ class Run:
             )
         self._restore(file, saved)
         self.history, self.selected = saved["history"], saved["selected"]
+        self.predictions = saved["predictions"]
         self.seconds = saved["seconds"]
         self.commits = list(dict.fromkeys([*saved["commits"], *self.commits]))
         self.machines = list(dict.fromkeys([*saved["machines"], machine]))
@@ -550,7 +556,7 @@ class Run:
         watched = {name: self.watch(x, step) for name, x in loaders.items() if x is not None}
         self._check_processes(step)
         self.evaluating = step == self.step  # and not before the first step
-        metrics, self.examples = evaluate(model, replace(sets, **watched))
+        metrics, self.examples, sample = evaluate(model, replace(sets, **watched))
         self.evaluating = False
         for name, value in metrics["criteria"].items():
             if not math.isfinite(value):
@@ -565,7 +571,11 @@ class Run:
         self.log.print(evaluation_line(step, metrics, self.config.select))
         if self.config.pictures == "every" or step == self.last_step:
             self._save_pictures(step)
-        if choose(self.history, self.config.select)["selected"]["step"] == step:
+        chosen = choose(self.history, self.config.select)
+        if sample is not None:
+            names = [name for name in ("last", "selected") if chosen[name]["step"] == step]
+            self.predictions |= dict.fromkeys(names, sample)
+        if chosen["selected"]["step"] == step:
             self.selected = {k: v.to("cpu", copy=True) for k, v in model.state_dict().items()}
             if self.writes:
                 self._write_selected()
@@ -630,6 +640,10 @@ class Run:
         if self.writes:
             files.write_text(self.folder / "summary.json", to_json(summary))
             files.write_text(self.folder / "MODEL.md", model_card(self, domains, summary))
+            if self.predictions:
+                images = domains.sample_fingerprint(self.fingerprints["target"])
+                saved = {"images": images, "classes": domains.classes, **self.predictions}
+                files.save_tensors(self.folder / PREDICTIONS, saved)
             self.run_folder.write_status("finished", summary["steps"])
             print_summary(summary, self.folder / "summary.json")
         observe(None)

@@ -1,0 +1,75 @@
+"""Predictions on a fixed sample of the target's training images, for criteria computed later."""
+
+import itertools
+from collections.abc import Iterable
+
+import torch
+
+from common import ranks
+
+PREDICTIONS = "predictions.pt"  # the file in a run folder
+POINTS = 4096  # about how many predictions are kept of maps
+LARGEST = 60_000.0  # of a logit in half precision
+# Steps of the R2 sequence (Roberts 2018), which covers a square evenly, however many points.
+STEP_Y, STEP_X = 0.5698402909980532, 0.7548776662466927
+
+
+def pixels_of(numbers: torch.Tensor, height: int, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows and columns, int64 like `numbers`, of points of the R2 sequence in a map.
+
+    They lie at the same places of maps of any size.
+
+    Args:
+        numbers: of the points in the sequence, int64.
+        height, width: of the map.
+    """
+    places = 0.5 + numbers.double()
+    rows = ((places * STEP_Y) % 1 * height).long()
+    columns = ((places * STEP_X) % 1 * width).long()
+    return rows, columns
+
+
+class Sample:
+    """Logits of each image of a loader, or of a few pixels of each map.
+
+    The pixels depend on the number of the image in its set alone, so that runs of other networks,
+    batch sizes or numbers of processes have predictions of the same pixels.
+
+    Args:
+        loader: of the images.
+    """
+
+    def __init__(self, loader: Iterable):
+        self.batches = getattr(loader, "dataset", None)  # those of all processes
+        images = 0 if self.batches is None else len(self.batches.set)
+        self.points = max(POINTS // images, 1) if images else 1  # per map
+        self.number = ranks.number()  # of the next batch
+        self.count = 0  # images so far
+        self.numbered: list[tuple[int, torch.Tensor]] = []
+
+    def add(self, logits: torch.Tensor) -> None:
+        """Add the logits (N, K, ...) of the next batch."""
+        start = self.count if self.batches is None else self.batches.start(self.number)
+        self.count += len(logits)
+        if logits.dim() > 2:
+            count, _, height, width = logits.shape
+            numbers = start * self.points + torch.arange(count * self.points)
+            rows, columns = pixels_of(numbers, height, width)
+            images = torch.arange(count).repeat_interleave(self.points)
+            device = logits.device
+            place = (x.to(device, non_blocking=True) for x in (images, rows, columns))
+            of_image, row, column = place
+            logits = logits[of_image, :, row, column]
+        self.numbered.append((self.number, logits.float().clamp(-LARGEST, LARGEST)))
+        self.number += ranks.count()
+
+    def rows(self) -> torch.Tensor | None:
+        """float16 (M, K) on the CPU, in the order of the set; None without a prediction.
+
+        With several processes, those of all of them.
+        """
+        own = [(number, x.cpu()) for number, x in self.numbered]
+        numbered = sorted(itertools.chain(*ranks.gather_objects(own)), key=lambda pair: pair[0])
+        if not numbered:
+            return None
+        return torch.cat([x for _, x in numbered]).half()  # autocast cannot join halves on a CPU
