@@ -4,6 +4,7 @@
     python reproduce.py configs/suites/digits.yaml --seeds 0 1 2 --jobs 2 --out docs/results.md
     python reproduce.py configs/suites/digits.yaml --seeds 0 1 2 --list > commands.txt
     python reproduce.py configs/suites/visda.yaml --seeds 0 1 2 --nproc 4
+    python reproduce.py configs/suites/digits.yaml --seeds 0 1 2 --choose
 
 Each entry of the suite runs once per seed, by the plain command that --list prints, in the folder
 <out_dir>_seed<K>. What the run prints goes to <out_dir>_seed<K>.log. Finished runs are skipped and
@@ -14,178 +15,25 @@ Exit codes: 0 done; 1 a run failed; 2 mistake in the suite or in the arguments; 
 """
 
 import argparse
-import functools
 import os
-import re
-import runpy
 import shlex
 import signal
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
-from common.config import (
-    Hints,
-    all_keys,
-    build,
-    changed_keys,
-    dump_value,
-    load_config,
-    read_config,
-)
-from common.errors import UserError, exit_with, require
-from common.metrics import main_metric
+from analysis.candidates import candidates_of, choice_report
+from analysis.choice import to_csv
+from analysis.suite_table import commits, report
+from analysis.suites import Entry, Suite, check_is_suite, script_config
+from common.config import changed_keys, dump_value, load_config
+from common.errors import UserError, exit_with
 from common.writing import write_text
-from training.config import RunConfig, head_command, load_run_config, scripts_with
 from training.folder import finished_summary
 from training.free_keys import FREE_AT_RESUME
-
-ORACLE = "oracle (chosen on target test labels: no result)"
-COLUMNS = ("task", "method", "seeds", "last", "selected", ORACLE)
-LAST_COLUMNS = ("seconds", "published")
-UNKNOWN_COMMIT = "an unknown commit"
-
-
-# --- the suite
-
-
-@functools.cache
-def script_config(script: str) -> type:
-    """The class `Config` of a training script.
-
-    Raises:
-        UserError: the script cannot be imported, or has no such class.
-    """
-    folder = str(Path(script).resolve().parent)
-    sys.path.insert(0, folder)  # as `python script` has it
-    try:
-        config = runpy.run_path(script)["Config"]
-        if "out_dir" not in getattr(config, "__dataclass_fields__", ()):
-            raise TypeError("it is not a RunConfig")
-        return config
-    except Exception as error:
-        raise UserError(
-            f"{script}: its Config cannot be read ({type(error).__name__}: {error})"
-        ) from None
-    finally:
-        sys.path.remove(folder)
-
-
-@dataclass
-class Entry:
-    """One row of the table. Paths are relative to the working directory."""
-
-    task: str  # first column, such as MNIST -> USPS
-    method: str  # second column, such as DANN
-    script: str
-    config: str | list[str]  # one yaml file, or several of which later ones win
-    set: dict = field(default_factory=dict)  # {dotted key: value}, applied after the files
-    init_from: str | None = None  # start from the run of this earlier entry's out_dir, same seed
-    published: float | None = None  # the figure to compare with, in percent
-    reference: str | None = None  # where it was published
-    expected: float | None = None  # mean of column `last` when it was recorded; a test reads it
-    baselines: list[str] | None = None  # rows of this task to compare with; null: the suite's
-
-    def __post_init__(self):
-        self.files = [self.config] if isinstance(self.config, str) else self.config
-        missing = [file for file in self.files if not Path(file).is_file()]
-        no_keys = [key for key in self.set if not re.fullmatch(r"\w+(\.\w+)*", key)]
-        complete = (self.published is None) == (self.reference is None)
-        require(
-            (Path(self.script).is_file(), f"script: there is no file {self.script}"),
-            (len(self.files) > 0, "config: the list of files is empty"),
-            *((False, f"config: there is no file {file}") for file in missing),
-            *((False, f"set: {key!r} is not a dotted key") for key in no_keys),
-            ("seed" not in self.set, "set: the seed comes from --seeds"),
-            (complete, "published and reference go together"),
-        )
-        self.start: Entry | None = None  # the entry of init_from; set by `Suite`
-        self.out_dir = self._read_out_dir()
-        # The seeds have folders of their own, so out_dir is no override here.
-        self.overrides = [text for text in self._settings() if not text.startswith("out_dir=")]
-
-    def _settings(self) -> list[str]:
-        return [f"{key}={dump_value(value)}" for key, value in self.set.items()]
-
-    def _read_out_dir(self) -> str:
-        """The run folder of `set`, else of the files, else the default one.
-
-        Raises:
-            ValueError: the config has mistakes, which are errors now and not after hours.
-        """
-        start = [f"init_from={dump_value(self.init_from)}"] if self.init_from else []
-        try:
-            config_class = script_config(self.script)
-        except UserError as error:
-            raise ValueError(f"script: {error}") from None
-        try:
-            config = load_run_config(config_class, self.files, [*self._settings(), *start])
-        except UserError as error:
-            lines = [line.strip() for line in str(error).splitlines()]
-            raise ValueError("\n".join(f"config: {line}" for line in lines)) from None
-        return os.path.normpath(config.out_dir)
-
-
-@dataclass
-class Suite:
-    """The content of a file in configs/suites/."""
-
-    title: str
-    runs: list  # of `Entry`
-    note: str | None = None  # printed below the table
-    # What the figures are of; null: the mean IoU of a segmentation, the accuracy of others.
-    metric: Literal["accuracy", "mean_class_accuracy", "mean_iou"] | None = None
-    # Methods whose rows the other rows of their task are compared with, seed by seed.
-    baselines: list[str] = field(default_factory=list)
-
-    def __post_init__(self):
-        mistakes: list[str] = []
-        entries = [
-            build(Entry, tree, Hints(all_keys(Entry, f"runs[{i}].")), mistakes, f"runs[{i}].")
-            for i, tree in enumerate(self.runs)
-        ]
-        require((len(entries) > 0, "runs is empty"), *((False, mistake) for mistake in mistakes))
-        rules = []
-        for i, entry in enumerate(entries):
-            earlier = {other.out_dir: other for other in entries[:i]}
-            if entry.init_from:
-                entry.start = earlier.get(os.path.normpath(entry.init_from))
-                rule = f"runs[{i}].init_from: {entry.init_from} is the out_dir of no earlier entry"
-                rules.append((entry.start is not None, rule))
-            new_folder = entry.out_dir not in earlier
-            rules.append((new_folder, f"runs[{i}] has the out_dir {entry.out_dir} of another"))
-            name = (entry.task, entry.method)
-            new_row = name not in [(other.task, other.method) for other in entries[:i]]
-            rules.append((new_row, f"runs[{i}] has the row {' / '.join(name)} of another"))
-        methods = {entry.method for entry in entries}
-        for name in self.baselines:
-            rules.append((name in methods, f"baselines: {name} is the method of no entry"))
-        for i, entry in enumerate(entries):
-            if entry.baselines is None:
-                entry.baselines = self.baselines
-            foreign = set(entry.baselines) - set(self.baselines)
-            rule = f"runs[{i}].baselines: {distinct(foreign)} is not among the suite's baselines"
-            rules.append((not foreign, rule))
-        require(*rules)
-        self.runs = entries
-
-
-def check_is_suite(file: str) -> None:
-    """Raise `UserError` for the config of a run, with the command that trains with it."""
-    tree = read_config(file)
-    known = tree.keys() & set(all_keys(RunConfig)) or any(map(scripts_with, tree))
-    if {"title", "runs"} & tree.keys() or not known:
-        return
-    command = shlex.join(["python", *(head_command(Path(file)) or ["SCRIPT", "--config", file])])
-    raise UserError(
-        f"{file}: is the config of a run, not a suite (see configs/suites/); run it by: {command}"
-    )
-
 
 # --- the runs
 
@@ -338,180 +186,7 @@ def run_all(jobs: list[Job], at_once: int) -> tuple[int, int | None]:
     return failed, signals[0] if signals else None
 
 
-# --- the table
-
-
-def figure(values: list[float | None]) -> str:
-    """`mean +- sample standard deviation`; one value alone has no deviation.
-
-    `-` if there is no value, or an unknown one among them.
-    """
-    if not values or None in values:
-        return "-"
-    spread = f" +- {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-    return f"{statistics.fmean(values):.1f}{spread}"
-
-
-def distinct(values: Iterable) -> str:
-    return ", ".join(str(value) for value in sorted(set(values))) or "-"
-
-
-def selection(pairs: list[tuple[str, dict]]) -> str:
-    """Sentences on what picked the selected steps, and which methods it cannot judge.
-
-    Args:
-        pairs: (method, summary) of each run.
-    """
-    names = {summary["selection"]["criterion"] for _, summary in pairs}
-    part = [method for method, summary in pairs if summary["selection"]["part_of_training_loss"]]
-    sentences = []
-    if criteria := names - {"neg_val_loss", "last"}:
-        no_judge = f", which for {distinct(part)} is part of the training loss and no judge"
-        by = f"by {distinct(criteria)}{no_judge if part else ''}"
-        sentences.append(f"Selected without target labels {by}.")
-    if "last" in names:
-        last = [method for method, summary in pairs if summary["selection"]["criterion"] == "last"]
-        sentences.append(f"The last step is selected for {distinct(last)}.")
-    if lost := [method for method, summary in pairs if "last" in summary.get("collapsed", ())]:
-        runs = f"{len(lost)} of {len(pairs)} runs"
-        sentences.append(f"At the last step the predictions of {runs} collapsed: {distinct(lost)}.")
-    if "neg_val_loss" in names:
-        sentences.append(
-            "Selected by neg_val_loss, on the labels of the very images that the figures are "
-            "computed on: no test figures."
-        )
-    return " ".join(sentences)
-
-
-def commits(summaries: list[dict]) -> list[str]:
-    """The commits that the runs were trained by."""
-    return sorted({summary.get("commit") or UNKNOWN_COMMIT for summary in summaries})
-
-
-def commit_note(names: list[str]) -> str:
-    """`commit abc1234`, `an unknown commit`, or `commits abc1234, def5678 (mixed)`."""
-    if len(names) > 1:
-        return f"commits {', '.join(names)} (mixed)"
-    return UNKNOWN_COMMIT if names == [UNKNOWN_COMMIT] else f"commit {distinct(names)}"
-
-
-class Table:
-    """The finished runs of a suite, as the rows of a markdown table.
-
-    Args:
-        suite: whose entries are the rows.
-        results: {seed: summary} of the finished runs, one dict per entry.
-        seeds: all that were asked for.
-    """
-
-    def __init__(self, suite: Suite, results: list[dict[int, dict]], seeds: list[int]):
-        self.suite, self.seeds = suite, seeds
-        self.results = results
-        self.by_name = {
-            (entry.task, entry.method): summaries
-            for entry, summaries in zip(suite.runs, results, strict=True)
-        }
-
-    def metric(self, summary: dict) -> str:
-        """The name of the metric that the figures are of."""
-        return self.suite.metric or main_metric(summary["target"]["last"])
-
-    def value(self, summary: dict, name: str) -> float | None:
-        """The figure of an evaluation: `last`, `selected` or `oracle`."""
-        return summary["target"][name].get(self.metric(summary))
-
-    def difference(self, entry: Entry, summaries: dict[int, dict], baseline: str) -> str:
-        """Mean and deviation of `last` minus that of the baseline's run of the same seed.
-
-        `-` for the baseline itself, for an entry that is not compared with it, and where a seed has
-        no run of both.
-        """
-        others = self.by_name.get((entry.task, baseline), {})
-        if baseline not in entry.baselines or entry.method == baseline or not others:
-            return "-"
-        if summaries.keys() != others.keys():
-            return "-"
-        pairs = [
-            (self.value(summary, "last"), self.value(others[seed], "last"))
-            for seed, summary in summaries.items()
-        ]
-        if any(None in pair for pair in pairs):
-            return "-"
-        text = figure([value - other for value, other in pairs])
-        return text if text.startswith(("-", "0.0")) else f"+{text}"
-
-    def row(self, entry: Entry, summaries: dict[int, dict]) -> tuple[str, ...]:
-        """The cells of an entry, in the order of `columns`."""
-        complete = len(summaries) == len(self.seeds)
-        count = str(len(self.seeds)) if complete else f"{len(summaries)} of {len(self.seeds)}"
-        figures = [
-            figure([self.value(summary, name) for summary in summaries.values()])
-            for name in ("last", "selected", "oracle")
-        ]
-        differences = [self.difference(entry, summaries, name) for name in self.suite.baselines]
-        seconds = [summary["seconds"] for summary in summaries.values()]
-        mean_seconds = f"{statistics.fmean(seconds):.0f}" if seconds else "-"
-        published = "-" if entry.published is None else f"{entry.published} ({entry.reference})"
-        cells = entry.task, entry.method, count, *figures, *differences
-        return (*cells, mean_seconds, published)
-
-    def caption(self, summaries: list[dict]) -> str:
-        """What the figures are, and on which images they are measured."""
-        labeled = [summary for summary in summaries if self.value(summary, "last") is not None]
-        if summaries and not labeled:
-            return "The target has no labels, so there are no figures."
-        tests = distinct(summary["target_test"] for summary in labeled)
-        unlabeled = " `-`: the target has no labels." if len(labeled) < len(summaries) else ""
-        return (
-            f"Target {distinct(map(self.metric, summaries))} in percent on {tests}: "
-            f"mean +- sample standard deviation over the seeds.{unlabeled}"
-        )
-
-    def columns(self) -> tuple[str, ...]:
-        differences = [f"minus {name}" for name in self.suite.baselines]
-        return (*COLUMNS, *differences, *LAST_COLUMNS)
-
-    def markdown(self) -> str:
-        """The header and one line per entry."""
-        rows = [self.row(*pair) for pair in zip(self.suite.runs, self.results, strict=True)]
-        lines = [self.columns(), ("---",) * len(self.columns()), *rows]
-        cells = [[cell.replace("|", r"\|") for cell in line] for line in lines]
-        return "\n".join(f"| {' | '.join(line)} |" for line in cells)
-
-
-def report(suite: Suite, results: list[dict[int, dict]], seeds: list[int], argv: list[str]) -> str:
-    """The results as a markdown table, with what it takes to get them again.
-
-    Args:
-        suite, results, seeds: see `Table`.
-        argv: the command line, for the last paragraph.
-    """
-    table = Table(suite, results, seeds)
-    pairs = [
-        (entry.method, summary)
-        for entry, summaries in zip(suite.runs, results, strict=True)
-        for summary in summaries.values()
-    ]
-    summaries = [summary for _, summary in pairs]
-    machines = distinct(summary.get("machine", "an unknown machine") for summary in summaries)
-    paired = (
-        "The columns `minus` compare the last step with that of the named row, seed by seed. "
-        if suite.baselines
-        else ""
-    )
-    parts = [
-        f"**{suite.title}**",
-        table.markdown(),
-        f"{table.caption(summaries)} {paired}{selection(pairs)} Seconds are the mean over the runs."
-        if summaries
-        else "No run has finished.",
-        *([suite.note.strip()] if suite.note else []),
-        f"Written by `{shlex.join(['python', 'reproduce.py', *argv])}`: "
-        f"seeds {' '.join(map(str, seeds))}; "
-        f"steps {distinct(summary['steps'] for summary in summaries)}; "
-        f"{commit_note(commits(summaries))}; on {machines}.",
-    ]
-    return "\n\n".join(parts)
+# --- the command line
 
 
 def place(path: Path, name: str, block: str) -> str:
@@ -536,9 +211,6 @@ def place(path: Path, name: str, block: str) -> str:
     return text[: text.index(begin)] + marked + text[text.index(end) + len(end) :]
 
 
-# --- the command line
-
-
 def parse_args(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -555,13 +227,32 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
     out_help = "write the table into this file, between the suite's markers"
     parser.add_argument("--out", type=Path, metavar="FILE", help=out_help)
     parser.add_argument("--list", action="store_true", help="print the commands and run nothing")
+    choose_help = "choose among the runs of each task without target labels (docs/selection.md)"
+    parser.add_argument("--choose", action="store_true", help=choose_help)
+    csv_help = "with --choose: write the candidates and their scores into this file"
+    parser.add_argument("--csv", type=Path, metavar="FILE", help=csv_help)
     args = parser.parse_args(argv)
     for name, number in (("--jobs", args.jobs), ("--nproc", args.nproc)):
         if number < 1:
             raise UserError(f"{name} must be positive, not {number}")
     if min(args.seeds) < 0 or len(set(args.seeds)) < len(args.seeds):
         raise UserError("--seeds must be distinct and not negative")
+    if args.csv and not args.choose:
+        raise UserError("--csv goes with --choose")
     return args
+
+
+def choice(suite: Suite, results: list[dict[int, dict]], args: argparse.Namespace) -> str:
+    """The report of --choose; it writes --csv, too."""
+    entries = {(entry.task, entry.method): entry for entry in suite.runs}
+    candidates = candidates_of(suite, results, lambda entry, seed: Job(entry, seed).folder)
+    if args.csv:
+        write_text(args.csv, to_csv(candidates))
+
+    def folder_of(task: str, method: str, seed: int) -> Path:
+        return Job(entries[task, method], seed).folder
+
+    return choice_report(suite, candidates, folder_of)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -591,6 +282,8 @@ def main(argv: list[str] | None = None) -> int:
         for entry in suite.runs
     ]
     block = report(suite, results, args.seeds, argv)
+    if args.choose:
+        block = f"{block}\n\n{choice(suite, results, args)}"
     print(f"\n{block}")
     if args.out:
         write_text(args.out, place(args.out, name, block))

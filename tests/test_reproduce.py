@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 import reproduce
+from analysis import suite_table
 from common.config import dump_value, load_config, parse_yaml
 from common.errors import UserError
 from common.provenance import code_version
@@ -328,7 +329,7 @@ def test_differences_are_paired_by_seed(folder, capfd):
     assert "compare the last step with that of the named row, seed by seed" in out
     suite = load_config(reproduce.Suite, "suite.yaml")
     run = {"target": {"last": {"accuracy": 1.0}}}
-    table = reproduce.Table(suite, [{0: run}, {1: run}, {}], [0, 1])
+    table = suite_table.Table(suite, [{0: run}, {1: run}, {}], [0, 1])
     assert table.difference(suite.runs[1], {1: run}, "one") == "-"  # no run of both
 
 
@@ -558,20 +559,20 @@ def test_what_selected_is_said():
         "Selected without target labels by infomax, neg_entropy, which for b is part of the "
         "training loss and no judge."
     )
-    assert reproduce.selection([("a", run("neg_entropy")), ("b", run("infomax", True))]) == free
+    assert suite_table.selection([("a", run("neg_entropy")), ("b", run("infomax", True))]) == free
     labels = (
         "Selected by neg_val_loss, on the labels of the very images that the figures are computed "
         "on: no test figures."
     )
-    assert reproduce.selection([("a", run("neg_val_loss"))]) == labels
+    assert suite_table.selection([("a", run("neg_val_loss"))]) == labels
     last = "The last step is selected for b."
-    assert reproduce.selection([("b", run("last"))]) == last
+    assert suite_table.selection([("b", run("last"))]) == last
     mixed = "Selected without target labels by infomax. " + last
-    assert reproduce.selection([("a", run("infomax")), ("b", run("last"))]) == mixed
+    assert suite_table.selection([("a", run("infomax")), ("b", run("last"))]) == mixed
     one = [("a", run("last")), ("b", run("last") | {"collapsed": {"last": "one class"}})]
-    assert "the predictions of 1 of 2 runs collapsed: b." in reproduce.selection(one)
+    assert "the predictions of 1 of 2 runs collapsed: b." in suite_table.selection(one)
     both = "Selected without target labels by neg_entropy. " + labels
-    assert reproduce.selection([("a", run("neg_val_loss")), ("b", run("neg_entropy"))]) == both
+    assert suite_table.selection([("a", run("neg_val_loss")), ("b", run("neg_entropy"))]) == both
 
 
 AFTER = """title: A test
@@ -865,7 +866,7 @@ def test_a_real_run(tmp_path, capfd, monkeypatch):
     out = capfd.readouterr().out
     assert "runs/config_method_seed3: finished after " in out
     assert cells(out, "source")[2] == "1"
-    commit = reproduce.commit_note([code_version() or reproduce.UNKNOWN_COMMIT])
+    commit = suite_table.commit_note([code_version() or suite_table.UNKNOWN_COMMIT])
     assert f"; steps 2; {commit}; on " in footer(out)
     assert reproduce.main(["suite.yaml", "--seeds", "3"]) == 0
     assert "runs/config_method_seed3: finished already" in capfd.readouterr().out
@@ -901,7 +902,7 @@ def test_the_caption_of_targets_without_labels():
         return {"target": {"last": {"accuracy": accuracy}}, "target_test": test}
 
     suite = types.SimpleNamespace(runs=[], metric=None, baselines=[])
-    caption = reproduce.Table(suite, [], []).caption
+    caption = suite_table.Table(suite, [], []).caption
     labeled, unlabeled = of(70.0, "its test split"), of(None, "none: no target labels")
     assert caption([unlabeled]) == "The target has no labels, so there are no figures."
     plain = "Target accuracy in percent on its test split: mean +- sample standard deviation over "

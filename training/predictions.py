@@ -2,10 +2,11 @@
 
 import itertools
 from collections.abc import Iterable
+from pathlib import Path
 
 import torch
 
-from common import ranks
+from common import files, ranks
 
 PREDICTIONS = "predictions.pt"  # the file in a run folder
 POINTS = 4096  # about how many predictions are kept of maps
@@ -73,3 +74,26 @@ class Sample:
         if not numbered:
             return None
         return torch.cat([x for _, x in numbered]).half()  # autocast cannot join halves on a CPU
+
+
+def share_changed(start: str | None, images: str, logits: torch.Tensor) -> float | None:
+    """The share of predictions that are of another class than those of the run `start`.
+
+    Args:
+        start: a run folder, or a file in it.
+        images: names the sample.
+        logits: (M, K) of the sample.
+
+    Returns:
+        None if there is no such run, or if its predictions are of other images.
+    """
+    if start is None:
+        return None
+    place = Path(start).expanduser()
+    file = (place.parent if place.is_file() else place) / PREDICTIONS
+    if not file.is_file():
+        return None
+    before = files.load_tensors(file)
+    if before["images"] != images or before["selected"].shape != logits.shape:
+        return None
+    return float((before["selected"].argmax(1) != logits.argmax(1)).double().mean())

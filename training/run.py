@@ -45,7 +45,7 @@ from training.evaluation import choose, compact, evaluate
 from training.folder import RunFolder
 from training.log import Log, evaluation_line
 from training.pictures import save_pictures
-from training.predictions import PREDICTIONS
+from training.predictions import PREDICTIONS, share_changed
 from training.state import OWN_STATE, check_state, first_not_finite, first_that_differs
 from training.summary import print_summary, summarize, to_json
 from training.tracker import import_tracker, open_tracker
@@ -627,6 +627,18 @@ class Run:
         self.log.tracker.finish()
         sys.exit(128 + number)
 
+    def _write_predictions(self, domains: Domains) -> dict:
+        """Write predictions.pt. Returns how many differ from those of the run that it started from.
+
+        That is an entry of summary.json, if that run has predicted the same images.
+        """
+        images = domains.sample_fingerprint(self.fingerprints["target"])
+        saved = {"images": images, "classes": domains.classes, **self.predictions}
+        files.save_tensors(self.folder / PREDICTIONS, saved)
+        start = self.config_values["init_from"]  # that of the config is null after a resume
+        share = share_changed(start, images, self.predictions["selected"])
+        return {} if share is None else {"changed_from_start": {"run": start, "share": share}}
+
     def finish(self, domains: Domains, **facts) -> int:
         """Write summary.json, with `facts` of the method, and print the target's figures.
 
@@ -634,16 +646,14 @@ class Run:
             The exit code, 0.
         """
         self.log.close()
+        if self.writes and self.predictions:
+            facts = {**facts, **self._write_predictions(domains)}
         summary = summarize(self, domains, facts)
         if self.dry_run:
             print("dry run: one step of training and of evaluation passed, nothing was written")
         if self.writes:
             files.write_text(self.folder / "summary.json", to_json(summary))
             files.write_text(self.folder / "MODEL.md", model_card(self, domains, summary))
-            if self.predictions:
-                images = domains.sample_fingerprint(self.fingerprints["target"])
-                saved = {"images": images, "classes": domains.classes, **self.predictions}
-                files.save_tensors(self.folder / PREDICTIONS, saved)
             self.run_folder.write_status("finished", summary["steps"])
             print_summary(summary, self.folder / "summary.json")
         observe(None)

@@ -83,6 +83,7 @@ def summarize(run, domains: Domains, facts: dict) -> dict:
         "selection": {
             "criterion": config.select,
             "value": selected["criteria"].get(config.select),  # none: the last step
+            "source_val": selected["criteria"].get("source_val"),
             "part_of_training_loss": config.select in config.trained_criteria(),
         },
     }
@@ -100,6 +101,9 @@ def print_summary(summary: dict, file: Path) -> None:
         print(*describe_stream(summary["stream"], summary["collapse_alarms"]), sep="\n")
     for name, reason in summary["collapsed"].items():
         print(f"warning: {name}: the predictions on the target have collapsed: {reason}")
+    if start := summary.get("changed_from_start"):
+        share = 100 * start["share"]
+        print(f"{share:.1f} % of the predictions on the target differ from those of {start['run']}")
     if target["oracle"]["step"] is None:
         step, criterion = target["selected"]["step"], summary["selection"]["criterion"]
         print(f"no target labels to measure with; model.pt: step {step}, by {criterion}")

@@ -1,0 +1,347 @@
+"""The choice among runs without target labels: scores, vetoes, the rule, and what it is worth."""
+
+import csv
+import io
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+
+from analysis.criteria import agreements, of_one_run
+from common.errors import UserError
+
+MARGIN = 2.0  # points of source validation that a run may lose against no adaptation
+SHOWN = 3  # classes of which a table shows the share
+# Quantiles of Student's t for an interval of 95 %, by degrees of freedom; 1.96 beyond.
+T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13)
+
+
+@dataclass
+class Candidate:
+    """One run among those that are chosen from.
+
+    Args:
+        task, method: its row in the suite.
+        seed: of the run.
+        reference: whether it is the run without adaptation.
+        judged: whether infomax is no part of its training loss.
+        source_val: accuracy or mean IoU on held-out source images; None without a source.
+        alarm: the first collapse alarm of the run, or None.
+        last, selected: the figure on the target's test images, for reports only; None without
+            labels.
+        infomax, neg_entropy, nuclear_norm, mano: see `analysis.criteria`.
+        agreement: with the mean prediction of the candidates that are not vetoed.
+        agreement_all: with that of all candidates.
+        changed: share of predictions that are of another class than those without adaptation.
+        shares: how often the most frequent classes are predicted.
+        veto: why the run is not to be chosen; "" for a candidate.
+        hours: of training.
+    """
+
+    task: str
+    method: str
+    seed: int
+    reference: bool
+    judged: bool
+    source_val: float | None
+    alarm: str | None
+    last: float | None
+    selected: float | None
+    infomax: float = 0.0
+    neg_entropy: float = 0.0
+    nuclear_norm: float = 0.0
+    mano: float = 0.0
+    agreement: float = 0.0
+    agreement_all: float = 0.0
+    changed: float = 0.0
+    shares: str = ""
+    veto: str = ""
+    hours: float = 0.0
+
+
+def vetoes(candidate: Candidate, reference: Candidate, margin: float = MARGIN) -> str:
+    """Why a run is not to be chosen, found without a target label; "" if nothing speaks against it.
+
+    The reference is never vetoed. A run without source images has no source validation to lose.
+    """
+    if candidate.reference:
+        return ""
+    reasons = []
+    if None not in (candidate.source_val, reference.source_val):
+        least = reference.source_val - margin
+        if candidate.source_val < least:
+            reasons.append(f"source validation {candidate.source_val:.1f} < {least:.1f}")
+    if candidate.alarm:
+        reasons.append(f"collapse alarm: {candidate.alarm}")
+    return "; ".join(reasons)
+
+
+def score(
+    candidates: Sequence[Candidate],
+    logits: Sequence[torch.Tensor],
+    classes: Sequence[str],
+    margin: float = MARGIN,
+) -> None:
+    """Fill in the scores and vetoes of the candidates of one task and seed.
+
+    Args:
+        candidates: one of them is the reference.
+        logits: (M, K) of each, on the same images.
+        classes: the K class names.
+        margin: see `vetoes`.
+    """
+    (at,) = [i for i, candidate in enumerate(candidates) if candidate.reference]
+    predicted = [x.argmax(1) for x in logits]
+    for candidate, x, top in zip(candidates, logits, predicted, strict=True):
+        candidate.veto = vetoes(candidate, candidates[at], margin)
+        for name, value in of_one_run(x).items():
+            setattr(candidate, name, value)
+        candidate.changed = float((top != predicted[at]).double().mean())
+        shares = top.bincount(minlength=len(classes)).double() / len(top)
+        order = shares.argsort(descending=True)[:SHOWN].tolist()
+        candidate.shares = ", ".join(f"{classes[k]} {100 * shares[k]:.0f} %" for k in order)
+    remaining = [x for x, candidate in zip(logits, candidates, strict=True) if not candidate.veto]
+    both = agreements(logits, remaining), agreements(logits, logits)
+    for candidate, agreement, agreement_all in zip(candidates, *both, strict=True):
+        candidate.agreement, candidate.agreement_all = agreement, agreement_all
+
+
+# --- rules
+
+
+def highest(name: str) -> Callable[[Sequence[Candidate]], Candidate]:
+    """The rule that takes the candidate with the highest score; unknown scores are lowest."""
+
+    def rule(candidates: Sequence[Candidate]) -> Candidate:
+        known = [(getattr(candidate, name), candidate) for candidate in candidates]
+        return max(known, key=lambda pair: -1e9 if pair[0] is None else pair[0])[1]
+
+    return rule
+
+
+def default_rule(candidates: Sequence[Candidate]) -> Candidate:
+    """The best by infomax of those that it judges, against the others by ensemble agreement.
+
+    Infomax is no judge of a run that is trained on it. So the best of the others stands beside
+    these, and the one that agrees most with the ensemble of all candidates is taken.
+    """
+    judged = [candidate for candidate in candidates if candidate.judged]
+    best = [highest("infomax")(judged)] if judged else []
+    return highest("agreement")([*best, *(c for c in candidates if not c.judged)])
+
+
+RULES = {
+    "default": default_rule,
+    "infomax": highest("infomax"),
+    "neg_entropy": highest("neg_entropy"),
+    "nuclear_norm": highest("nuclear_norm"),
+    "mano": highest("mano"),
+    "agreement": highest("agreement"),
+    "source_val": highest("source_val"),
+}
+
+
+def choose(candidates: Sequence[Candidate], rule: str = "default", veto: bool = True) -> Candidate:
+    """The chosen run of one task and seed.
+
+    Args:
+        candidates: after `score`.
+        rule: a name in `RULES`.
+        veto: whether vetoed runs are left out. Without vetoes the ensemble is of all candidates.
+    """
+    if veto:
+        return RULES[rule]([candidate for candidate in candidates if not candidate.veto])
+    if rule in ("default", "agreement"):
+        whole = [Candidate(**{**asdict(c), "agreement": c.agreement_all}) for c in candidates]
+        return candidates[whole.index(RULES[rule](whole))]
+    return RULES[rule](candidates)
+
+
+# --- what a choice is worth
+
+
+@dataclass
+class Worth:
+    """What a choice is worth on one task, in points; None without target labels.
+
+    Args:
+        task: the task.
+        method: the chosen one.
+        seeds: those that the figures are of.
+        last, selected: means over the seeds of the chosen method's last and selected step.
+        reference: mean of the selected step without adaptation.
+        oracle: mean of the best method by target labels, and its name.
+        gains: `selected` minus that without adaptation, by seed.
+    """
+
+    task: str
+    method: str
+    seeds: list[int]
+    last: float | None
+    selected: float | None
+    reference: float | None
+    oracle: float | None
+    oracle_method: str | None
+    gains: list[float]
+
+    @property
+    def regret(self) -> float | None:
+        return None if self.oracle is None else self.oracle - self.selected
+
+
+def worth(candidates: Sequence[Candidate], rule: str = "default", veto: bool = True) -> Worth:
+    """What the choice on the first seed of a task is worth on the other seeds.
+
+    With one seed it is that of the same runs.
+
+    Args:
+        candidates: all runs of one task, of all seeds; in the order of the seeds.
+        rule, veto: see `choose`.
+    """
+    seeds = list(dict.fromkeys(candidate.seed for candidate in candidates))
+    first = [candidate for candidate in candidates if candidate.seed == seeds[0]]
+    chosen = choose(first, rule, veto)
+    reported = seeds[1:] or seeds
+    by_method: dict[str, dict[int, Candidate]] = {}
+    for candidate in candidates:
+        if candidate.seed in reported:
+            by_method.setdefault(candidate.method, {})[candidate.seed] = candidate
+    complete = {
+        method: [runs[seed] for seed in reported]
+        for method, runs in by_method.items()
+        if runs.keys() == set(reported) and all(r.selected is not None for r in runs.values())
+    }
+    (reference,) = {candidate.method for candidate in candidates if candidate.reference}
+    if chosen.method not in complete or reference not in complete:
+        return Worth(chosen.task, chosen.method, reported, *[None] * 5, [])
+    means = {
+        method: statistics.fmean(run.selected for run in runs) for method, runs in complete.items()
+    }
+    best = max(means, key=means.get)
+    runs, others = complete[chosen.method], complete[reference]
+    gains = [run.selected - other.selected for run, other in zip(runs, others, strict=True)]
+    last = [run.last for run in runs]
+    return Worth(
+        task=chosen.task,
+        method=chosen.method,
+        seeds=reported,
+        last=statistics.fmean(last),
+        selected=means[chosen.method],
+        reference=means[reference],
+        oracle=means[best],
+        oracle_method=best,
+        gains=gains,
+    )
+
+
+def interval(values: Sequence[float]) -> str:
+    """The mean and its interval of 95 % by Student's t, such as `+3.1 [+1.0, +5.2]`."""
+    if not values:
+        return "-"
+    mean = statistics.fmean(values)
+    if len(values) == 1:
+        return f"{mean:+.1f}"
+    freedom = len(values) - 1
+    quantile = T95[freedom - 1] if freedom <= len(T95) else 1.96
+    half = quantile * statistics.stdev(values) / len(values) ** 0.5
+    return f"{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}]"
+
+
+# --- tables
+
+
+def _cell(value: float | None, digits: int = 1) -> str:
+    return "-" if value is None else f"{value:.{digits}f}"
+
+
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    cells = [[cell.replace("|", r"\|") for cell in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
+
+def candidates_table(candidates: Sequence[Candidate], chosen: Candidate) -> str:
+    """The candidates of one task and seed with what the choice is made from: no target figure."""
+    head = ("method", "chosen", "source validation", "infomax", "neg_entropy", "nuclear norm")
+    head = (*head, "MaNo", "agreement", "changed", "most predicted", "veto")
+    rows = [
+        (
+            candidate.method,
+            "yes" if candidate is chosen else "",
+            _cell(candidate.source_val),
+            _cell(candidate.infomax, 3) + ("" if candidate.judged else " (trained on)"),
+            _cell(candidate.neg_entropy, 3),
+            _cell(candidate.nuclear_norm, 3),
+            _cell(candidate.mano, 3),
+            _cell(100 * candidate.agreement),
+            _cell(100 * candidate.changed),
+            candidate.shares,
+            candidate.veto or "-",
+        )
+        for candidate in candidates
+    ]
+    return markdown(head, rows)
+
+
+def worth_table(worths: Sequence[Worth]) -> str:
+    """One row per task: the chosen method, and what it is worth on the target's test labels."""
+    head = ("task", "chosen", "last", "selected in the run", "no adaptation")
+    head = (*head, "oracle (by target test labels: no result)", "regret", "gain and its interval")
+    rows = [
+        (
+            x.task,
+            x.method,
+            _cell(x.last),
+            _cell(x.selected),
+            _cell(x.reference),
+            "-" if x.oracle is None else f"{x.oracle:.1f} ({x.oracle_method})",
+            _cell(x.regret),
+            interval(x.gains),
+        )
+        for x in worths
+    ]
+    return markdown(head, rows)
+
+
+# --- a file of candidates
+
+
+def to_csv(candidates: Iterable[Candidate]) -> str:
+    """A csv file with a row per candidate."""
+    buffer = io.StringIO()
+    names = [spec.name for spec in fields(Candidate)]
+    writer = csv.DictWriter(buffer, names, lineterminator="\n")
+    writer.writeheader()
+    for candidate in candidates:
+        row = asdict(candidate)
+        shortened = {k: f"{v:.5g}" if isinstance(v, float) else v for k, v in row.items()}
+        writer.writerow({k: "" if v is None else v for k, v in shortened.items()})
+    return buffer.getvalue()
+
+
+def from_csv(file: Path) -> list[Candidate]:
+    """The candidates of a file that `to_csv` has written.
+
+    Raises:
+        UserError: it is not such a file.
+    """
+    kinds = {spec.name: spec.type for spec in fields(Candidate)}
+
+    def read(name: str, text: str):
+        kind = kinds[name]
+        if text == "" and "None" in str(kind):
+            return None
+        if kind is bool:
+            return text == "True"
+        if kind is int:
+            return int(text)
+        return float(text) if "float" in str(kind) else text
+
+    try:
+        rows = list(csv.DictReader(file.read_text(encoding="utf-8").splitlines()))
+        return [Candidate(**{k: read(k, v) for k, v in row.items()}) for row in rows]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: is no file of candidates ({error})") from None

@@ -1,0 +1,186 @@
+"""The table of a suite: a row per entry, with mean and standard deviation over the seeds."""
+
+import shlex
+import statistics
+from collections.abc import Iterable
+
+from analysis.suites import Entry, Suite
+from common.metrics import main_metric
+
+ORACLE = "oracle (chosen on target test labels: no result)"
+COLUMNS = ("task", "method", "seeds", "last", "selected", ORACLE)
+LAST_COLUMNS = ("seconds", "published")
+UNKNOWN_COMMIT = "an unknown commit"
+
+
+def figure(values: list[float | None]) -> str:
+    """`mean +- sample standard deviation`; one value alone has no deviation.
+
+    `-` if there is no value, or an unknown one among them.
+    """
+    if not values or None in values:
+        return "-"
+    spread = f" +- {statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.1f}{spread}"
+
+
+def distinct(values: Iterable) -> str:
+    return ", ".join(str(value) for value in sorted(set(values))) or "-"
+
+
+def selection(pairs: list[tuple[str, dict]]) -> str:
+    """Sentences on what picked the selected steps, and which methods it cannot judge.
+
+    Args:
+        pairs: (method, summary) of each run.
+    """
+    names = {summary["selection"]["criterion"] for _, summary in pairs}
+    part = [method for method, summary in pairs if summary["selection"]["part_of_training_loss"]]
+    sentences = []
+    if criteria := names - {"neg_val_loss", "last"}:
+        no_judge = f", which for {distinct(part)} is part of the training loss and no judge"
+        by = f"by {distinct(criteria)}{no_judge if part else ''}"
+        sentences.append(f"Selected without target labels {by}.")
+    if "last" in names:
+        last = [method for method, summary in pairs if summary["selection"]["criterion"] == "last"]
+        sentences.append(f"The last step is selected for {distinct(last)}.")
+    if lost := [method for method, summary in pairs if "last" in summary.get("collapsed", ())]:
+        runs = f"{len(lost)} of {len(pairs)} runs"
+        sentences.append(f"At the last step the predictions of {runs} collapsed: {distinct(lost)}.")
+    if "neg_val_loss" in names:
+        sentences.append(
+            "Selected by neg_val_loss, on the labels of the very images that the figures are "
+            "computed on: no test figures."
+        )
+    return " ".join(sentences)
+
+
+def commits(summaries: list[dict]) -> list[str]:
+    """The commits that the runs were trained by."""
+    return sorted({summary.get("commit") or UNKNOWN_COMMIT for summary in summaries})
+
+
+def commit_note(names: list[str]) -> str:
+    """`commit abc1234`, `an unknown commit`, or `commits abc1234, def5678 (mixed)`."""
+    if len(names) > 1:
+        return f"commits {', '.join(names)} (mixed)"
+    return UNKNOWN_COMMIT if names == [UNKNOWN_COMMIT] else f"commit {distinct(names)}"
+
+
+class Table:
+    """The finished runs of a suite, as the rows of a markdown table.
+
+    Args:
+        suite: whose entries are the rows.
+        results: {seed: summary} of the finished runs, one dict per entry.
+        seeds: all that were asked for.
+    """
+
+    def __init__(self, suite: Suite, results: list[dict[int, dict]], seeds: list[int]):
+        self.suite, self.seeds = suite, seeds
+        self.results = results
+        self.by_name = {
+            (entry.task, entry.method): summaries
+            for entry, summaries in zip(suite.runs, results, strict=True)
+        }
+
+    def metric(self, summary: dict) -> str:
+        """The name of the metric that the figures are of."""
+        return self.suite.metric or main_metric(summary["target"]["last"])
+
+    def value(self, summary: dict, name: str) -> float | None:
+        """The figure of an evaluation: `last`, `selected` or `oracle`."""
+        return summary["target"][name].get(self.metric(summary))
+
+    def difference(self, entry: Entry, summaries: dict[int, dict], baseline: str) -> str:
+        """Mean and deviation of `last` minus that of the baseline's run of the same seed.
+
+        `-` for the baseline itself, for an entry that is not compared with it, and where a seed has
+        no run of both.
+        """
+        others = self.by_name.get((entry.task, baseline), {})
+        if baseline not in entry.baselines or entry.method == baseline or not others:
+            return "-"
+        if summaries.keys() != others.keys():
+            return "-"
+        pairs = [
+            (self.value(summary, "last"), self.value(others[seed], "last"))
+            for seed, summary in summaries.items()
+        ]
+        if any(None in pair for pair in pairs):
+            return "-"
+        text = figure([value - other for value, other in pairs])
+        return text if text.startswith(("-", "0.0")) else f"+{text}"
+
+    def row(self, entry: Entry, summaries: dict[int, dict]) -> tuple[str, ...]:
+        """The cells of an entry, in the order of `columns`."""
+        complete = len(summaries) == len(self.seeds)
+        count = str(len(self.seeds)) if complete else f"{len(summaries)} of {len(self.seeds)}"
+        figures = [
+            figure([self.value(summary, name) for summary in summaries.values()])
+            for name in ("last", "selected", "oracle")
+        ]
+        differences = [self.difference(entry, summaries, name) for name in self.suite.baselines]
+        seconds = [summary["seconds"] for summary in summaries.values()]
+        mean_seconds = f"{statistics.fmean(seconds):.0f}" if seconds else "-"
+        published = "-" if entry.published is None else f"{entry.published} ({entry.reference})"
+        cells = entry.task, entry.method, count, *figures, *differences
+        return (*cells, mean_seconds, published)
+
+    def caption(self, summaries: list[dict]) -> str:
+        """What the figures are, and on which images they are measured."""
+        labeled = [summary for summary in summaries if self.value(summary, "last") is not None]
+        if summaries and not labeled:
+            return "The target has no labels, so there are no figures."
+        tests = distinct(summary["target_test"] for summary in labeled)
+        unlabeled = " `-`: the target has no labels." if len(labeled) < len(summaries) else ""
+        return (
+            f"Target {distinct(map(self.metric, summaries))} in percent on {tests}: "
+            f"mean +- sample standard deviation over the seeds.{unlabeled}"
+        )
+
+    def columns(self) -> tuple[str, ...]:
+        differences = [f"minus {name}" for name in self.suite.baselines]
+        return (*COLUMNS, *differences, *LAST_COLUMNS)
+
+    def markdown(self) -> str:
+        """The header and one line per entry."""
+        rows = [self.row(*pair) for pair in zip(self.suite.runs, self.results, strict=True)]
+        lines = [self.columns(), ("---",) * len(self.columns()), *rows]
+        cells = [[cell.replace("|", r"\|") for cell in line] for line in lines]
+        return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
+
+def report(suite: Suite, results: list[dict[int, dict]], seeds: list[int], argv: list[str]) -> str:
+    """The results as a markdown table, with what it takes to get them again.
+
+    Args:
+        suite, results, seeds: see `Table`.
+        argv: the command line, for the last paragraph.
+    """
+    table = Table(suite, results, seeds)
+    pairs = [
+        (entry.method, summary)
+        for entry, summaries in zip(suite.runs, results, strict=True)
+        for summary in summaries.values()
+    ]
+    summaries = [summary for _, summary in pairs]
+    machines = distinct(summary.get("machine", "an unknown machine") for summary in summaries)
+    paired = (
+        "The columns `minus` compare the last step with that of the named row, seed by seed. "
+        if suite.baselines
+        else ""
+    )
+    parts = [
+        f"**{suite.title}**",
+        table.markdown(),
+        f"{table.caption(summaries)} {paired}{selection(pairs)} Seconds are the mean over the runs."
+        if summaries
+        else "No run has finished.",
+        *([suite.note.strip()] if suite.note else []),
+        f"Written by `{shlex.join(['python', 'reproduce.py', *argv])}`: "
+        f"seeds {' '.join(map(str, seeds))}; "
+        f"steps {distinct(summary['steps'] for summary in summaries)}; "
+        f"{commit_note(commits(summaries))}; on {machines}.",
+    ]
+    return "\n\n".join(parts)

@@ -1,0 +1,256 @@
+"""A suite: the runs behind a table, as a yaml file in configs/suites/ names them."""
+
+import dataclasses
+import functools
+import itertools
+import os
+import re
+import runpy
+import shlex
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from common.config import (
+    Hints,
+    all_keys,
+    build,
+    dump_value,
+    not_negative,
+    range_rules,
+    read_config,
+)
+from common.errors import UserError, require
+from data import LabeledDataConfig
+from data.order import generator
+from training.config import RunConfig, head_command, load_run_config, scripts_with
+
+
+@functools.cache
+def script_config(script: str) -> type:
+    """The class `Config` of a training script.
+
+    Raises:
+        UserError: the script cannot be imported, or has no such class.
+    """
+    folder = str(Path(script).resolve().parent)
+    sys.path.insert(0, folder)  # as `python script` has it
+    try:
+        config = runpy.run_path(script)["Config"]
+        if "out_dir" not in getattr(config, "__dataclass_fields__", ()):
+            raise TypeError("it is not a RunConfig")
+        return config
+    except Exception as error:
+        raise UserError(
+            f"{script}: its Config cannot be read ({type(error).__name__}: {error})"
+        ) from None
+    finally:
+        sys.path.remove(folder)
+
+
+@dataclass
+class Entry:
+    """One row of the table. Paths are relative to the working directory."""
+
+    task: str  # first column, such as MNIST -> USPS
+    method: str  # second column, such as DANN
+    script: str
+    config: str | list[str]  # one yaml file, or several of which later ones win
+    set: dict = field(default_factory=dict)  # {dotted key: value}, applied after the files
+    init_from: str | None = None  # start from the run of this earlier entry's out_dir, same seed
+    published: float | None = None  # the figure to compare with, in percent
+    reference: str | None = None  # where it was published
+    expected: float | None = None  # mean of column `last` when it was recorded; a test reads it
+    baselines: list[str] | None = None  # rows of this task to compare with; null: the suite's
+    grid: dict = field(default_factory=dict)  # {dotted key: values}: a run per combination
+    draws: int | None = None  # so many runs, with keys drawn from `ranges`
+    ranges: dict = field(default_factory=dict)  # {dotted key: [low, high] or [low, high, log]}
+    draws_seed: int = 0  # of the draws
+
+    def __post_init__(self):
+        self.files = [self.config] if isinstance(self.config, str) else self.config
+        missing = [file for file in self.files if not Path(file).is_file()]
+        no_keys = [key for key in self.set if not re.fullmatch(r"\w+(\.\w+)*", key)]
+        complete = (self.published is None) == (self.reference is None)
+        require(
+            (Path(self.script).is_file(), f"script: there is no file {self.script}"),
+            (len(self.files) > 0, "config: the list of files is empty"),
+            *((False, f"config: there is no file {file}") for file in missing),
+            *((False, f"set: {key!r} is not a dotted key") for key in no_keys),
+            ("seed" not in self.set, "set: the seed comes from --seeds"),
+            (complete, "published and reference go together"),
+            *self._rules_of_cells(),
+        )
+        self.start: Entry | None = None  # the entry of init_from; set by `Suite`
+        self.family = self.method  # of a cell of a grid: the method without its keys
+        self.out_dir = self._read_out_dir()
+        # The seeds have folders of their own, so out_dir is no override here.
+        self.overrides = [text for text in self._settings() if not text.startswith("out_dir=")]
+
+    def _rules_of_cells(self) -> list[tuple[bool, str]]:
+        lists = all(isinstance(values, list) and values for values in self.grid.values())
+        ranges = all(map(_is_range, self.ranges.values()))
+        recorded = self.expected is not None or self.published is not None
+        return [
+            (lists, "grid: each key needs a list of values"),
+            (ranges, "ranges: each key needs [low, high], or [low, high, log] with low above 0"),
+            (not (self.grid and self.draws), "grid and draws exclude each other"),
+            (bool(self.draws) == bool(self.ranges), "draws and ranges go together"),
+            (self.draws is None or self.draws > 0, "draws must be positive"),
+            (
+                not (recorded and (self.grid or self.draws)),
+                "expected and published are figures of one run, not of a grid or of draws",
+            ),
+        ]
+
+    def cells(self) -> list["Entry"]:
+        """An entry per combination of the grid, or per draw; without these, itself.
+
+        Raises:
+            ValueError: a cell's config has mistakes.
+        """
+        if self.grid:
+            combinations = itertools.product(*self.grid.values())
+            cells = [dict(zip(self.grid, values, strict=True)) for values in combinations]
+            names = [_folder_name(cell) for cell in cells]
+        elif self.draws:
+            cells = [self._draw(number) for number in range(self.draws)]
+            names = [f"draw{number:02d}" for number in range(self.draws)]
+        else:
+            return [self]
+        made = []
+        for cell, name in zip(cells, names, strict=True):
+            values = ", ".join(f"{key}={dump_value(value)}" for key, value in cell.items())
+            entry = dataclasses.replace(
+                self,
+                method=f"{self.method}, {values}",
+                set={**self.set, **cell, "out_dir": f"{self.out_dir}_{name}"},
+                grid={},
+                draws=None,
+                ranges={},
+            )
+            entry.family = self.method
+            made.append(entry)
+        return made
+
+    def _draw(self, number: int) -> dict:
+        """The keys of a draw: whole numbers where both bounds are, else four digits."""
+        cell = {}
+        for key, (low, high, *log) in self.ranges.items():
+            random = generator(self.draws_seed, "draws", number, key)
+            share = float(torch.rand((), generator=random, dtype=torch.float64))
+            value = low * (high / low) ** share if log else low + (high - low) * share
+            whole = isinstance(low, int) and isinstance(high, int)
+            cell[key] = round(value) if whole else float(f"{value:.4g}")
+        return cell
+
+    def _settings(self) -> list[str]:
+        return [f"{key}={dump_value(value)}" for key, value in self.set.items()]
+
+    def _read_out_dir(self) -> str:
+        """The run folder of `set`, else of the files, else the default one.
+
+        Raises:
+            ValueError: the config has mistakes, which are errors now and not after hours.
+        """
+        start = [f"init_from={dump_value(self.init_from)}"] if self.init_from else []
+        try:
+            config_class = script_config(self.script)
+        except UserError as error:
+            raise ValueError(f"script: {error}") from None
+        try:
+            config = load_run_config(config_class, self.files, [*self._settings(), *start])
+        except UserError as error:
+            lines = [line.strip() for line in str(error).splitlines()]
+            raise ValueError("\n".join(f"config: {line}" for line in lines)) from None
+        self.run_config = config
+        return os.path.normpath(config.out_dir)
+
+    def sees_target_labels(self) -> bool:
+        """Whether target labels train or select, so that the runs are no candidates of a choice."""
+        data = self.run_config.data
+        labeled = isinstance(data, LabeledDataConfig) or data.target_labeled is not None
+        return labeled or data.target_is_source()
+
+
+def _is_range(value) -> bool:
+    """Whether a value is [low, high] or [low, high, "log"]."""
+    if not isinstance(value, list) or len(value) not in (2, 3) or value[2:] not in ([], ["log"]):
+        return False
+    numbers = all(isinstance(x, (int, float)) and not isinstance(x, bool) for x in value[:2])
+    return numbers and value[0] < value[1] and (len(value) == 2 or value[0] > 0)
+
+
+def _folder_name(cell: dict) -> str:
+    """The end of the name of a cell's folder, such as `reversal_max=0.3_optim.lr=0.01`."""
+    text = "_".join(f"{key}={dump_value(value)}" for key, value in cell.items())
+    return re.sub(r"[^\w.=+-]+", "-", text)
+
+
+@dataclass
+class Suite:
+    """The content of a file in configs/suites/."""
+
+    title: str
+    runs: list  # of `Entry`
+    note: str | None = None  # printed below the table
+    # What the figures are of; null: the mean IoU of a segmentation, the accuracy of others.
+    metric: Literal["accuracy", "mean_class_accuracy", "mean_iou"] | None = None
+    # Methods whose rows the other rows of their task are compared with, seed by seed.
+    baselines: list[str] = field(default_factory=list)
+    # Points of source validation that a run may lose against the first baseline (--choose).
+    margin: float = not_negative(2.0)
+
+    def __post_init__(self):
+        mistakes: list[str] = []
+        entries = [
+            build(Entry, tree, Hints(all_keys(Entry, f"runs[{i}].")), mistakes, f"runs[{i}].")
+            for i, tree in enumerate(self.runs)
+        ]
+        require((len(entries) > 0, "runs is empty"), *((False, mistake) for mistake in mistakes))
+        numbered = []
+        for i, entry in enumerate(entries):
+            try:
+                numbered += [(f"runs[{i}]", cell) for cell in entry.cells()]
+            except ValueError as error:
+                mistakes += [f"runs[{i}].{line}" for line in str(error).splitlines()]
+        require(*((False, mistake) for mistake in mistakes))
+        cells = [cell for _, cell in numbered]
+        rules = []
+        for i, (name, entry) in enumerate(numbered):
+            earlier = {other.out_dir: other for other in cells[:i]}
+            if entry.init_from:
+                entry.start = earlier.get(os.path.normpath(entry.init_from))
+                rule = f"{name}.init_from: {entry.init_from} is the out_dir of no earlier entry"
+                rules.append((entry.start is not None, rule))
+            new_folder = entry.out_dir not in earlier
+            rules.append((new_folder, f"{name} has the out_dir {entry.out_dir} of another"))
+            row = (entry.task, entry.method)
+            new_row = row not in [(other.task, other.method) for other in cells[:i]]
+            rules.append((new_row, f"{name} has the row {' / '.join(row)} of another"))
+        methods = {entry.method for entry in cells}
+        for name in self.baselines:
+            rules.append((name in methods, f"baselines: {name} is the method of no entry"))
+        for name, entry in numbered:
+            if entry.baselines is None:
+                entry.baselines = self.baselines
+            foreign = ", ".join(sorted(set(entry.baselines) - set(self.baselines)))
+            rule = f"{name}.baselines: {foreign} is not among the suite's baselines"
+            rules.append((not foreign, rule))
+        require(*rules, *range_rules(self))
+        self.runs = cells
+
+
+def check_is_suite(file: str) -> None:
+    """Raise `UserError` for the config of a run, with the command that trains with it."""
+    tree = read_config(file)
+    known = tree.keys() & set(all_keys(RunConfig)) or any(map(scripts_with, tree))
+    if {"title", "runs"} & tree.keys() or not known:
+        return
+    command = shlex.join(["python", *(head_command(Path(file)) or ["SCRIPT", "--config", file])])
+    raise UserError(
+        f"{file}: is the config of a run, not a suite (see configs/suites/); run it by: {command}"
+    )

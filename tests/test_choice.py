@@ -1,0 +1,271 @@
+"""The choice among runs without target labels: criteria, vetoes, rules and what they are worth."""
+
+import copy
+import itertools
+import math
+import random
+import statistics
+
+import pytest
+import torch
+
+from analysis import choice
+from analysis.choice import (
+    RULES,
+    Candidate,
+    candidates_table,
+    choose,
+    from_csv,
+    interval,
+    score,
+    to_csv,
+    vetoes,
+    worth,
+    worth_table,
+)
+from analysis.criteria import agreements, mano, nuclear_norm, of_one_run
+from common.errors import UserError
+
+CLASSES = ["a", "b", "c"]
+
+
+def logits_of(seed: int, count: int = 40, scale: float = 2.0) -> torch.Tensor:
+    return scale * torch.randn(count, 3, generator=torch.Generator().manual_seed(seed))
+
+
+def softmax(row: list[float]) -> list[float]:
+    powers = [math.exp(x) for x in row]
+    return [x / sum(powers) for x in powers]
+
+
+# --- criteria
+
+
+def test_criteria_against_plain_loops():
+    logits = logits_of(0)
+    rows = [softmax(row) for row in logits.tolist()]
+    means = [statistics.fmean(column) for column in zip(*rows, strict=True)]
+    unit = math.log(3)
+    entropy = statistics.fmean(-sum(p * math.log(p) for p in row) for row in rows) / unit
+    diversity = -sum(p * math.log(p) for p in means) / unit
+    values = of_one_run(logits)
+    assert values["neg_entropy"] == pytest.approx(-entropy, abs=1e-6)
+    assert values["infomax"] == pytest.approx(diversity - entropy, abs=1e-6)
+    # The nuclear norm is the sum of the square roots of the eigenvalues of P'P.
+    matrix = torch.tensor(rows, dtype=torch.float64)
+    eigenvalues = torch.linalg.eigvalsh(matrix.T @ matrix)
+    norm = sum(math.sqrt(max(x, 0)) for x in eigenvalues.tolist())
+    assert values["nuclear_norm"] == pytest.approx(norm / math.sqrt(3 * 40), abs=1e-9)
+
+
+def test_nuclear_norm_is_one_for_certain_and_balanced_predictions():
+    assert nuclear_norm(100 * torch.eye(3).repeat(4, 1)) == pytest.approx(1)
+    collapsed = 100 * torch.eye(3)[[0] * 12]
+    assert nuclear_norm(collapsed) == pytest.approx(1 / math.sqrt(3))
+    assert nuclear_norm(torch.zeros(12, 3)) == pytest.approx(1 / 3)
+
+
+def test_mano_against_plain_loops():
+    def plain(rows: list[list[float]]) -> float:
+        logs = [math.log(p) for row in rows for p in softmax(row)]
+        confident = -statistics.fmean(logs) > 5
+        total = 0.0
+        for row in rows:
+            taylor = [1 + x + x * x / 2 for x in row]
+            shifted = [x - min(taylor) for x in taylor]
+            shares = softmax(row) if confident else [x / sum(shifted) for x in shifted]
+            total += sum(x**4 for x in shares)
+        return (total / (3 * len(rows))) ** 0.25
+
+    for scale in (1.0, 20.0):  # by Taylor's polynomial, and by the softmax
+        logits = logits_of(1, scale=scale).double()
+        assert mano(logits) == pytest.approx(plain(logits.tolist()), abs=1e-9)
+    assert mano(torch.zeros(4, 3)) == 0  # nothing to divide by
+
+
+def test_agreement_is_with_the_mean_probability_of_the_voters():
+    """Two unsure votes for a against one sure vote for b: the mean is b."""
+    unsure, sure = torch.tensor([[0.2, 0.0, 0.0]]), torch.tensor([[0.0, 9.0, 0.0]])
+    assert agreements([unsure, sure], [unsure, unsure, sure]) == [0.0, 1.0]
+    runs = [logits_of(seed) for seed in range(4)]
+    mean = sum(x.softmax(1) for x in runs) / 4
+    expected = [float((x.argmax(1) == mean.argmax(1)).float().mean()) for x in runs]
+    assert agreements(runs, runs) == pytest.approx(expected)
+    assert agreements(runs, []) == [0.0] * 4
+
+
+# --- candidates
+
+
+def candidate(method: str, **values) -> Candidate:
+    plain = {"task": "A -> B", "seed": 0, "reference": False, "judged": True}
+    plain |= {"source_val": 90.0, "alarm": None, "last": 50.0, "selected": 50.0}
+    return Candidate(**{**plain, "method": method, **values})
+
+
+def none(**values) -> Candidate:
+    return candidate("none", reference=True, **values)
+
+
+def test_vetoes():
+    reference = none()
+    assert vetoes(candidate("a", source_val=88.0), reference) == ""
+    low = candidate("a", source_val=87.9)
+    assert vetoes(low, reference) == "source validation 87.9 < 88.0"
+    assert vetoes(low, reference, margin=3.0) == ""
+    alarmed = candidate("a", source_val=80.0, alarm="step 3: b vanished")
+    both = "source validation 80.0 < 88.0; collapse alarm: step 3: b vanished"
+    assert vetoes(alarmed, reference) == both
+    assert vetoes(candidate("a", source_val=None), reference) == ""  # it saw no source
+    assert vetoes(none(alarm="step 3: b vanished", source_val=1.0), reference) == ""
+
+
+def test_scores_of_a_made_up_history_where_vetoes_bite():
+    """A collapsed run is the surest, and one that has lost the source follows: both are vetoed."""
+    truth = torch.eye(3)[torch.arange(30) % 3]
+    weak = 2 * truth + logits_of(5, 30, 0.9)
+    good = 3 * truth + logits_of(6, 30, 0.3)
+    collapsed = 50 * torch.eye(3)[[1] * 30]
+    shifted = 40 * truth.roll(1, 0)  # certain, balanced and wrong
+    candidates = [
+        none(),
+        candidate("good", selected=90.0),
+        candidate("collapsed", alarm="step 9: b has 100 %", selected=33.0),
+        candidate("shifted", source_val=40.0, selected=0.0),
+    ]
+    score(candidates, [weak, good, collapsed, shifted], CLASSES)
+    assert [bool(x.veto) for x in candidates] == [False, False, True, True]
+    assert choose(candidates).method == "good"
+    assert choose(candidates, "infomax", veto=False).method == "shifted"
+    assert choose(candidates, "neg_entropy", veto=False).method == "collapsed"
+    assert choose(candidates, "neg_entropy").method == "good"
+    assert candidates[2].shares == "b 100 %, a 0 %, c 0 %"
+    assert candidates[0].changed == 0
+    # The ensemble of those that remain has no vote of the vetoed ones.
+    remaining = [weak, good]
+    assert candidates[1].agreement == agreements([good], remaining)[0]
+    assert candidates[1].agreement_all == agreements([good], [*remaining, collapsed, shifted])[0]
+
+
+def test_the_default_rule_lets_infomax_judge_only_what_is_not_trained_on_it():
+    trained = candidate("trained", judged=False, infomax=0.99, agreement=0.5)
+    best = candidate("best", infomax=0.8, agreement=0.7)
+    other = candidate("other", infomax=0.7, agreement=0.9)
+    assert choose([none(infomax=0.1), best, other, trained]) is best
+    trained.agreement = 0.75
+    assert choose([none(infomax=0.1), best, other, trained]) is trained
+    assert choose([none(infomax=0.9, agreement=0.1), best]).reference
+    assert choose([none(), candidate("a", judged=False, agreement=0.3)]).method == "a"
+
+
+def test_each_rule_takes_the_highest_known_score():
+    names = [name for name in RULES if name != "default"]
+    for name in names:
+        candidates = [none(), candidate("high"), candidate("unknown")]
+        for i, value in enumerate((0.5, 0.9, None)):
+            setattr(candidates[i], name, value)
+        assert choose(candidates, name).method == "high"
+
+
+def test_without_vetoes_the_ensemble_is_of_all():
+    a, b = candidate("a", agreement=0.9, agreement_all=0.1), candidate("b", agreement_all=0.8)
+    b.veto = "an alarm"
+    assert choose([a, b], "agreement") is a
+    assert choose([a, b], "agreement", veto=False) is b
+
+
+def test_no_target_label_is_read():
+    """Figures of the target that are permuted, or unknown, leave the choice as it is."""
+    candidates = [none(), *(candidate(name, selected=float(i)) for i, name in enumerate("abcd"))]
+    logits = [logits_of(seed) for seed in range(5)]
+    score(candidates, logits, CLASSES)
+    for rule, veto in itertools.product(RULES, (True, False)):
+        names = {choose(candidates, rule, veto).method}
+        for seed in range(5):
+            others = copy.deepcopy(candidates)
+            figures = [x.selected for x in candidates]
+            random.Random(seed).shuffle(figures)
+            for other, value in zip(others, figures, strict=True):
+                other.selected, other.last = (None, None) if seed == 0 else (value, -value)
+            score(others, logits, CLASSES)
+            names.add(choose(others, rule, veto).method)
+        assert len(names) == 1
+
+
+# --- what a choice is worth
+
+
+def of_seeds() -> list[Candidate]:
+    """Two methods beside none; seed 0 chooses `a`, and `b` is the best of the other seeds."""
+    figures = {"none": (50.0, 52.0, 54.0), "a": (60.0, 61.0, 62.0), "b": (40.0, 70.0, 71.0)}
+    return [
+        candidate(
+            name,
+            seed=seed,
+            reference=name == "none",
+            selected=values[seed],
+            last=values[seed] - 1,
+            infomax={"none": 0.1, "a": 0.5, "b": 0.3}[name],
+            agreement=0.5,
+        )
+        for seed in range(3)
+        for name, values in figures.items()
+    ]
+
+
+def test_worth_against_hand_computation():
+    result = worth(of_seeds())
+    assert (result.method, result.seeds, result.oracle_method) == ("a", [1, 2], "b")
+    assert (result.last, result.selected, result.reference) == (60.5, 61.5, 53.0)
+    assert (result.oracle, result.regret) == (70.5, 9.0)
+    assert result.gains == [9.0, 8.0]
+    row = worth_table([result]).splitlines()[-1]
+    # Mean 8.5, deviation 0.7071, over the root of 2: 0.5; times 12.71: 6.4.
+    cells = "| A -> B | a | 60.5 | 61.5 | 53.0 | 70.5 (b) | 9.0 | +8.5 [+2.1, +14.9] |"
+    assert row == cells
+    one = worth([x for x in of_seeds() if x.seed == 0])
+    assert (one.seeds, one.selected, one.oracle) == ([0], 60.0, 60.0)
+
+
+def test_worth_without_labels_and_with_a_run_that_is_missing():
+    unlabeled = [Candidate(**{**vars(x), "selected": None, "last": None}) for x in of_seeds()]
+    result = worth(unlabeled)
+    assert (result.method, result.selected, result.regret, result.gains) == ("a", None, None, [])
+    assert worth_table([result]).splitlines()[-1] == "| A -> B | a | - | - | - | - | - | - |"
+    gone = [x for x in of_seeds() if (x.method, x.seed) != ("b", 2)]
+    assert worth(gone).oracle_method == "a"  # what is not complete is no oracle
+    gone = [x for x in of_seeds() if (x.method, x.seed) != ("a", 2)]
+    assert worth(gone).selected is None
+
+
+def test_intervals():
+    assert interval([]) == "-"
+    assert interval([-0.5]) == "-0.5"
+    assert interval([1.0, 1.0, 1.0]) == "+1.0 [+1.0, +1.0]"
+    values = [float(x % 5) for x in range(20)]  # mean 2, deviation 1.451, over 4.472: 0.3244
+    assert interval(values) == "+2.0 [+1.4, +2.6]"
+
+
+def test_the_table_of_candidates_has_no_target_figure():
+    candidates = [none(selected=12.345), candidate("a|b", selected=67.89, judged=False)]
+    score(candidates, [logits_of(0), logits_of(1)], CLASSES)
+    text = candidates_table(candidates, candidates[1])
+    assert "12.3" not in text
+    assert "67.9" not in text
+    assert r"| a\|b | yes | 90.0 | " in text
+    assert "(trained on)" in text.splitlines()[-1]
+    assert "(trained on)" not in text.splitlines()[-2]
+
+
+def test_candidates_survive_a_csv(tmp_path):
+    candidates = [none(), candidate("a, b", source_val=None, selected=None, judged=False)]
+    candidates[1].veto = 'an "alarm"'
+    file = tmp_path / "runs.csv"
+    file.write_text(to_csv(candidates))
+    assert from_csv(file) == candidates
+    file.write_text("task,method\na,b\n")
+    with pytest.raises(UserError, match=r"runs\.csv: is no file of candidates"):
+        from_csv(file)
+    with pytest.raises(UserError, match="is no file of candidates"):
+        from_csv(tmp_path / "gone.csv")
+    assert choice.MARGIN == 2.0

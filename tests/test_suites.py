@@ -1,0 +1,198 @@
+"""Grids and draws of a suite, and reproduce.py --choose on real runs."""
+
+import importlib
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import reproduce
+from analysis.choice import from_csv
+from analysis.suites import Suite
+from common.config import load_config
+from common.errors import UserError
+from common.files import load_tensors, save_tensors
+from common.metrics import Criteria
+from tests.helpers import tiny_config
+
+ROOT = Path(reproduce.__file__).parent
+RANGES = "ranges: {optim.lr: [1.0e-3, 0.1, log], reversal_max: [1.0, 3.0], disc_hidden: [8, 64]}"
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    tiny_config(tmp_path, out_dir="runs/one")
+    reproduce.script_config.cache_clear()
+    return tmp_path
+
+
+def write_suite(*entries: str, head: str = "baselines: [none]\n") -> None:
+    lines = [
+        f"  - {{task: A -> B, config: config.yaml, method: {entry}}}".replace(
+            "script: ", f"script: {ROOT}/"
+        )
+        for entry in ("none, script: train_source.py", *entries)
+    ]
+    Path("suite.yaml").write_text("\n".join([f"title: A test\n{head}runs:", *lines, ""]))
+
+
+def load() -> Suite:
+    return load_config(Suite, "suite.yaml")
+
+
+def dann(rest: str, name: str = "DANN") -> str:
+    return f"{name}, script: train_dann.py, set: {{out_dir: runs/{name}}}, {rest}"
+
+
+def test_a_grid_is_a_run_per_combination(folder):
+    write_suite(dann("grid: {reversal_max: [0.3, 1], optim.lr: [0.01, 0.1]}"))
+    none, *cells = load().runs
+    assert none.out_dir == "runs/one"
+    assert [cell.method for cell in cells] == [
+        f"DANN, reversal_max={a}, optim.lr={b}" for a in (0.3, 1) for b in (0.01, 0.1)
+    ]
+    assert cells[1].out_dir == "runs/DANN_reversal_max=0.3_optim.lr=0.1"
+    assert cells[1].overrides == ["reversal_max=0.3", "optim.lr=0.1"]
+    assert (cells[1].run_config.reversal_max, cells[1].run_config.optim.lr) == (0.3, 0.1)
+    assert {cell.family for cell in cells} == {"DANN"}
+    assert none.family == "none"
+    command = reproduce.Job(cells[3], 5).command()
+    assert command[-2:] == ["out_dir=runs/DANN_reversal_max=1_optim.lr=0.1_seed5", "--resume"]
+
+
+def test_values_that_are_no_plain_words_have_a_folder(folder):
+    write_suite(dann("grid: {layer_weights: [[1.0], [0.5]]}"))
+    folders = [cell.out_dir for cell in load().runs[1:]]
+    assert folders == ["runs/DANN_layer_weights=-1.0-", "runs/DANN_layer_weights=-0.5-"]
+
+
+def test_draws_are_a_function_of_the_seed(folder):
+    def values(seed: int, count: int) -> list[tuple]:
+        write_suite(dann(f"draws: {count}, draws_seed: {seed}, {RANGES}"))
+        cells = load().runs[1:]
+        assert [cell.out_dir for cell in cells] == [f"runs/DANN_draw{i:02d}" for i in range(count)]
+        configs = [cell.run_config for cell in cells]
+        return [(c.optim.lr, c.reversal_max, c.disc_hidden) for c in configs]
+
+    drawn = values(0, 40)
+    assert values(0, 5) == drawn[:5]  # more draws leave the first ones as they are
+    assert values(1, 5) != drawn[:5]
+    rates, reversals, widths = zip(*drawn, strict=True)
+    assert all(1e-3 <= x <= 0.1 for x in rates)
+    assert all(1 <= x <= 3 for x in reversals)
+    assert all(isinstance(x, int) and 8 <= x <= 64 for x in widths)
+    assert 10 < sum(x < 0.01 for x in rates) < 30  # log-uniform: half of them; uniform: a tenth
+    assert 10 < sum(x < 2 for x in reversals) < 30
+
+
+@pytest.mark.parametrize(
+    ("entry", "says"),
+    [
+        ("grid: {reversal_max: 3}", "grid: each key needs a list of values"),
+        ("grid: {reversal_max: []}", "grid: each key needs a list of values"),
+        ("draws: 3", "draws and ranges go together"),
+        (RANGES, "draws and ranges go together"),
+        ("draws: 0, ranges: {optim.lr: [0.1, 1.0]}", "draws"),
+        ("draws: 3, ranges: {optim.lr: [1.0, 0.1]}", r"ranges: each key needs \[low, high\]"),
+        ("draws: 3, ranges: {optim.lr: [0, 1, log]}", r"ranges: each key needs \[low, high\]"),
+        ("draws: 3, ranges: {optim.lr: [0.1, 1, ln]}", r"ranges: each key needs \[low, high\]"),
+        (f"draws: 3, {RANGES}, grid: {{steps: [1]}}", "grid and draws exclude each other"),
+        ("grid: {steps: [1]}, expected: 3.0", "expected and published are figures of one run"),
+        ("grid: {reversal: [1]}", r"runs\[1\]\.config: .*reversal"),
+        ("grid: {seed: [1]}", "set: the seed comes from --seeds"),
+    ],
+)
+def test_wrong_grids_are_refused(folder, entry, says):
+    write_suite(dann(entry))
+    with pytest.raises(UserError, match=says):
+        load()
+
+
+def test_runs_that_see_target_labels_are_no_candidates(folder):
+    few = "few, script: train_source.py, set: {data.target_labeled: 1, out_dir: runs/few}"
+    upper = "upper, script: train_source.py, set: {data.source: {name: drawn_digits_shifted}, "
+    write_suite(few, f"{upper}out_dir: runs/upper}}", dann("grid: {steps: [1]}"))
+    labels = [entry.sees_target_labels() for entry in load().runs]
+    assert labels == [False, True, True, False]
+
+
+@pytest.fixture(scope="module")
+def chosen(tmp_path_factory):
+    """A suite with a grid and --choose, run once: (folder, output, candidates)."""
+    folder = tmp_path_factory.mktemp("choose")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("OMP_NUM_THREADS", "1")
+        tiny_config(folder, out_dir="runs/one")
+        mcc = "MCC, script: train_mcc.py, set: {out_dir: runs/mcc, steps: 4}"
+        write_suite(dann("grid: {reversal_max: [1]}"), mcc)
+        reproduce.script_config.cache_clear()
+        for entry in load().runs:
+            for seed in (0, 1):  # trained here: a start of Python per run takes long
+                script, *words = reproduce.Job(entry, seed).command()[1:]
+                assert importlib.import_module(Path(script).stem).main(words) == 0
+        argv = ["suite.yaml", "--seeds", "0", "1", "--choose", "--csv", "runs.csv"]
+        assert reproduce.main([*argv, "--out", "results.md"]) == 0
+    text = (folder / "results.md").read_text()
+    return folder, text, from_csv(folder / "runs.csv")
+
+
+def test_choose_reports_what_is_chosen_and_what_it_is_worth(chosen):
+    folder, text, candidates = chosen
+    assert "**A -> B: chosen without target labels, seed 0**" in text
+    assert "seeds 1, which the choice has not seen" in text
+    assert text.count("| yes |") == 1
+    assert [x.method for x in candidates] == ["none", "DANN, reversal_max=1", "MCC"] * 2
+    assert [x.reference for x in candidates] == [True, False, False] * 2
+    assert [x.judged for x in candidates] == [True, True, False] * 2
+    assert [x.seed for x in candidates] == [0] * 3 + [1] * 3
+    summary = json.loads((folder / "runs/mcc_seed1/summary.json").read_text())
+    assert candidates[5].selected == pytest.approx(
+        summary["target"]["selected"]["accuracy"], abs=0.01
+    )
+    assert candidates[5].source_val == pytest.approx(summary["selection"]["source_val"], abs=0.01)
+    # Their infomax is the criterion that the run has selected by.
+    assert candidates[5].infomax == pytest.approx(summary["selection"]["value"], abs=1e-3)
+
+
+def test_runs_that_do_not_fit_together_are_refused(chosen, monkeypatch):
+    folder, _, _ = chosen
+    monkeypatch.chdir(folder)
+    file = folder / "runs/mcc_seed1/predictions.pt"
+    before = load_tensors(file)
+    save_tensors(file, {**before, "images": "others"})
+    argv = ["suite.yaml", "--seeds", "0", "1", "--choose"]
+    with pytest.raises(UserError, match="runs/mcc_seed1 have other target images or classes"):
+        reproduce.main(argv)
+    file.unlink()
+    with pytest.raises(UserError, match=r"mcc_seed1/predictions\.pt is missing"):
+        reproduce.main(argv)
+    save_tensors(file, before)
+    assert reproduce.main(argv) == 0  # control
+    text = Path("suite.yaml").read_text()
+    Path("suite.yaml").write_text(text.replace("baselines: [none]\n", ""))
+    with pytest.raises(UserError, match="name the method without adaptation first"):
+        reproduce.main(argv)
+    Path("suite.yaml").write_text(text)
+    with pytest.raises(UserError, match="--csv goes with --choose"):
+        reproduce.main(["suite.yaml", "--csv", "x.csv"])
+
+
+def test_predictions_of_a_run_are_those_of_its_model(chosen):
+    """A run of the suite again, evaluated by hand on the images of the criteria."""
+    folder, _, _ = chosen
+    saved = load_tensors(folder / "runs/one_seed0/predictions.pt")
+    assert saved["last"].shape == saved["selected"].shape == (30, 10)
+    assert saved["last"].dtype == torch.float16
+    summary = json.loads((folder / "runs/one_seed0/summary.json").read_text())
+    lines = (folder / "runs/one_seed0/metrics.jsonl").read_text().splitlines()
+    records = {r["step"]: r for r in map(json.loads, lines) if "criteria.infomax" in r}
+    for name in ("last", "selected"):
+        criteria = Criteria(10)
+        criteria.add(saved[name])
+        step = summary["target"][name]["step"]
+        expected = records[step]["criteria.infomax"]
+        assert criteria.values()["infomax"] == pytest.approx(expected, abs=1e-3)
