@@ -277,6 +277,31 @@ def test_the_oracle_of_maps_goes_by_mean_iou():
     assert steps == {"last": 3, "selected": 3, "oracle": 2}
 
 
+def test_what_has_lost_the_source_is_not_selected():
+    """The margin is two points below the best source validation so far."""
+
+    def steps(*pairs: tuple[float, float]) -> list[int]:
+        """The step selected after each evaluation (source validation, infomax)."""
+        history, selected = [], []
+        for step, (source_val, infomax) in enumerate(pairs, 1):
+            entry = _entry(step, infomax, 0.0, 50.0)
+            entry["criteria"] |= {"infomax": infomax, "source_val": source_val}
+            history.append(entry)
+            selected.append(choose(history, "infomax")["selected"]["step"])
+        return selected
+
+    assert steps((90.0, 0.1), (88.0, 0.5), (87.9, 0.9)) == [1, 2, 2]
+    # The first two are ruled out by the third, whose weights are at hand then.
+    assert steps((80.0, 0.9), (82.0, 0.8), (90.0, 0.1), (89.0, 0.3)) == [1, 1, 3, 4]
+    # A collapsed evaluation rules out others, and is not selected itself.
+    history = [_entry(1, 0.5, 0.0, 50.0), _entry(2, 0.9, 0.0, 50.0, "one class")]
+    for entry, source_val in zip(history, (80.0, 90.0), strict=True):
+        entry["criteria"]["source_val"] = source_val
+    assert choose(history, "infomax")["selected"]["step"] == 1
+    # The second would be the best of those that remain, and its weights are gone.
+    assert steps((88.0, 0.9), (89.0, 0.8), (90.5, 0.1)) == [1, 1, 3]
+
+
 def test_class_colors():
     """Cityscapes' where it has all of the classes, and black for ignored pixels."""
     colors = class_colors(["road", "sky"])

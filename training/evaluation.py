@@ -17,6 +17,7 @@ from data import EvaluationSets, to_views
 from training.predictions import Sample
 
 EXAMPLES = 4  # target images whose predictions `evaluate` returns
+SOURCE_MARGIN = 2.0  # points below the best source validation so far, from which none is selected
 BAR_AFTER = 3  # seconds of a pass over a set from which a progress bar is shown
 
 
@@ -217,24 +218,44 @@ def compact(history: list[dict], select: str) -> list[dict]:
     return [entry if entry["step"] in whole else short(entry) for entry in history]
 
 
+def _select(history: list[dict], select: str) -> dict:
+    """The evaluation with the highest criterion, of equal values the first one.
+
+    A collapsed evaluation is selected only if all are. One whose source validation is more than
+    `SOURCE_MARGIN` points below the best so far is not selected either. As evaluations come one by
+    one and only the selected weights are kept, one that the best source validation yet rules out is
+    replaced by the evaluation that has it.
+    """
+    selected, best = history[0], -math.inf
+
+    def is_vetoed(entry: dict) -> bool:
+        return _rank(entry["criteria"].get("source_val", math.inf)) < best - SOURCE_MARGIN
+
+    for entry in history:
+        best = max(best, _rank(entry["criteria"].get("source_val")))
+        if entry["collapsed"] and not selected["collapsed"]:
+            continue
+        if is_vetoed(selected) or (selected["collapsed"] and not entry["collapsed"]):
+            selected = entry
+        elif not is_vetoed(entry):
+            higher = _rank(entry["criteria"][select]) > _rank(selected["criteria"][select])
+            selected = entry if higher else selected
+    return selected
+
+
 def choose(history: list[dict], select: str) -> dict:
     """Last, selected and oracle entries of a run.
 
     Args:
         history: {"step", "criteria", "target", "collapsed"} of each evaluation; the last is the
             reason that `CollapseMonitor.judge` gives, or None.
-        select: the criterion whose highest value selects, of equal values the first one; or `last`.
-            A collapsed evaluation is selected by a criterion only if all are collapsed.
+        select: the criterion whose highest value selects, see `_select`; or `last`.
 
     Returns:
         `last`, `selected` and `oracle`: the step and the target metrics of an evaluation. The
         oracle is chosen with the test labels of the target: it is a bound, not a result.
     """
-    if select == "last":
-        selected = history[-1]
-    else:
-        candidates = [e for e in history if not e["collapsed"]] or history
-        selected = max(candidates, key=lambda e: _rank(e["criteria"][select]))
+    selected = history[-1] if select == "last" else _select(history, select)
     figure = main_metric(history[-1]["target"])
     oracle = max(history, key=lambda e: _rank(e["target"][figure]))
     chosen = {"last": history[-1], "selected": selected, "oracle": oracle}
