@@ -282,12 +282,13 @@ def main(argv: list[str] | None = None) -> int:
         for entry in suite.runs
     ]
     block = report(suite, results, args.seeds, argv)
-    if args.choose:
+    summaries = [summary for of_entry in results for summary in of_entry.values()]
+    if args.choose and summaries:
         block = f"{block}\n\n{choice(suite, results, args)}"
     print(f"\n{block}")
     if args.out:
         write_text(args.out, place(args.out, name, block))
-    names = commits([summary for summaries in results for summary in summaries.values()])
+    names = commits(summaries)
     if len(names) > 1:
         print(
             f"warning: the table mixes runs of commits {', '.join(names)}; "

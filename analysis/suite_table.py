@@ -1,5 +1,6 @@
 """The table of a suite: a row per entry, with mean and standard deviation over the seeds."""
 
+import collections
 import shlex
 import statistics
 from collections.abc import Iterable
@@ -10,6 +11,8 @@ from common.metrics import main_metric
 ORACLE = "oracle (chosen on target test labels: no result)"
 COLUMNS = ("task", "method", "seeds", "last", "selected", ORACLE)
 LAST_COLUMNS = ("seconds", "published")
+# In place of figures, if the target has no labels.
+UNLABELED = ("task", "method", "seeds", "source validation", "criterion", "collapsed", "seconds")
 UNKNOWN_COMMIT = "an unknown commit"
 
 
@@ -67,6 +70,18 @@ def commit_note(names: list[str]) -> str:
     return UNKNOWN_COMMIT if names == [UNKNOWN_COMMIT] else f"commit {distinct(names)}"
 
 
+def budget(suite: Suite) -> list[str]:
+    """A sentence on how many runs each method has per seed, if one has a grid or draws."""
+    counts = collections.Counter((entry.task, entry.family) for entry in suite.runs)
+    if max(counts.values()) == 1:
+        return []
+    per_method: dict[str, set[int]] = {}
+    for (_, family), count in counts.items():
+        per_method.setdefault(family, set()).add(count)
+    parts = [f"{family} {distinct(sizes)}" for family, sizes in per_method.items()]
+    return [f"Runs per task and seed: {', '.join(parts)}."]
+
+
 class Table:
     """The finished runs of a suite, as the rows of a markdown table.
 
@@ -83,6 +98,9 @@ class Table:
             (entry.task, entry.method): summaries
             for entry, summaries in zip(suite.runs, results, strict=True)
         }
+        summaries = [summary for of_entry in results for summary in of_entry.values()]
+        figures = [self.value(summary, "last") for summary in summaries]
+        self.unlabeled = bool(figures) and all(x is None for x in figures)
 
     def metric(self, summary: dict) -> str:
         """The name of the metric that the figures are of."""
@@ -116,22 +134,41 @@ class Table:
         """The cells of an entry, in the order of `columns`."""
         complete = len(summaries) == len(self.seeds)
         count = str(len(self.seeds)) if complete else f"{len(summaries)} of {len(self.seeds)}"
+        seconds = [summary["seconds"] for summary in summaries.values()]
+        mean_seconds = f"{statistics.fmean(seconds):.0f}" if seconds else "-"
+        if self.unlabeled:
+            labels_free = self._without_labels(list(summaries.values()))
+            return (entry.task, entry.method, count, *labels_free, mean_seconds)
         figures = [
             figure([self.value(summary, name) for summary in summaries.values()])
             for name in ("last", "selected", "oracle")
         ]
         differences = [self.difference(entry, summaries, name) for name in self.suite.baselines]
-        seconds = [summary["seconds"] for summary in summaries.values()]
-        mean_seconds = f"{statistics.fmean(seconds):.0f}" if seconds else "-"
         published = "-" if entry.published is None else f"{entry.published} ({entry.reference})"
         cells = entry.task, entry.method, count, *figures, *differences
         return (*cells, mean_seconds, published)
+
+    def _without_labels(self, summaries: list[dict]) -> tuple[str, str, str]:
+        """What runs on an unlabeled target have in place of figures, of the selected step."""
+        selections = [summary["selection"] for summary in summaries]
+        source_val = figure([selection["source_val"] for selection in selections])
+        values = [selection["value"] for selection in selections]
+        criterion = "-"
+        if values and None not in values:
+            names = distinct(selection["criterion"] for selection in selections)
+            criterion = f"{names} {statistics.fmean(values):.3f}"
+        alarmed = sum(bool(s["collapse_alarms"] or s["collapsed"]) for s in summaries)
+        return source_val, criterion, f"{alarmed} of {len(summaries)}"
 
     def caption(self, summaries: list[dict]) -> str:
         """What the figures are, and on which images they are measured."""
         labeled = [summary for summary in summaries if self.value(summary, "last") is not None]
         if summaries and not labeled:
-            return "The target has no labels, so there are no figures."
+            return (
+                "The target has no labels, so there are no figures of it. Source validation and "
+                "criterion are those of the selected step; collapsed: runs with a collapse alarm "
+                "(docs/selection.md)."
+            )
         tests = distinct(summary["target_test"] for summary in labeled)
         unlabeled = " `-`: the target has no labels." if len(labeled) < len(summaries) else ""
         return (
@@ -140,6 +177,8 @@ class Table:
         )
 
     def columns(self) -> tuple[str, ...]:
+        if self.unlabeled:
+            return UNLABELED
         differences = [f"minus {name}" for name in self.suite.baselines]
         return (*COLUMNS, *differences, *LAST_COLUMNS)
 
@@ -168,11 +207,12 @@ def report(suite: Suite, results: list[dict[int, dict]], seeds: list[int], argv:
     machines = distinct(summary.get("machine", "an unknown machine") for summary in summaries)
     paired = (
         "The columns `minus` compare the last step with that of the named row, seed by seed. "
-        if suite.baselines
+        if suite.baselines and not table.unlabeled
         else ""
     )
     parts = [
         f"**{suite.title}**",
+        *budget(suite),
         table.markdown(),
         f"{table.caption(summaries)} {paired}{selection(pairs)} Seconds are the mean over the runs."
         if summaries

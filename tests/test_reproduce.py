@@ -86,7 +86,9 @@ def main():
         "method": "fake", "seed": seed, "steps": 8, "seconds": 10.0 + seed,
         "machine": "a desk, torch 9", "commit": "abc1234",
         "target": target, "target_test": "its test split",
-        "selection": {"criterion": "infomax", "part_of_training_loss": False, "value": 0.5}}))
+        "collapse_alarms": [], "collapsed": {},
+        "selection": {"criterion": "infomax", "part_of_training_loss": False, "value": 0.5,
+                      "source_val": 90.0}}))
     (folder / "status.json").write_text(json.dumps({"state": "finished", "step": 8, "steps": 8}))
 
 if __name__ == "__main__":
@@ -344,7 +346,10 @@ def test_the_metric_of_a_suite(folder, capfd):
 def test_unknown_figures_and_mean_iou(folder, capfd, monkeypatch):
     monkeypatch.setenv("FIGURES", '{"0": null}')
     assert reproduce.main(["suite.yaml", "--seeds", "0"]) == 0
-    assert cells(capfd.readouterr().out, "one")[2:6] == ["1", "-", "-", "-"]
+    out = capfd.readouterr().out
+    head = ["seeds", "source validation", "criterion", "collapsed", "seconds"]
+    assert cells(out, "method")[2:] == head
+    assert cells(out, "one")[2:] == ["1", "90.0", "infomax 0.500", "0 of 1", "10"]
     file = Path("runs/one_seed0/summary.json")
     summary = json.loads(file.read_text())
     for entry in summary["target"].values():
@@ -904,7 +909,7 @@ def test_the_caption_of_targets_without_labels():
     suite = types.SimpleNamespace(runs=[], metric=None, baselines=[])
     caption = suite_table.Table(suite, [], []).caption
     labeled, unlabeled = of(70.0, "its test split"), of(None, "none: no target labels")
-    assert caption([unlabeled]) == "The target has no labels, so there are no figures."
+    assert caption([unlabeled]).startswith("The target has no labels, so there are no figures of")
     plain = "Target accuracy in percent on its test split: mean +- sample standard deviation over "
     plain += "the seeds."
     assert caption([labeled]) == plain
