@@ -191,19 +191,25 @@ class Worth:
         return None if self.oracle is None else self.oracle - self.selected
 
 
-def worth(candidates: Sequence[Candidate], rule: str = "default", veto: bool = True) -> Worth:
-    """What the choice on the first seed of a task is worth on the other seeds.
+def worth(
+    candidates: Sequence[Candidate],
+    rule: str = "default",
+    veto: bool = True,
+    seed: int | None = None,
+) -> Worth:
+    """What the choice on one seed of a task is worth on the other seeds.
 
     With one seed it is that of the same runs.
 
     Args:
-        candidates: all runs of one task, of all seeds; in the order of the seeds.
+        candidates: all runs of one task, of all seeds.
         rule, veto: see `choose`.
+        seed: the seed on which is chosen; None for the first one.
     """
     seeds = list(dict.fromkeys(candidate.seed for candidate in candidates))
-    first = [candidate for candidate in candidates if candidate.seed == seeds[0]]
-    chosen = choose(first, rule, veto)
-    reported = seeds[1:] or seeds
+    seed = seeds[0] if seed is None else seed
+    chosen = choose([x for x in candidates if x.seed == seed], rule, veto)
+    reported = [other for other in seeds if other != seed] or seeds
     by_method: dict[str, dict[int, Candidate]] = {}
     for candidate in candidates:
         if candidate.seed in reported:
@@ -234,6 +240,19 @@ def worth(candidates: Sequence[Candidate], rule: str = "default", veto: bool = T
         oracle_method=best,
         gains=gains,
     )
+
+
+def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
+    """Spearman's: the correlation of the ranks, where equal values share their mean rank.
+
+    nan if all values of one are equal.
+    """
+    ranks = []
+    for values in (first, second):
+        x = torch.tensor(values, dtype=torch.float64)
+        less, equal = (x[None] < x[:, None]).sum(1), (x[None] == x[:, None]).sum(1)
+        ranks.append(less + (equal - 1) / 2)
+    return float(torch.corrcoef(torch.stack(ranks).double())[0, 1])
 
 
 def interval(values: Sequence[float]) -> str:

@@ -17,6 +17,7 @@ from analysis.choice import (
     choose,
     from_csv,
     interval,
+    rank_correlation,
     score,
     to_csv,
     vetoes,
@@ -236,6 +237,19 @@ def test_worth_without_labels_and_with_a_run_that_is_missing():
     assert worth(gone).oracle_method == "a"  # what is not complete is no oracle
     gone = [x for x in of_seeds() if (x.method, x.seed) != ("a", 2)]
     assert worth(gone).selected is None
+
+
+def test_each_seed_can_choose():
+    assert worth(of_seeds(), seed=2).seeds == [0, 1]
+    assert worth(of_seeds(), "source_val", seed=1).method == "none"  # of equal values the first
+
+
+def test_rank_correlation_against_a_plain_computation():
+    first, second = [0.1, 0.5, 0.5, 0.9, 0.2], [10.0, 30.0, 20.0, 50.0, 40.0]
+    ranks = [0.0, 2.5, 2.5, 4.0, 1.0], [0.0, 2.0, 1.0, 4.0, 3.0]
+    assert rank_correlation(first, second) == pytest.approx(statistics.correlation(*ranks))
+    assert rank_correlation(first, [-x for x in first]) == pytest.approx(-1)
+    assert math.isnan(rank_correlation(first, [1.0] * 5))
 
 
 def test_intervals():
