@@ -36,7 +36,7 @@ from training.config import RunConfig, parse_args
 from training.device import get_device
 from training.optim import build_optimizer, clip_gradients, forget_moments, set_rates
 from training.run import Run
-from training.stream import StreamRecord
+from training.stream import StreamRecord, warn_of_fixed_statistics
 
 
 @dataclass
@@ -71,8 +71,8 @@ class Config(RunConfig):
             (self.accumulate == 1, "accumulate: a batch is predicted as a whole; leave it out"),
             (
                 self.prior is None or not self.model or self.model.bn != "frozen",
-                "model.bn: frozen keeps the source's statistics; set model.bn: concat to adapt "
-                "them, or prior: null",
+                "model.bn: frozen keeps the statistics; set prior: null as well, or model.bn: "
+                "concat to adapt them, if the source model was not trained with frozen ones",
             ),
             (
                 self.updates > 0 or self.prior is not None,
@@ -91,6 +91,7 @@ def main(argv: list[str] | None = None) -> int:
     domains = run.open_domains()
 
     # --- model
+    warn_of_fixed_statistics(config.init_from, config.prior)
     model = build_model(config, domains.classes).to(device)
     source = copy.deepcopy(model).eval().requires_grad_(False)  # the unadapted model
     follow_stream(model, config.prior, pooled=config.prior_from == "stream")

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import functools
 import math
+import types
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from data import EvaluationSets, StreamDataConfig, open_domains
 from data.config import DomainConfig
 from losses.online import diversity_weights, reliable_weights, weighted_entropy
 from models import build_classifier, eval_mode, load_run
+from models.card import card_text
 from models.config import ModelConfig
 from models.stream_norm import NORMS, StreamNorm, follow_stream
 from tests.helpers import (
@@ -33,7 +35,7 @@ from tests.helpers import (
     weights,
 )
 from training import collapse
-from training.stream import StreamRecord
+from training.stream import StreamRecord, warn_of_fixed_statistics
 
 LAST = "checkpoints/step_00000010.pt"
 CLASSES = ["a", "b", "c"]
@@ -291,6 +293,46 @@ def test_few_confident_predictions_raise_no_alarm():
             record.add(one_hot(unadapted + 1), scores, None)
             record.look_for_harm(step)
         assert len(alarms) == expected
+
+
+def test_classes_count_alike_in_the_alarm():
+    """Of 99 pixels in 100, of one class, all agree; of the rest, of two classes, none does."""
+    for moved, expected in ((1, 1), (0, 0)):  # the second is a control
+        alarms = []
+        record = record_of(alarms)
+        unadapted = torch.zeros(1, 40, 100, dtype=torch.int64)
+        unadapted[0, :20, 0], unadapted[0, 20:, 0] = 1, 2
+        adapted = torch.where(unadapted > 0, (unadapted + moved) % 3, unadapted)
+        for step in range(3):
+            record.add(one_hot(adapted), one_hot(unadapted), None)
+            record.look_for_harm(step)
+        assert len(alarms) == expected
+        agreement = record.report()["confident_agreement"]
+        assert agreement == pytest.approx(1 / 3 if moved else 1.0)
+        assert record.facts()["confident_agreement"] == pytest.approx(agreement)
+
+
+def test_a_model_of_frozen_statistics_is_warned_of(tmp_path, capsys):
+    class Written:
+        method = "source"
+
+    def printed(bn: str, prior: float | None) -> str:
+        folder = tmp_path / bn
+        data = types.SimpleNamespace(task="classification", size=28, exif=False)
+        config = Written()
+        config.data, config.amp = data, "float32"
+        folder.mkdir(exist_ok=True)
+        text = card_text(config, ModelConfig(bn=bn), CLASSES, None)
+        (folder / "model.yaml").write_text(text)
+        warn_of_fixed_statistics(str(folder), prior)
+        return capsys.readouterr().out
+
+    assert "was trained with model.bn: frozen" in printed("frozen", 64.0)
+    assert printed("frozen", None) == ""
+    assert printed("concat", 64.0) == ""
+    warn_of_fixed_statistics(None, 64.0)
+    warn_of_fixed_statistics(str(tmp_path / "gone"), 64.0)
+    assert capsys.readouterr().out == ""
 
 
 def test_collapse_is_judged_beside_the_unadapted_model():

@@ -2,26 +2,52 @@
 
 import math
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from common.averages import RunningMean, class_mean
+from common.config import load_config
+from common.counts import occurrences
 from common.metrics import confusion_matrix, main_metric
 from common.resize import resize_maps
 from data import EvaluationSets
+from models.card import CARD, ModelCard
 from training.collapse import RECENT
 
 UPDATE = 64  # predictions that count as one update of the recent means; fewer in proportion
 CONFIDENT = 0.9  # probability from which on a prediction of the unadapted model is confident
-AGREED = 0.9  # share of the recent confident predictions below which there is an alarm
-FEWEST = 128  # recent confident predictions below which the share may be chance
+AGREED = 0.9  # agreement on the recent confident predictions below which there is an alarm
+FEWEST = 128  # recent confident predictions below which the agreement may be chance
+FEWEST_OF_CLASS = 16  # confident predictions of a class, so far, below which it is left out
 MIXED = 0.5  # entropy of a mean prediction, as a share of log K, that tells a mixture of classes
 LOSS = 1.0  # points below the unadapted model that the end of a labeled stream warns of
 
 
 def _entropy(p: torch.Tensor) -> float:
     return -float(torch.xlogy(p, p).sum())
+
+
+def warn_of_fixed_statistics(start: str | None, prior: float | None) -> None:
+    """Print a warning if batch norm is to adapt, but was frozen when the model was trained.
+
+    Its statistics are those of the pretrained weights, and the other weights have learned to live
+    with them: statistics of any images, of the source too, change what the network computes.
+
+    Args:
+        start: `init_from`.
+        prior: of the config; None keeps the statistics.
+    """
+    place = Path(start or "").expanduser()
+    file = (place.parent if place.is_file() else place) / CARD
+    if start is None or prior is None or not file.is_file():
+        return
+    if load_config(ModelCard, str(file)).model.bn == "frozen":
+        print(
+            f"warning: {start} was trained with model.bn: frozen, so its statistics are no "
+            "statistics of its source; set prior: null to keep them"
+        )
 
 
 class StreamRecord(nn.Module):
@@ -41,10 +67,10 @@ class StreamRecord(nn.Module):
         adapted, unadapted: confusion matrices (K, K); zeros without labels.
         pairs: counts (K, K) of predictions, a row per class of the unadapted model and a column per
             class of the adapted one.
-        confident: how many predictions of the unadapted model are confident, and on how many of
-            these the adapted model agrees (2,).
+        confident: per class, how many predictions of the unadapted model are confident, and on how
+            many of these the adapted model agrees (2, K).
         recent: of the last `RECENT` updates, the mean prediction of the adapted and of the
-            unadapted model, and the shares of the predictions that `confident` counts (2 K + 2,).
+            unadapted model, and the shares of the predictions that `confident` counts (4, K).
         images, resets: how many there were.
         in_doubt: 1 while the models disagree, of which one alarm is raised.
     """
@@ -55,10 +81,10 @@ class StreamRecord(nn.Module):
         k = len(self.classes)
         for name, shape in {"adapted": (k, k), "unadapted": (k, k), "pairs": (k, k)}.items():
             self.register_buffer(name, torch.zeros(shape, dtype=torch.int64))
-        self.register_buffer("confident", torch.zeros(2, dtype=torch.int64))
+        self.register_buffer("confident", torch.zeros(2, k, dtype=torch.int64))
         for name in ("images", "resets", "in_doubt"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64))
-        self.recent = RunningMean(torch.zeros(2 * k + 2), 1 - 1 / RECENT)
+        self.recent = RunningMean(torch.zeros(4, k), 1 - 1 / RECENT)
 
     @torch.no_grad()
     def add(
@@ -74,12 +100,15 @@ class StreamRecord(nn.Module):
         p, q = (x.float().log_softmax(1).exp() for x in (logits, unadapted))
         confidence, predicted = q.max(1)
         sure = confidence >= CONFIDENT
-        counts = torch.stack([sure.sum(), (sure & (p.argmax(1) == predicted)).sum()])
+        agreed = sure & (p.argmax(1) == predicted)
+        # What does not count gets the number after the last class.
+        counts = [occurrences(predicted.where(x, k), k + 1)[:k] for x in (sure, agreed)]
+        counts = torch.stack(counts)
         self.images += len(logits)
         self.confident += counts
         self.pairs += confusion_matrix(logits, predicted, k)
         shares = counts / sure.numel()
-        recent = torch.cat([class_mean(p), class_mean(q), shares])
+        recent = torch.cat([class_mean(p)[None], class_mean(q)[None], shares])
         self.recent.update(recent, min(sure.numel() / UPDATE, 1.0))
         if labels is not None:
             for matrix, scores in ((self.adapted, logits), (self.unadapted, unadapted)):
@@ -90,17 +119,20 @@ class StreamRecord(nn.Module):
     @property
     def mean_prediction(self) -> torch.Tensor:
         """The mean of the adapted model's recent predictions (K,); zeros before any."""
-        return self.recent.value[: len(self.classes)]
+        return self.recent.value[0]
 
     def has_collapsed(self, share: float) -> bool:
         """Whether the entropy of the recent mean prediction is below `share` of the unadapted's.
 
         Never where the unadapted model sees no mixture of classes. Waits for the device.
         """
-        k, recent = len(self.classes), self.recent.value.cpu()
-        adapted, unadapted = _entropy(recent[:k]), _entropy(recent[k : 2 * k])
+        adapted, unadapted = map(_entropy, self.recent.value[:2].cpu())
         filled = float(self.recent.updates) >= 1
-        return filled and unadapted >= MIXED * math.log(k) and adapted < share * unadapted
+        return (
+            filled
+            and unadapted >= MIXED * math.log(len(self.classes))
+            and adapted < share * unadapted
+        )
 
     def reset(self) -> None:
         """Forget the recent predictions, since the adapted model is the unadapted one again."""
@@ -109,16 +141,28 @@ class StreamRecord(nn.Module):
         self.recent.value.zero_()
         self.recent.updates.zero_()
 
+    def _agreement(self, sure: list[float], agreed: list[float]) -> float | None:
+        """The mean over classes of `agreed` / `sure`; None without a confident prediction.
+
+        Classes count alike, as in the mean IoU: most pixels are of a few easy classes, on which any
+        two models agree.
+        """
+        rows = zip(sure, agreed, self.confident[0].tolist(), strict=True)
+        shares = [b / a for a, b, count in rows if a > 0 and count >= FEWEST_OF_CLASS]
+        return sum(shares) / len(shares) if shares else None
+
     def look_for_harm(self, step: int) -> None:
         """Raise an alarm where the models begin to disagree. Waits for the device."""
-        sure, agreed = self.recent.value[-2:].tolist()
+        agreement = self._agreement(*self.recent.value[2:].tolist())
+        sure = float(self.recent.value[2].sum())
         enough = sure * min(float(self.recent.updates), RECENT) * UPDATE >= FEWEST
-        doubt = enough and agreed < AGREED * sure
+        doubt = enough and agreement is not None and agreement < AGREED
         if doubt and not self.in_doubt:
             self.alarm(
                 step,
-                f"the adapted model agrees with {100 * agreed / sure:.0f} % of the predictions that"
-                " the unadapted model is confident of: the adaptation may have hurt",
+                f"the adapted model agrees with {100 * agreement:.0f} % of the predictions that "
+                "the unadapted model is confident of, mean over the classes: the adaptation may "
+                "have hurt",
             )
         self.in_doubt.fill_(doubt)
 
@@ -127,27 +171,27 @@ class StreamRecord(nn.Module):
 
         Returns:
             `stream.<metric>` and `stream.unadapted_<metric>`, None without labels, and
-            `confident_agreement`, None without a confident prediction.
+            `confident_agreement`, the mean over the classes of the agreement on recent predictions
+            that the unadapted model is confident of, None without any.
         """
-        sure, agreed = self.recent.value[-2:].tolist()
         adapted, unadapted = self.measure(self.adapted), self.measure(self.unadapted)
         name = main_metric(adapted)
         return {
             f"stream.{name}": adapted[name],
             f"stream.unadapted_{name}": unadapted[name],
-            "confident_agreement": agreed / sure if sure > 0 else None,
+            "confident_agreement": self._agreement(*self.recent.value[2:].tolist()),
         }
 
     def facts(self) -> dict:
         """What summary.json contains about the entire stream."""
-        pairs, (sure, agreed) = self.pairs.cpu(), self.confident.tolist()
+        pairs = self.pairs.cpu()
         counts = {"adapted": pairs.sum(0).tolist(), "unadapted": pairs.sum(1).tolist()}
         return {
             "images": int(self.images),
             "adapted": self.measure(self.adapted),
             "unadapted": self.measure(self.unadapted),
             "agreement": float(pairs.trace() / pairs.sum()),
-            "confident_agreement": agreed / sure if sure else None,
+            "confident_agreement": self._agreement(*self.confident.tolist()),
             "predicted": {
                 name: dict(zip(self.classes, row, strict=True)) for name, row in counts.items()
             },
