@@ -25,6 +25,7 @@ from analysis.choice import (
     worth_table,
 )
 from analysis.criteria import agreements, mano, nuclear_norm, of_one_run
+from benchmarks import selection
 from common.errors import UserError
 
 CLASSES = ["a", "b", "c"]
@@ -283,3 +284,31 @@ def test_candidates_survive_a_csv(tmp_path):
     with pytest.raises(UserError, match="is no file of candidates"):
         from_csv(tmp_path / "gone.csv")
     assert choice.MARGIN == 2.0
+
+
+def test_the_benchmark_against_hand_computation(tmp_path, capsys):
+    file = tmp_path / "runs.csv"
+    file.write_text(to_csv(of_seeds()))
+    assert selection.main([str(file)]) == 0
+    out = capsys.readouterr().out
+    assert out.startswith("9 runs of 3 methods on 1 tasks, 0.0 hours\n")
+    rows = {}
+    for line in out.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        rows[tuple(cells[:2])] = cells[2:]
+    # By infomax each seed chooses a. On the others it has 61.5, 61 and 60.5, where b has 70.5, 55.5
+    # and 55: there a is the best, so the regrets are 9, 0 and 0. The gains are 8.5, 9 and 9.5.
+    expected = ["3.0", "9.0", "+9.0", "+8.5", "0 of 3"]
+    assert rows["infomax", "yes"][:5] == rows["default", "no"][:5] == expected
+    # The ranks by infomax are none, b, a; by the figure b, none, a and then none, a, b twice.
+    assert rows["infomax", "yes"][5] == "0.50"
+    assert rows["no adaptation", "-"][:5] == ["15.0", "18.0", "+0.0", "+0.0", "0 of 3"]
+    # Of a the last step gains 9, 8 and 7, of b -11, 17 and 16.
+    last = rows["any adapted run, last step", "-"]
+    assert last[2:5] == ["+7.7", "-11.0", "1 of 6"]
+    with pytest.raises(UserError, match="--without: no task 'x'; there are A -> B"):
+        selection.main([str(file), "--without", "x"])
+    unlabeled = [Candidate(**{**vars(x), "selected": None}) for x in of_seeds()]
+    file.write_text(to_csv(unlabeled))
+    with pytest.raises(UserError, match="has no figure on the target"):
+        selection.main([str(file)])
