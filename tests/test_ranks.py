@@ -73,10 +73,12 @@ def last_state(folder: Path) -> dict[str, torch.Tensor]:
     """The weights and statistics in the last checkpoint, of all that a run saves.
 
     The log's sums are of each process, and an optimizer's momenta are as large as the gradients.
+    Predictions follow from the weights, and logits in half precision are coarse.
     """
     newest = max((folder / "checkpoints").glob("*.pt"))
     state = torch.load(newest, weights_only=True)
-    skipped = [name for name in state if name == "log" or name.endswith("optimizer")]
+    skipped = [name for name in state if name in ("log", "predictions")]
+    skipped += [name for name in state if name.endswith("optimizer")]
     return tensors({name: value for name, value in state.items() if name not in skipped})
 
 
@@ -93,6 +95,11 @@ def assert_equal_runs(one: Path, two: Path) -> None:
         for name, value in line.items():
             rounded = isinstance(value, float)
             assert other[name] == (pytest.approx(value, 1e-4, 1e-7) if rounded else value), name
+    if (one / "predictions.pt").exists():  # a script that is given may have none
+        predictions = [torch.load(folder / "predictions.pt") for folder in (one, two)]
+        for name in ("last", "selected"):
+            first, second = (x[name].float() for x in predictions)
+            torch.testing.assert_close(first, second, rtol=0.01, atol=0.01)
 
 
 # --- runs
