@@ -77,7 +77,7 @@ def table_line(name: str, size: int) -> str:
         str(channels["layer4"]),
         "yes" if any(isinstance(m, BatchNorm) for m in backbone.modules()) else "no",
         ", ".join(published_weights(name)) or "a file",
-        "-" if name == "lenet" else ", ".join(fitting_heads(name)),
+        ", ".join(fitting_heads(name)) or "-",
     ]
     return f"| {' | '.join(cells)} |"
 

@@ -10,12 +10,20 @@ from torchvision.ops import StochasticDepth
 from common.errors import UserError
 from models.caffe import CaffeResNet
 from models.layers import BLOCKS, LAYERS, Backbone, Layers
-from models.lenet import LeNet
+from models.lenet import ClassicLeNet, LeNet
 from models.vit import build_vit
 
 STRIDES = (4, 8, 16, 32)  # of layer1 to layer4, but for those of a `Transformer`
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
+
+
+class Digits(NamedTuple):
+    """A network for digits, for classification only."""
+
+    network: type[Backbone]
+    strides: tuple[int, ...] = STRIDES
+    dilates: bool = False
 
 
 class Cut(NamedTuple):
@@ -77,8 +85,9 @@ MOBILENET_V3 = Cut(("3", "6", "12", "16"), "features", dense_last="15", dilates=
 EFFICIENTNET_B0 = Cut(("2", "3", "5", "8"), "features", dense_last="7", dilates=True)
 EFFICIENTNET_V2_S = Cut(("2", "3", "5", "7"), "features", dense_last="6", dilates=True)
 
-BACKBONES: dict[str, Cut | Caffe | Transformer | None] = {
-    "lenet": None,  # `LeNet`
+BACKBONES: dict[str, Digits | Cut | Caffe | Transformer] = {
+    "lenet": Digits(LeNet),
+    "lenet_classic": Digits(ClassicLeNet, (2, 4, 4, 64)),
     "resnet18": RESNET,
     "resnet34": RESNET,
     "resnet50": RESNET,
@@ -113,8 +122,12 @@ BACKBONES: dict[str, Cut | Caffe | Transformer | None] = {
 
 
 def can_be_dilated(name: str) -> bool:
-    entry = BACKBONES[name]
-    return entry is not None and entry.dilates
+    return BACKBONES[name].dilates
+
+
+def is_for_digits(name: str) -> bool:
+    """Whether it is a network for digits, which knows classification only."""
+    return isinstance(BACKBONES[name], Digits)
 
 
 def is_hierarchical(name: str) -> bool:
@@ -183,8 +196,10 @@ def build_backbone(
         (backbone, channels by layer name).
     """
     entry, strides = BACKBONES[name], STRIDES
-    if entry is None:
-        backbone: Backbone = LeNet(not dense, batch_norm)
+    if isinstance(entry, Digits):
+        keys = {"batch_norm": batch_norm} if entry.network is LeNet else {}
+        backbone: Backbone = entry.network(not dense, **keys)
+        strides = entry.strides
     elif isinstance(entry, Caffe):
         backbone = CaffeResNet(entry.network, not dense)
     elif isinstance(entry, Transformer):

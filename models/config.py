@@ -5,7 +5,7 @@ from typing import Literal
 
 from common.config import not_negative, positive, range_rules
 from common.errors import require
-from models.backbones import BACKBONES, can_be_dilated, is_hierarchical
+from models.backbones import BACKBONES, can_be_dilated, is_for_digits, is_hierarchical
 
 Backbone = Literal[tuple(BACKBONES)]
 Head = Literal["deeplab_v2", "deeplab_v3", "segformer", "daformer", "upsampling"]
@@ -13,7 +13,7 @@ Head = Literal["deeplab_v2", "deeplab_v3", "segformer", "daformer", "upsampling"
 
 @dataclass
 class ModelConfig:
-    backbone: Backbone = "lenet"  # lenet: for digits; the others: docs/backbones.md
+    backbone: Backbone = "lenet"  # lenet...: for digits; the others: docs/backbones.md
     weights: str | None = None  # null | published name (docs/backbones.md) | file below data.root
     weights_missing: list[str] = field(default_factory=list)  # prefixes that may be missing
     batch_norm: bool = True  # lenet only: with or without batch norm
@@ -67,11 +67,11 @@ class ModelConfig:
         fitting = fitting_heads(backbone)
         return [
             (
-                backbone != "lenet",
-                "model.backbone: lenet is for task: classification; choose another",
+                not is_for_digits(backbone),
+                f"model.backbone: {backbone} is for task: classification; choose another",
             ),
             (
-                backbone == "lenet" or self.head in fitting,
+                is_for_digits(backbone) or self.head in fitting,
                 f"model.head: {self.head} does not fit {backbone}, which takes "
                 f"{' or '.join(fitting)}",
             ),
@@ -93,8 +93,10 @@ def fitting_heads(backbone: str) -> list[str]:
     """The heads for segmentation that fit a backbone.
 
     DeepLab's need a backbone that can be dilated, those of several levels maps of several strides,
-    and `upsampling` is for maps of one stride.
+    and `upsampling` is for maps of one stride. None fits a network for digits.
     """
+    if is_for_digits(backbone):
+        return []
     if not is_hierarchical(backbone):
         return ["upsampling"]
     dilated = ["deeplab_v2", "deeplab_v3"] if can_be_dilated(backbone) else []

@@ -1,4 +1,4 @@
-"""LeNet-like network for digits."""
+"""Networks for digits."""
 
 import torch
 from torch import nn
@@ -30,6 +30,37 @@ class LeNet(Backbone):
         self.layer2 = conv(64, 128, 3)
         self.layer3 = conv(128, 128, 3)
         self.layer4 = conv(128, 128, 3)
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        features = {}
+        for name in LAYERS:
+            x = features[name] = self.get_submodule(name)(x)
+        if self.pools:
+            features["pooled"] = self.pool(features)
+        return features
+
+    def stages(self) -> dict[str, list[nn.Module]]:
+        return {name: [self.get_submodule(name)] for name in LAYERS}
+
+
+class ClassicLeNet(Backbone):
+    """The LeNet of ADDA (arXiv:1702.05464) and SHOT (arXiv:2002.08546) for images of 28 px.
+
+    Two 5x5 convolutions of 20 and 50 channels without padding, with max pooling and ReLU; in
+    training half of the 50 channels are dropped, as in SHOT's code. The 50 maps of 4x4 are the 800
+    channels of layer4 and of `pooled`; larger ones are averaged to 4x4. Layer3 is layer2.
+    """
+
+    def __init__(self, pools: bool):
+        super().__init__(pools)
+        self.layer1 = nn.Sequential(nn.Conv2d(3, 20, 5), nn.MaxPool2d(2), nn.ReLU(inplace=True))
+        self.layer2 = nn.Sequential(
+            nn.Conv2d(20, 50, 5), nn.Dropout2d(0.5), nn.MaxPool2d(2), nn.ReLU(inplace=True)
+        )
+        self.layer3 = nn.Identity()
+        self.layer4 = nn.Sequential(
+            nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Unflatten(1, (800, 1, 1))
+        )
 
     def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
         features = {}

@@ -6,7 +6,7 @@ import torch
 import torchvision
 
 from common.errors import UserError
-from models.backbones import BACKBONES, Caffe, Transformer
+from models.backbones import BACKBONES, Caffe, Digits, Transformer
 from models.caffe import CAFFE_MEAN, CAFFE_STD, caffe_names
 
 State = dict[str, torch.Tensor]
@@ -102,7 +102,7 @@ def _convnext_names(state: State) -> State:
 def enum_of(name: str):
     """torchvision's enum of weights of a backbone; None if it has none."""
     entry = BACKBONES[name]
-    if entry is None or isinstance(entry, Caffe):
+    if isinstance(entry, (Digits, Caffe)):
         return None
     known = entry.weights_of if isinstance(entry, Transformer) else name
     return torchvision.models.get_model_weights(known) if known else None

@@ -11,7 +11,13 @@ from torch import nn
 from common import ranks
 from common.errors import UserError
 from common.files import load_tensors, trained_classes
-from models.backbones import BACKBONES, Transformer, build_backbone, set_drop_path
+from models.backbones import (
+    BACKBONES,
+    Transformer,
+    build_backbone,
+    is_for_digits,
+    set_drop_path,
+)
 from models.config import ModelConfig
 from models.layers import Backbone
 from models.published import (
@@ -75,7 +81,7 @@ def _read_weights(name: str, weights: str, root: str) -> dict:
         except UserError as error:
             raise UserError(f"model.weights: {error}") from None
     names = published_weights(name)
-    if path.suffix or name == "lenet":
+    if path.suffix or is_for_digits(name):
         raise UserError(f"model.weights: there is no file {path}")
     if weights not in names:
         others = [other for other in BACKBONES if weights in published_weights(other)]

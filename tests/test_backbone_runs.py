@@ -33,7 +33,7 @@ ALL = [
     for name, script, task in itertools.product(
         BACKBONES, ("train_source", "train_dann", "train_pseudo"), TASKS
     )
-    if (name, task) != ("lenet", "segmentation")
+    if not (name.startswith("lenet") and task == "segmentation")
 ]
 ALL += [
     ("resnet18", script, "classification")
@@ -57,7 +57,7 @@ STEPS, STOP = 5, 3
 def keys_of(name: str, script: str, task: str) -> list[str]:
     keys = [f"model.backbone={name}", "log_every=1", f"steps={STEPS}", "optim.weight_decay=0"]
     keys += ["save_every=100", "eval_every=100", "optim.lr=0.001", "optim.clip_norm=1"]
-    if name != "lenet":
+    if not name.startswith("lenet"):
         keys += ["optim.layer_decay=0.9"]
     if task == "classification":
         return [*keys, "data.size=37", "data.batch=4"]

@@ -18,6 +18,7 @@ from models.backbones import (
     STRIDES,
     Caffe,
     Cut,
+    Digits,
     Transformer,
     build_backbone,
     can_be_dilated,
@@ -41,6 +42,7 @@ def images(n: int, height: int, width: int) -> torch.Tensor:
 
 WIDTHS = {
     "lenet": (64, 128, 128, 128),
+    "lenet_classic": (20, 50, 50, 800),
     "resnet18": (64, 128, 256, 512),
     "resnet34": (64, 128, 256, 512),
     "resnet50": (256, 512, 1024, 2048),
@@ -97,6 +99,8 @@ PARTS = ("convnext_tiny", "swin_t", "swin_v2_t", "dinov2_vits14")  # divide imag
 
 def strides_of(name: str) -> tuple[int, ...]:
     entry = BACKBONES[name]
+    if isinstance(entry, Digits):
+        return entry.strides
     return (entry.patch,) * 4 if isinstance(entry, Transformer) else STRIDES
 
 
@@ -107,7 +111,8 @@ def test_every_backbone_of_the_table_is_tested():
 
 @pytest.mark.parametrize(
     ("name", "dense"),
-    [(name, False) for name in BACKBONES] + [(name, True) for name in (*DENSE_LAST, *PARTS)],
+    [(name, False) for name in BACKBONES if name != "lenet_classic"]
+    + [(name, True) for name in (*DENSE_LAST, *PARTS)],
 )
 def test_widths_and_strides(name, dense):
     widths = list(WIDTHS[name])
@@ -226,6 +231,23 @@ def test_a_layer_is_the_last_of_its_stride(name):
         assert torch.equal(features[layer], last[stride])
 
 
+def test_the_classic_lenet_on_digits():
+    """Its maps of 4x4 are the vector of each image, as `view` has them; in training some are 0."""
+    backbone, channels = build_backbone("lenet_classic")
+    assert channels == dict(zip(LAYERS, WIDTHS["lenet_classic"], strict=True))
+    images = torch.randn(2, 3, 28, 28)
+    features = backbone.eval()(images)
+    shapes = [(2, 20, 12, 12), (2, 50, 4, 4), (2, 50, 4, 4), (2, 800, 1, 1)]
+    assert [tuple(features[name].shape) for name in LAYERS] == shapes
+    assert torch.equal(features["pooled"], features["layer2"].flatten(1))
+    plain = torch.relu(F.max_pool2d(backbone.layer1[0](images), 2))
+    plain = torch.relu(F.max_pool2d(backbone.layer2[0](plain), 2))
+    torch.testing.assert_close(features["layer2"], plain)
+    dropped = (backbone.train()(images)["layer2"] == 0).all((2, 3))
+    assert 20 < dropped.sum() < 80  # half of 100
+    assert backbone.eval()(torch.randn(1, 3, 37, 37))["pooled"].shape == (1, 800)
+
+
 def test_lenet_ends_at_one_pixel():
     backbone, _ = build_backbone("lenet")
     features = backbone.eval()(torch.zeros(2, 3, 28, 28))
@@ -234,7 +256,9 @@ def test_lenet_ends_at_one_pixel():
 
 
 @pytest.mark.parametrize("dense", [False, True])
-@pytest.mark.parametrize("name", ["lenet", "resnet18", "resnet50_caffe", *FAMILIES])
+@pytest.mark.parametrize(
+    "name", ["lenet", "lenet_classic", "resnet18", "resnet50_caffe", *FAMILIES]
+)
 def test_stages_and_depths_divide_the_backbone(name, dense):
     """Every parameter belongs to one stage and to one depth; the stem to the first of both."""
     backbone, _ = without_values(name, dense)
@@ -249,7 +273,7 @@ def test_stages_and_depths_divide_the_backbone(name, dense):
     assert any(p is first for p in parts[0])
     assert any(p is first for p in depths[0])
     assert all(depths[:-1])  # only what follows the last block may be nothing
-    assert len(depths) == 2 if name == "lenet" else len(depths) > 8
+    assert len(depths) == 2 if name.startswith("lenet") else len(depths) > 8
 
 
 # --- beside torchvision, and odd images
