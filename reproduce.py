@@ -25,7 +25,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from analysis.candidates import candidates_of, choice_report
+from analysis.candidates import (
+    candidates_of,
+    check_has_reference,
+    choice_report,
+    unfinished,
+)
 from analysis.choice import to_csv
 from analysis.suite_table import commits, report
 from analysis.suites import Entry, Suite, check_is_suite, script_config
@@ -243,16 +248,22 @@ def parse_args(argv: list[str]) -> argparse.Namespace:
 
 
 def choice(suite: Suite, results: list[dict[int, dict]], args: argparse.Namespace) -> str:
-    """The report of --choose; it writes --csv, too."""
+    """The report of --choose; it writes --csv, too.
+
+    Raises:
+        UserError: see `candidates_of`.
+    """
     entries = {(entry.task, entry.method): entry for entry in suite.runs}
-    candidates = candidates_of(suite, results, lambda entry, seed: Job(entry, seed).folder)
+
+    def folder_of(entry: Entry, seed: int) -> Path:
+        return Job(entry, seed).folder
+
+    lines = unfinished(suite, results, folder_of, args.seeds)
+    candidates = candidates_of(suite, results, folder_of)
     if args.csv:
         write_text(args.csv, to_csv(candidates))
-
-    def folder_of(task: str, method: str, seed: int) -> Path:
-        return Job(entries[task, method], seed).folder
-
-    return choice_report(suite, candidates, folder_of)
+    chosen = choice_report(suite, candidates, lambda *row, seed: folder_of(entries[row], seed))
+    return "\n\n".join([*lines, chosen])
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -260,6 +271,8 @@ def main(argv: list[str] | None = None) -> int:
     args = parse_args(argv)
     check_is_suite(args.suite)
     suite, name = load_config(Suite, args.suite), Path(args.suite).stem
+    if args.choose:
+        check_has_reference(suite)
     if args.out:
         place(args.out, name, "")  # a file that cannot take the table is an error before any run
 
@@ -283,11 +296,14 @@ def main(argv: list[str] | None = None) -> int:
     ]
     block = report(suite, results, args.seeds, argv)
     summaries = [summary for of_entry in results for summary in of_entry.values()]
-    if args.choose and summaries:
-        block = f"{block}\n\n{choice(suite, results, args)}"
     print(f"\n{block}")
-    if args.out:
+    if args.out:  # before the choice, which may fail
         write_text(args.out, place(args.out, name, block))
+    if args.choose:
+        chosen = choice(suite, results, args)
+        print(f"\n{chosen}")
+        if args.out:
+            write_text(args.out, place(args.out, name, f"{block}\n\n{chosen}"))
     names = commits(summaries)
     if len(names) > 1:
         print(

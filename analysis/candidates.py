@@ -1,5 +1,6 @@
 """The runs of a suite as candidates of a choice without target labels, and the report of it."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from training.predictions import PREDICTIONS
 
 
 def _alarm(summary: dict) -> str | None:
-    """The first collapse alarm of a run."""
+    """Why the selected step is collapsed, or the first collapse alarm of a run."""
     if reason := summary["collapsed"].get("selected"):
         return reason
     alarms = summary["collapse_alarms"]
@@ -27,20 +28,30 @@ def _alarm(summary: dict) -> str | None:
 
 
 def _candidate(entry: Entry, seed: int, summary: dict, suite: Suite) -> Candidate:
-    target = summary["target"]
+    target, selection = summary["target"], summary["selection"]
     metric = suite.metric or main_metric(target["last"])
     return Candidate(
         task=entry.task,
         method=entry.method,
+        family=entry.family,
         seed=seed,
         reference=entry.method == suite.baselines[0],
         judged="infomax" not in entry.run_config.trained_criteria(),
-        source_val=summary["selection"]["source_val"],
+        source_val=selection["source_val"],
+        source_count=selection["source_count"],
         alarm=_alarm(summary),
         last=target["last"].get(metric),
         selected=target["selected"].get(metric),
         hours=summary["seconds"] / 3600,
     )
+
+
+def check_has_reference(suite: Suite) -> None:
+    """Raise `UserError` if the suite does not say which method is the one without adaptation."""
+    if not suite.baselines:
+        raise UserError(
+            "--choose: name the method without adaptation first in the suite's baselines"
+        )
 
 
 def candidates_of(
@@ -54,16 +65,12 @@ def candidates_of(
         folder_of: the run folder of an entry and a seed.
 
     Returns:
-        In the order of tasks, seeds and entries. A task and seed without the run without adaptation
-        is left out.
+        In the order of tasks, seeds and entries. A task and seed whose run without adaptation is
+        not finished has none.
 
     Raises:
-        UserError: the suite names no baseline, or predictions are missing or of other images.
+        UserError: predictions are missing, or of other images.
     """
-    if not suite.baselines:
-        raise UserError(
-            "--choose: name the method without adaptation first in the suite's baselines"
-        )
     groups: dict[tuple[str, int], list[tuple[Entry, dict]]] = {}
     for entry, summaries in zip(suite.runs, results, strict=True):
         for seed, summary in summaries.items():
@@ -71,10 +78,10 @@ def candidates_of(
                 groups.setdefault((entry.task, seed), []).append((entry, summary))
     scored = []
     for (_, seed), runs in sorted(groups.items(), key=lambda item: item[0]):
-        candidates = [_candidate(entry, seed, summary, suite) for entry, summary in runs]
-        if sum(candidate.reference for candidate in candidates) != 1:
+        if suite.baselines[0] not in [entry.method for entry, _ in runs]:
             continue
         saved = _read([folder_of(entry, seed) for entry, _ in runs])
+        candidates = [_candidate(entry, seed, summary, suite) for entry, summary in runs]
         logits = [predictions["selected"] for predictions in saved]
         score(candidates, logits, saved[0]["classes"], suite.margin)
         scored += candidates
@@ -105,50 +112,72 @@ def _read(folders: list[Path]) -> list[dict]:
     return saved
 
 
-def choice_report(
-    suite: Suite, candidates: list[Candidate], folder_of: Callable[[str, str, int], Path]
-) -> str:
+def unfinished(
+    suite: Suite, results: list[dict[int, dict]], folder_of: Callable[[Entry, int], Path], seeds
+) -> list[str]:
+    """A line per run that is no candidate because it has not finished, with the reason.
+
+    Args:
+        suite, results, folder_of: see `candidates_of`.
+        seeds: all that were asked for.
+    """
+    lines = []
+    for entry, summaries in zip(suite.runs, results, strict=True):
+        for seed in seeds:
+            if seed in summaries or entry.sees_target_labels():
+                continue
+            try:
+                status = json.loads((folder_of(entry, seed) / "status.json").read_text())
+                reason = status.get("reason", status["state"])
+            except (OSError, ValueError, KeyError):
+                reason = "not started"
+            line = f"{entry.task}, {entry.method}, seed {seed}: not finished ({reason})"
+            if entry.method == suite.baselines[0]:
+                line += "; without it there is no choice on this seed"
+            lines.append(line)
+    return lines
+
+
+def choice_report(suite: Suite, candidates: list[Candidate], folder_of: Callable[..., Path]) -> str:
     """What is chosen for each task on its first seed, and what that is worth on the other seeds.
 
     Args:
         suite: whose margin is named.
         candidates: as `candidates_of` returns them.
-        folder_of: the run folder of a task, a method and a seed.
+        folder_of: the run folder of a task and a method, and of `seed`.
     """
     parts, worths = [], []
     for task in dict.fromkeys(candidate.task for candidate in candidates):
         of_task = [candidate for candidate in candidates if candidate.task == task]
         first = [candidate for candidate in of_task if candidate.seed == of_task[0].seed]
         chosen = choose(first)
-        folder = folder_of(task, chosen.method, chosen.seed)
+        folder = folder_of(task, chosen.method, seed=chosen.seed)
+        changed = (
+            ""
+            if chosen.reference
+            else f", which changes {100 * chosen.changed:.1f} % of the predictions"
+        )
         parts += [
             f"**{task}: chosen without target labels, seed {chosen.seed}**",
             candidates_table(first, chosen),
-            f"Chosen: {chosen.method}, {100 * chosen.changed:.1f} % of whose predictions differ "
-            f"from those of {_reference(first)}. The model is {folder}/model.pt; predictions by "
+            f"Chosen: {chosen.method}{changed}. The model is {folder}/model.pt; predictions by "
             f"`python predict.py {folder} IMAGES`.",
         ]
-        worths.append(worth(of_task))
-    labeled = [x for x in worths if x.selected is not None]
-    note = (
-        "Scores are of the selected step on unlabeled target images. Vetoes: source validation "
-        f"more than {suite.margin:g} points below that of the run without adaptation, or a "
-        "collapse alarm. The rule: the best by infomax of the runs whose loss does not contain it, "
-        "beside all others; of these, the one that agrees most with the mean prediction of all "
-        "runs that are not vetoed (docs/selection.md)."
-    )
-    if labeled:
-        seeds = ", ".join(map(str, labeled[0].seeds))
-        same = labeled[0].seeds == [candidates[0].seed]
-        where = "the same seed" if same else f"seeds {seeds}, which the choice has not seen"
+        worths.append(worth(of_task, chosen))
+    if any(x.selected is not None for x in worths):
         parts += [
             "**What the choice is worth**",
-            worth_table(labeled),
-            f"Chosen on seed {candidates[0].seed}; figures are means over {where}, by target test "
-            "labels. Regret is what the best method, known by these labels, has more.",
+            worth_table(worths),
+            "Figures are by target test labels, which the choice has not seen, and means over the "
+            "named seeds: those on which it was not made, if there are others. Regret is what the "
+            "best method, known by these labels, has more.",
         ]
-    return "\n\n".join([*parts, note])
-
-
-def _reference(candidates: list[Candidate]) -> str:
-    return next(candidate.method for candidate in candidates if candidate.reference)
+    parts.append(
+        "Scores are of the selected step on unlabeled target images. Changed: share of predictions "
+        f"in percent that differ from those of {suite.baselines[0]}. Vetoes: source validation "
+        f"more than {suite.margin:g} points (and two images) below that of {suite.baselines[0]}, "
+        "or a collapse alarm. The rule: the best by infomax of the runs whose loss does not "
+        "contain it, beside all others; of these, the one that agrees most with the ensemble of "
+        "the methods that are not vetoed (docs/selection.md)."
+    )
+    return "\n\n".join(parts)

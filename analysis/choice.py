@@ -2,20 +2,24 @@
 
 import csv
 import io
+import math
 import statistics
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import torch
 
 from analysis.criteria import agreements, of_one_run
+from analysis.suite_table import markdown
 from common.errors import UserError
+from training.evaluation import SOURCE_MARGIN, source_margin
+from training.predictions import share_that_differs
 
-MARGIN = 2.0  # points of source validation that a run may lose against no adaptation
 SHOWN = 3  # classes of which a table shows the share
-# Quantiles of Student's t for an interval of 95 %, by degrees of freedom; 1.96 beyond.
-T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13)
+# Quantiles of Student's t for an interval of 95 %, by degrees of freedom; the last one beyond.
+T95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23)
+T95 += (2.20, 2.18, 2.16, 2.14, 2.13, 2.12, 2.11, 2.10, 2.09, 2.09)
 
 
 @dataclass
@@ -24,10 +28,12 @@ class Candidate:
 
     Args:
         task, method: its row in the suite.
+        family: the method without the keys of a grid or a draw.
         seed: of the run.
         reference: whether it is the run without adaptation.
         judged: whether infomax is no part of its training loss.
         source_val: accuracy or mean IoU on held-out source images; None without a source.
+        source_count: the number of labels that it is measured on.
         alarm: the first collapse alarm of the run, or None.
         last, selected: the figure on the target's test images, for reports only; None without
             labels.
@@ -42,10 +48,12 @@ class Candidate:
 
     task: str
     method: str
+    family: str
     seed: int
     reference: bool
     judged: bool
     source_val: float | None
+    source_count: int
     alarm: str | None
     last: float | None
     selected: float | None
@@ -61,7 +69,7 @@ class Candidate:
     hours: float = 0.0
 
 
-def vetoes(candidate: Candidate, reference: Candidate, margin: float = MARGIN) -> str:
+def vetoes(candidate: Candidate, reference: Candidate, margin: float = SOURCE_MARGIN) -> str:
     """Why a run is not to be chosen, found without a target label; "" if nothing speaks against it.
 
     The reference is never vetoed. A run without source images has no source validation to lose.
@@ -70,7 +78,7 @@ def vetoes(candidate: Candidate, reference: Candidate, margin: float = MARGIN) -
         return ""
     reasons = []
     if None not in (candidate.source_val, reference.source_val):
-        least = reference.source_val - margin
+        least = reference.source_val - source_margin(reference.source_count, margin)
         if candidate.source_val < least:
             reasons.append(f"source validation {candidate.source_val:.1f} < {least:.1f}")
     if candidate.alarm:
@@ -82,7 +90,7 @@ def score(
     candidates: Sequence[Candidate],
     logits: Sequence[torch.Tensor],
     classes: Sequence[str],
-    margin: float = MARGIN,
+    margin: float = SOURCE_MARGIN,
 ) -> None:
     """Fill in the scores and vetoes of the candidates of one task and seed.
 
@@ -90,20 +98,24 @@ def score(
         candidates: one of them is the reference.
         logits: (M, K) of each, on the same images.
         classes: the K class names.
-        margin: see `vetoes`.
+        margin: see `source_margin`.
     """
     (at,) = [i for i, candidate in enumerate(candidates) if candidate.reference]
-    predicted = [x.argmax(1) for x in logits]
-    for candidate, x, top in zip(candidates, logits, predicted, strict=True):
+    for candidate, x in zip(candidates, logits, strict=True):
         candidate.veto = vetoes(candidate, candidates[at], margin)
         for name, value in of_one_run(x).items():
             setattr(candidate, name, value)
-        candidate.changed = float((top != predicted[at]).double().mean())
-        shares = top.bincount(minlength=len(classes)).double() / len(top)
+        candidate.changed = share_that_differs(x, logits[at])
+        shares = x.argmax(1).bincount(minlength=len(classes)).double() / len(x)
         order = shares.argsort(descending=True)[:SHOWN].tolist()
         candidate.shares = ", ".join(f"{classes[k]} {100 * shares[k]:.0f} %" for k in order)
-    remaining = [x for x, candidate in zip(logits, candidates, strict=True) if not candidate.veto]
-    both = agreements(logits, remaining), agreements(logits, logits)
+    everything: dict[str, list[torch.Tensor]] = {}
+    remaining: dict[str, list[torch.Tensor]] = {}
+    for candidate, x in zip(candidates, logits, strict=True):
+        everything.setdefault(candidate.family, []).append(x)
+        if not candidate.veto:
+            remaining.setdefault(candidate.family, []).append(x)
+    both = [agreements(logits, list(x.values())) for x in (remaining, everything)]
     for candidate, agreement, agreement_all in zip(candidates, *both, strict=True):
         candidate.agreement, candidate.agreement_all = agreement, agreement_all
 
@@ -153,10 +165,9 @@ def choose(candidates: Sequence[Candidate], rule: str = "default", veto: bool = 
     """
     if veto:
         return RULES[rule]([candidate for candidate in candidates if not candidate.veto])
-    if rule in ("default", "agreement"):
-        whole = [Candidate(**{**asdict(c), "agreement": c.agreement_all}) for c in candidates]
-        return candidates[whole.index(RULES[rule](whole))]
-    return RULES[rule](candidates)
+    copies = [replace(candidate, agreement=candidate.agreement_all) for candidate in candidates]
+    chosen = RULES[rule](copies)
+    return next(c for c, copy in zip(candidates, copies, strict=True) if copy is chosen)
 
 
 # --- what a choice is worth
@@ -169,6 +180,7 @@ class Worth:
     Args:
         task: the task.
         method: the chosen one.
+        seed: that of the choice.
         seeds: those that the figures are of.
         last, selected: means over the seeds of the chosen method's last and selected step.
         reference: mean of the selected step without adaptation.
@@ -178,6 +190,7 @@ class Worth:
 
     task: str
     method: str
+    seed: int
     seeds: list[int]
     last: float | None
     selected: float | None
@@ -191,25 +204,17 @@ class Worth:
         return None if self.oracle is None else self.oracle - self.selected
 
 
-def worth(
-    candidates: Sequence[Candidate],
-    rule: str = "default",
-    veto: bool = True,
-    seed: int | None = None,
-) -> Worth:
-    """What the choice on one seed of a task is worth on the other seeds.
+def worth(candidates: Sequence[Candidate], chosen: Candidate) -> Worth:
+    """What a choice that was made on one seed of a task is worth on the other seeds.
 
     With one seed it is that of the same runs.
 
     Args:
         candidates: all runs of one task, of all seeds.
-        rule, veto: see `choose`.
-        seed: the seed on which is chosen; None for the first one.
+        chosen: one of them.
     """
     seeds = list(dict.fromkeys(candidate.seed for candidate in candidates))
-    seed = seeds[0] if seed is None else seed
-    chosen = choose([x for x in candidates if x.seed == seed], rule, veto)
-    reported = [other for other in seeds if other != seed] or seeds
+    reported = [seed for seed in seeds if seed != chosen.seed] or seeds
     by_method: dict[str, dict[int, Candidate]] = {}
     for candidate in candidates:
         if candidate.seed in reported:
@@ -221,32 +226,33 @@ def worth(
     }
     (reference,) = {candidate.method for candidate in candidates if candidate.reference}
     if chosen.method not in complete or reference not in complete:
-        return Worth(chosen.task, chosen.method, reported, *[None] * 5, [])
+        return Worth(chosen.task, chosen.method, chosen.seed, reported, *[None] * 5, [])
     means = {
         method: statistics.fmean(run.selected for run in runs) for method, runs in complete.items()
     }
     best = max(means, key=means.get)
     runs, others = complete[chosen.method], complete[reference]
-    gains = [run.selected - other.selected for run, other in zip(runs, others, strict=True)]
-    last = [run.last for run in runs]
     return Worth(
         task=chosen.task,
         method=chosen.method,
+        seed=chosen.seed,
         seeds=reported,
-        last=statistics.fmean(last),
+        last=statistics.fmean(run.last for run in runs),
         selected=means[chosen.method],
         reference=means[reference],
         oracle=means[best],
         oracle_method=best,
-        gains=gains,
+        gains=[run.selected - other.selected for run, other in zip(runs, others, strict=True)],
     )
 
 
 def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
     """Spearman's: the correlation of the ranks, where equal values share their mean rank.
 
-    nan if all values of one are equal.
+    nan if all values of one are equal, or if there are fewer than two.
     """
+    if len(first) < 2:
+        return math.nan
     ranks = []
     for values in (first, second):
         x = torch.tensor(values, dtype=torch.float64)
@@ -263,7 +269,7 @@ def interval(values: Sequence[float]) -> str:
     if len(values) == 1:
         return f"{mean:+.1f}"
     freedom = len(values) - 1
-    quantile = T95[freedom - 1] if freedom <= len(T95) else 1.96
+    quantile = T95[min(freedom, len(T95)) - 1]
     half = quantile * statistics.stdev(values) / len(values) ** 0.5
     return f"{mean:+.1f} [{mean - half:+.1f}, {mean + half:+.1f}]"
 
@@ -273,13 +279,6 @@ def interval(values: Sequence[float]) -> str:
 
 def _cell(value: float | None, digits: int = 1) -> str:
     return "-" if value is None else f"{value:.{digits}f}"
-
-
-def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A markdown table."""
-    lines = [head, ["---"] * len(head), *rows]
-    cells = [[cell.replace("|", r"\|") for cell in line] for line in lines]
-    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
 
 
 def candidates_table(candidates: Sequence[Candidate], chosen: Candidate) -> str:
@@ -307,12 +306,20 @@ def candidates_table(candidates: Sequence[Candidate], chosen: Candidate) -> str:
 
 def worth_table(worths: Sequence[Worth]) -> str:
     """One row per task: the chosen method, and what it is worth on the target's test labels."""
-    head = ("task", "chosen", "last", "selected in the run", "no adaptation")
-    head = (*head, "oracle (by target test labels: no result)", "regret", "gain and its interval")
+    head = ("task", "chosen", "on seed", "figures of", "last", "selected in the run")
+    head = (
+        *head,
+        "no adaptation",
+        "oracle (by target test labels: no result)",
+        "regret",
+        "gain and its interval",
+    )
     rows = [
         (
             x.task,
             x.method,
+            str(x.seed),
+            " ".join(map(str, x.seeds)),
             _cell(x.last),
             _cell(x.selected),
             _cell(x.reference),

@@ -59,17 +59,22 @@ def of_one_run(logits: torch.Tensor) -> dict[str, float]:
     return {**entropies(logits), **alone}
 
 
-def agreements(runs: Sequence[torch.Tensor], voters: Sequence[torch.Tensor]) -> list[float]:
-    """The share of each run's predicted classes that are those of the voters' mean prediction.
+def agreements(
+    runs: Sequence[torch.Tensor], families: Sequence[Sequence[torch.Tensor]]
+) -> list[float]:
+    """The share of each run's predicted classes that are those of an ensemble.
 
-    Of all candidates of a choice as voters it is EnsV (Hu et al. 2024, "Towards Reliable Model
-    Selection for Unsupervised Domain Adaptation").
+    With every candidate of a choice as a family it is EnsV (Hu et al. 2024, "Towards Reliable Model
+    Selection for Unsupervised Domain Adaptation"). A method with many settings is one family here,
+    with one vote, so that the largest grid does not decide.
 
     Args:
-        runs, voters: logits (M, K) on the same M images or pixels.
+        runs: logits (M, K) on the same M images or pixels.
+        families: logits likewise; the ensemble is the mean over families of the mean probability.
+            None is empty; without any the agreement is 0.
     """
-    if not voters:
+    if not families:
         return [0.0] * len(runs)
-    mean = sum(map(probabilities, voters)) / len(voters)
-    ensemble = mean.argmax(1)
+    votes = [sum(map(probabilities, family)) / len(family) for family in families]
+    ensemble = (sum(votes) / len(votes)).argmax(1)
     return [float((logits.argmax(1) == ensemble).double().mean()) for logits in runs]

@@ -3,7 +3,7 @@
 import collections
 import shlex
 import statistics
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from analysis.suites import Entry, Suite
 from common.metrics import main_metric
@@ -82,6 +82,13 @@ def budget(suite: Suite) -> list[str]:
     return [f"Runs per task and seed: {', '.join(parts)}."]
 
 
+def markdown(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A markdown table."""
+    lines = [head, ["---"] * len(head), *rows]
+    cells = [[cell.replace("|", r"\|") for cell in line] for line in lines]
+    return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+
+
 class Table:
     """The finished runs of a suite, as the rows of a markdown table.
 
@@ -99,8 +106,12 @@ class Table:
             for entry, summaries in zip(suite.runs, results, strict=True)
         }
         summaries = [summary for of_entry in results for summary in of_entry.values()]
-        figures = [self.value(summary, "last") for summary in summaries]
-        self.unlabeled = bool(figures) and all(x is None for x in figures)
+        labeled = [self._is_labeled(summary) for summary in summaries]
+        self.unlabeled = bool(summaries) and not any(labeled)
+
+    def _is_labeled(self, summary: dict) -> bool:
+        """Whether the target has labels to measure with."""
+        return summary["target"]["last"].get(main_metric(summary["target"]["last"])) is not None
 
     def metric(self, summary: dict) -> str:
         """The name of the metric that the figures are of."""
@@ -151,7 +162,8 @@ class Table:
     def _without_labels(self, summaries: list[dict]) -> tuple[str, str, str]:
         """What runs on an unlabeled target have in place of figures, of the selected step."""
         selections = [summary["selection"] for summary in summaries]
-        source_val = figure([selection["source_val"] for selection in selections])
+        # A run of an earlier version does not say it.
+        source_val = figure([selection.get("source_val") for selection in selections])
         values = [selection["value"] for selection in selections]
         criterion = "-"
         if values and None not in values:
@@ -185,9 +197,7 @@ class Table:
     def markdown(self) -> str:
         """The header and one line per entry."""
         rows = [self.row(*pair) for pair in zip(self.suite.runs, self.results, strict=True)]
-        lines = [self.columns(), ("---",) * len(self.columns()), *rows]
-        cells = [[cell.replace("|", r"\|") for cell in line] for line in lines]
-        return "\n".join(f"| {' | '.join(line)} |" for line in cells)
+        return markdown(self.columns(), rows)
 
 
 def report(suite: Suite, results: list[dict[int, dict]], seeds: list[int], argv: list[str]) -> str:

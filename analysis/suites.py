@@ -27,6 +27,9 @@ from common.errors import UserError, require
 from data import LabeledDataConfig
 from data.order import generator
 from training.config import RunConfig, head_command, load_run_config, scripts_with
+from training.evaluation import SOURCE_MARGIN
+
+LONGEST_NAME = 150  # letters that a cell adds to the name of its folder
 
 
 @functools.cache
@@ -91,15 +94,19 @@ class Entry:
         self.overrides = [text for text in self._settings() if not text.startswith("out_dir=")]
 
     def _rules_of_cells(self) -> list[tuple[bool, str]]:
-        lists = all(isinstance(values, list) and values for values in self.grid.values())
-        ranges = all(map(_is_range, self.ranges.values()))
+        lists = [key for key, x in self.grid.items() if not (isinstance(x, list) and x)]
+        ranges = [key for key, x in self.ranges.items() if not _is_range(x)]
         recorded = self.expected is not None or self.published is not None
         return [
-            (lists, "grid: each key needs a list of values"),
-            (ranges, "ranges: each key needs [low, high], or [low, high, log] with low above 0"),
+            *((False, f"grid: {key} needs a list of values") for key in lists),
+            *(
+                (False, f"ranges: {key} needs [low, high], or [low, high, log] with low above 0")
+                for key in ranges
+            ),
+            ("out_dir" not in self.grid, "grid: each cell has an out_dir of its own; leave it out"),
             (not (self.grid and self.draws), "grid and draws exclude each other"),
-            (bool(self.draws) == bool(self.ranges), "draws and ranges go together"),
             (self.draws is None or self.draws > 0, "draws must be positive"),
+            ((self.draws is not None) == bool(self.ranges), "draws and ranges go together"),
             (
                 not (recorded and (self.grid or self.draws)),
                 "expected and published are figures of one run, not of a grid or of draws",
@@ -118,7 +125,7 @@ class Entry:
             names = [_folder_name(cell) for cell in cells]
         elif self.draws:
             cells = [self._draw(number) for number in range(self.draws)]
-            names = [f"draw{number:02d}" for number in range(self.draws)]
+            names = [f"draw{self.draws_seed}_{number:02d}" for number in range(self.draws)]
         else:
             return [self]
         made = []
@@ -171,9 +178,15 @@ class Entry:
 
     def sees_target_labels(self) -> bool:
         """Whether target labels train or select, so that the runs are no candidates of a choice."""
-        data = self.run_config.data
-        labeled = isinstance(data, LabeledDataConfig) or data.target_labeled is not None
-        return labeled or data.target_is_source()
+        data, test = self.run_config.data, self.run_config.data.target_test
+        return bool(
+            isinstance(data, LabeledDataConfig)
+            or data.target_labeled is not None
+            or data.target_is_source()
+            or (test and (test.name, test.path) in [(x.name, x.path) for x in data.sources])
+            or getattr(data, "order", None) == "sorted"  # of a stream, by label
+            or (self.start is not None and self.start.sees_target_labels())
+        )
 
 
 def _is_range(value) -> bool:
@@ -187,7 +200,10 @@ def _is_range(value) -> bool:
 def _folder_name(cell: dict) -> str:
     """The end of the name of a cell's folder, such as `reversal_max=0.3_optim.lr=0.01`."""
     text = "_".join(f"{key}={dump_value(value)}" for key, value in cell.items())
-    return re.sub(r"[^\w.=+-]+", "-", text)
+    name = re.sub(r"[^\w.=+-]+", "-", text)
+    if len(name) > LONGEST_NAME:
+        raise ValueError(f"grid: the folder of a cell would be {name[:60]}..., which is too long")
+    return name
 
 
 @dataclass
@@ -202,7 +218,7 @@ class Suite:
     # Methods whose rows the other rows of their task are compared with, seed by seed.
     baselines: list[str] = field(default_factory=list)
     # Points of source validation that a run may lose against the first baseline (--choose).
-    margin: float = not_negative(2.0)
+    margin: float = not_negative(SOURCE_MARGIN)
 
     def __post_init__(self):
         mistakes: list[str] = []

@@ -1,11 +1,10 @@
 """What rules for a choice among runs without target labels are worth, from a file of candidates.
 
-    python benchmarks/selection.py docs/selection.csv
-    python benchmarks/selection.py docs/selection.csv --without "PACS, art painting -> photo"
+    python benchmarks/selection.py runs.csv
+    python benchmarks/selection.py runs.csv --without "PACS, art painting -> photo"
 
 The file is written by `python reproduce.py SUITE --choose --csv FILE`. For each task each seed
-chooses once, and the choice is measured on the other seeds. The tables of docs/selection.md are
-those that this prints.
+chooses once, and the choice is measured on the other seeds, or on itself if there is no other.
 """
 
 import argparse
@@ -13,6 +12,7 @@ import math
 import statistics
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -21,12 +21,13 @@ from analysis.choice import (
     RULES,
     Candidate,
     Worth,
+    choose,
     from_csv,
-    markdown,
     rank_correlation,
     worth,
     worth_table,
 )
+from analysis.suite_table import markdown
 from common.errors import UserError, exit_with
 
 
@@ -43,42 +44,45 @@ def correlations(candidates: Sequence[Candidate], rule: str, veto: bool) -> list
     name = "agreement_all" if rule == "agreement" and not veto else rule
     values = []
     for of_task in by_task(candidates).values():
-        for seed in dict.fromkeys(candidate.seed for candidate in of_task):
-            runs = [x for x in of_task if x.seed == seed and not (veto and x.veto)]
+        for of_seed in seeds_of(of_task):
+            runs = [x for x in of_seed if not (veto and x.veto)]
             runs = [x for x in runs if getattr(x, name) is not None]
             scores = [getattr(x, name) for x in runs]
             values.append(rank_correlation(scores, [x.selected for x in runs]))
     return [x for x in values if not math.isnan(x)]
 
 
-def choices(candidates: Sequence[Candidate], rule: str, veto: bool) -> list[Worth]:
-    """What each choice is worth, per task and choosing seed."""
-    return [
-        worth(of_task, rule, veto, seed)
-        for of_task in by_task(candidates).values()
-        for seed in dict.fromkeys(candidate.seed for candidate in of_task)
-    ]
+def seeds_of(candidates: Sequence[Candidate]) -> list[list[Candidate]]:
+    """The candidates of one task, per seed."""
+    seeds = dict.fromkeys(candidate.seed for candidate in candidates)
+    return [[x for x in candidates if x.seed == seed] for seed in seeds]
 
 
 def rules_table(candidates: Sequence[Candidate]) -> str:
     """One row per rule, with and without vetoes, and two that choose nothing."""
     head = ("rule", "vetoes", "mean regret", "worst regret", "mean gain", "worst gain")
     head = (*head, "below no adaptation", "rank correlation")
-    rows = []
+    tasks, rows = by_task(candidates).values(), []
     for rule in RULES:
         for veto in (True, False):
-            worths = choices(candidates, rule, veto)
+            worths = [
+                worth(of_task, choose(of_seed, rule, veto))
+                for of_task in tasks
+                for of_seed in seeds_of(of_task)
+            ]
             ranks = [] if rule == "default" else correlations(candidates, rule, veto)
             correlation = f"{statistics.fmean(ranks):.2f}" if ranks else "-"
-            gains = [statistics.fmean(x.gains) for x in worths]
-            regrets = [x.regret for x in worths]
-            rows.append((rule, "yes" if veto else "no", *_figures(regrets, gains), correlation))
-    rows.append(("no adaptation", "-", *_blindly(candidates, reference=True), "-"))
-    rows.append(("any adapted run, last step", "-", *_blindly(candidates, reference=False), "-"))
+            rows.append((rule, "yes" if veto else "no", *_figures(worths), correlation))
+    plain = [worth(of_task, x) for of_task in tasks for x in of_task if x.reference]
+    rows.append(("no adaptation", "-", *_figures(plain), "-"))
+    others = [worth(of_task, x) for of_task in tasks for x in of_task if not x.reference]
+    last = [replace(x, selected=x.last, gains=[x.last - x.reference]) for x in others]
+    rows.append(("any adapted run, last step", "-", *_figures(last), "-"))
     return markdown(head, rows)
 
 
-def _figures(regrets: Sequence[float], gains: Sequence[float]) -> tuple[str, ...]:
+def _figures(worths: Sequence[Worth]) -> tuple[str, ...]:
+    regrets, gains = zip(*((x.regret, statistics.fmean(x.gains)) for x in worths), strict=True)
     below = sum(gain < 0 for gain in gains)
     return (
         f"{statistics.fmean(regrets):.1f}",
@@ -89,20 +93,18 @@ def _figures(regrets: Sequence[float], gains: Sequence[float]) -> tuple[str, ...
     )
 
 
-def _blindly(candidates: Sequence[Candidate], reference: bool) -> tuple[str, ...]:
-    """The figures of taking the run without adaptation, or any other one, by chance."""
-    regrets, gains = [], []
-    for of_task in by_task(candidates).values():
-        for seed in dict.fromkeys(candidate.seed for candidate in of_task):
-            runs = [x for x in of_task if x.seed == seed]
-            best = max(x.selected for x in runs)
-            (plain,) = [x.selected for x in runs if x.reference]
-            figures = [
-                x.selected if reference else x.last for x in runs if x.reference == reference
-            ]
-            regrets += [best - figure for figure in figures]
-            gains += [figure - plain for figure in figures]
-    return _figures(regrets, gains)
+def check_complete(candidates: Sequence[Candidate], file: Path) -> None:
+    """Raise `UserError` unless each method of a task has a figure on each of its seeds."""
+    if not candidates:
+        raise UserError(f"{file}: there is no run to measure")
+    for task, of_task in by_task(candidates).items():
+        seeds = {x.seed for x in of_task}
+        for method in dict.fromkeys(x.method for x in of_task):
+            known = {x.seed for x in of_task if x.method == method and x.selected is not None}
+            if missing := sorted(seeds - known):
+                raise UserError(
+                    f"{file}: {task}, {method} has no figure on the target with seed {missing[0]}"
+                )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -118,15 +120,19 @@ def main(argv: list[str] | None = None) -> int:
     if unknown := [task for task in args.without if task not in tasks]:
         raise UserError(f"--without: no task {unknown[0]!r}; there are {', '.join(tasks)}")
     remaining = [x for x in candidates if x.task not in args.without]
-    if any(x.selected is None for x in remaining):
-        raise UserError(f"{args.file}: a run has no figure on the target, so nothing is measured")
-    families = {x.method.partition(",")[0] for x in remaining}
+    check_complete(remaining, args.file)
+    families = {x.family for x in remaining}
     print(
         f"{len(remaining)} runs of {len(families)} methods on {len(by_task(remaining))} tasks, "
         f"{sum(x.hours for x in remaining):.1f} hours\n"
     )
     print(rules_table(remaining), "\n")
-    print(worth_table([worth(of_task) for of_task in by_task(remaining).values()]))
+    chosen = [
+        worth(of_task, choose(of_seed))
+        for of_task in by_task(remaining).values()
+        for of_seed in seeds_of(of_task)
+    ]
+    print(worth_table(chosen))
     return 0
 
 

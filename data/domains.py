@@ -2,6 +2,7 @@
 
 import hashlib
 import weakref
+import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -227,8 +228,9 @@ class Domains:
         Args:
             target: the fingerprint of the set `target`.
         """
-        parts = target.numpy().tobytes(), self.criteria.indices.numpy().tobytes()
-        return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+        text = zlib.decompress(target.numpy())  # what is compressed depends on the library
+        indices = self.criteria.indices.numpy().tobytes()
+        return hashlib.sha256(text + indices).hexdigest()[:16]
 
     def describe(self, storage: bool = True) -> str:
         """One line per set, with where it is stored if `storage`, and the sizes of a batch."""

@@ -68,7 +68,9 @@ def test_evaluate():
     model, batches = Answers(), labeled_batches()
     images = torch.cat([x for x, _ in batches])
     metrics, examples, _ = evaluate(model, sets_of(batches, [images[:7]], batches[:1]))
-    assert set(metrics) == {"source_val", "target", "criteria", "predicted", "confusion"}
+    names = {"source_val", "source_count", "target", "criteria", "predicted", "confusion"}
+    assert set(metrics) == names
+    assert metrics["source_count"] == 10
     counts = images[:7].argmax(1).bincount(minlength=3).tolist()
     assert metrics["predicted"] == dict(zip(CLASSES, counts, strict=True))
     assert examples == []
@@ -293,10 +295,22 @@ def test_what_has_lost_the_source_is_not_selected():
     assert steps((90.0, 0.1), (88.0, 0.5), (87.9, 0.9)) == [1, 2, 2]
     # The first two are ruled out by the third, whose weights are at hand then.
     assert steps((80.0, 0.9), (82.0, 0.8), (90.0, 0.1), (89.0, 0.3)) == [1, 1, 3, 4]
-    # A collapsed evaluation rules out others, and is not selected itself.
+    # A collapsed evaluation is not selected.
     history = [_entry(1, 0.5, 0.0, 50.0), _entry(2, 0.9, 0.0, 50.0, "one class")]
     for entry, source_val in zip(history, (80.0, 90.0), strict=True):
         entry["criteria"]["source_val"] = source_val
+    assert choose(history, "infomax")["selected"]["step"] == 1
+    # Nor does it rule out what came before.
+    history.append(_entry(3, 0.1, 0.0, 50.0))
+    history[2]["criteria"]["source_val"] = 60.0
+    assert choose(history, "infomax")["selected"]["step"] == 1
+    # Two of the 30 held-out images are 6.7 points.
+    history = [_entry(1, 0.5, 0.0, 50.0), _entry(2, 0.9, 0.0, 50.0)]
+    for entry, source_val in zip(history, (90.0, 83.4), strict=True):
+        entry["criteria"]["source_val"] = source_val
+        entry["source_count"] = 30
+    assert choose(history, "infomax")["selected"]["step"] == 2
+    history[1]["source_count"] = 1000  # control
     assert choose(history, "infomax")["selected"]["step"] == 1
     # The second would be the best of those that remain, and its weights are gone.
     assert steps((88.0, 0.9), (89.0, 0.8), (90.5, 0.1)) == [1, 1, 3]

@@ -394,6 +394,7 @@ def test_a_run(tmp_path, command, task):
     assert result["selection"] == {
         "criterion": "neg_val_loss",
         "value": history[lowest]["criteria.neg_val_loss"],
+        "source_val": None,
         "part_of_training_loss": False,
     }
     jump = max(0, history[4]["criteria.neg_val_loss"] - history[8]["criteria.neg_val_loss"])

@@ -59,6 +59,10 @@ def test_target_labels_do_not_train_or_select(tmp_path, monkeypatch, permute, sc
     permuted = summary(tmp_path / "train_permuted")
     assert differing(plain_weights, weights(tmp_path / "train_permuted")) == 0
     assert permuted["target"] == plain["target"]
+    # The choice across runs is made from these.
+    both = (weights(tmp_path / run, "predictions.pt") for run in ("plain", "train_permuted"))
+    first, second = ({name: x[name] for name in ("last", "selected")} for x in both)
+    assert differing(first, second) == 0
 
     permute(*opener, target, False)
     seen.clear()

@@ -235,9 +235,9 @@ def test_a_network_without_normalization_is_refused():
 # --- the record
 
 
-def record_of(alarms: list) -> StreamRecord:
-    measure = functools.partial(accuracies, classes=CLASSES)
-    sets = EvaluationSets(None, None, None, CLASSES, measure)
+def record_of(alarms: list, classes: list[str] = CLASSES) -> StreamRecord:
+    measure = functools.partial(accuracies, classes=classes)
+    sets = EvaluationSets(None, None, None, classes, measure)
     return StreamRecord(sets, lambda step, reason: alarms.append(reason))
 
 
@@ -310,6 +310,36 @@ def test_classes_count_alike_in_the_alarm():
         agreement = record.report()["confident_agreement"]
         assert agreement == pytest.approx(1 / 3 if moved else 1.0)
         assert record.facts()["confident_agreement"] == pytest.approx(agreement)
+
+
+def test_many_classes_of_few_predictions_are_judged_together():
+    """Each of 65 classes has 15 confident predictions, all contradicted."""
+    for moved, expected in ((1, 1), (0, 0)):  # the second is a control
+        alarms = []
+        record = record_of(alarms, [str(number) for number in range(65)])
+        unadapted = torch.arange(960) % 65
+        for step, part in enumerate(unadapted.split(64)):
+            one, other = (9.0 * F.one_hot(x % 65, 65).float() for x in (part + moved, part))
+            record.add(one, other, None)
+            record.look_for_harm(step)
+        assert len(alarms) == expected
+
+
+def test_one_image_of_a_class_long_past_raises_no_alarm():
+    alarms = []
+    record = record_of(alarms)
+    for step in range(122):
+        unadapted = torch.arange(64) % 2 + (step == 0)  # the class 2 in the first step
+        adapted = unadapted.clone()
+        if step == 121:
+            unadapted[0], adapted[0] = 2, 0
+        record.add(one_hot(adapted), one_hot(unadapted), None)
+        record.look_for_harm(step)
+    assert not alarms
+    unadapted = torch.full((64,), 2)
+    record.add(one_hot(unadapted - 1), one_hot(unadapted), None)  # control
+    record.look_for_harm(123)
+    assert len(alarms) == 1
 
 
 def test_a_model_of_frozen_statistics_is_warned_of(tmp_path, capsys):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from common import ranks
-from common.files import load_tensors, save_tensors
+from common.files import save_tensors
 from training.predictions import LARGEST, POINTS, Sample, pixels_of, share_changed
 
 
@@ -104,11 +104,15 @@ def test_two_processes_have_the_sample_of_one(monkeypatch):
 def test_share_changed(tmp_path):
     before = torch.eye(3)[[0, 1, 2, 0]]
     now = torch.eye(3)[[0, 1, 1, 1]]
-    save_tensors(tmp_path / "predictions.pt", {"images": "x", "selected": before, "last": now})
-    for start in (tmp_path, tmp_path / "predictions.pt"):
-        assert share_changed(str(start), "x", now) == pytest.approx(0.5)
-    assert share_changed(str(tmp_path), "y", now) is None
-    assert share_changed(str(tmp_path), "x", now[:2]) is None
-    assert share_changed(str(tmp_path / "gone"), "x", now) is None
-    assert share_changed(None, "x", now) is None
-    assert load_tensors(tmp_path / "predictions.pt")["images"] == "x"
+    file, this = tmp_path / "predictions.pt", {"images": "x", "classes": ["a"], "selected": now}
+    save_tensors(file, {**this, "selected": before})
+    for start in (tmp_path, file):
+        assert share_changed(str(start), this) == pytest.approx(0.5)
+    assert share_changed(str(tmp_path), {**this, "images": "y"}) is None
+    assert share_changed(str(tmp_path), {**this, "classes": ["b"]}) is None
+    assert share_changed(str(tmp_path / "gone"), this) is None
+    assert share_changed(None, this) is None
+    save_tensors(file, {"images": "x"})  # it is not such a file, and none that can be read
+    assert share_changed(str(tmp_path), this) is None
+    file.write_text("damaged")
+    assert share_changed(str(tmp_path), this) is None

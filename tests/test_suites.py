@@ -73,7 +73,9 @@ def test_draws_are_a_function_of_the_seed(folder):
     def values(seed: int, count: int) -> list[tuple]:
         write_suite(dann(f"draws: {count}, draws_seed: {seed}, {RANGES}"))
         cells = load().runs[1:]
-        assert [cell.out_dir for cell in cells] == [f"runs/DANN_draw{i:02d}" for i in range(count)]
+        assert [cell.out_dir for cell in cells] == [
+            f"runs/DANN_draw{seed}_{i:02d}" for i in range(count)
+        ]
         configs = [cell.run_config for cell in cells]
         return [(c.optim.lr, c.reversal_max, c.disc_hidden) for c in configs]
 
@@ -91,14 +93,16 @@ def test_draws_are_a_function_of_the_seed(folder):
 @pytest.mark.parametrize(
     ("entry", "says"),
     [
-        ("grid: {reversal_max: 3}", "grid: each key needs a list of values"),
-        ("grid: {reversal_max: []}", "grid: each key needs a list of values"),
+        ("grid: {reversal_max: 3}", "grid: reversal_max needs a list of values"),
+        ("grid: {reversal_max: []}", "grid: reversal_max needs a list of values"),
+        ("grid: {out_dir: [a, b]}", "grid: each cell has an out_dir of its own"),
+        (f"grid: {{feature_layers: [[{'layer3, ' * 20}pooled]]}}", r"runs\[1\]\.grid: .* too long"),
         ("draws: 3", "draws and ranges go together"),
         (RANGES, "draws and ranges go together"),
-        ("draws: 0, ranges: {optim.lr: [0.1, 1.0]}", "draws"),
-        ("draws: 3, ranges: {optim.lr: [1.0, 0.1]}", r"ranges: each key needs \[low, high\]"),
-        ("draws: 3, ranges: {optim.lr: [0, 1, log]}", r"ranges: each key needs \[low, high\]"),
-        ("draws: 3, ranges: {optim.lr: [0.1, 1, ln]}", r"ranges: each key needs \[low, high\]"),
+        ("draws: 0, ranges: {optim.lr: [0.1, 1.0]}", "draws must be positive"),
+        ("draws: 3, ranges: {optim.lr: [1.0, 0.1]}", r"ranges: optim.lr needs \[low, high\]"),
+        ("draws: 3, ranges: {optim.lr: [0, 1, log]}", r"ranges: optim.lr needs \[low, high\]"),
+        ("draws: 3, ranges: {optim.lr: [0.1, 1, ln]}", r"ranges: optim.lr needs \[low, high\]"),
         (f"draws: 3, {RANGES}, grid: {{steps: [1]}}", "grid and draws exclude each other"),
         ("grid: {steps: [1]}, expected: 3.0", "expected and published are figures of one run"),
         ("grid: {reversal: [1]}", r"runs\[1\]\.config: .*reversal"),
@@ -114,9 +118,18 @@ def test_wrong_grids_are_refused(folder, entry, says):
 def test_runs_that_see_target_labels_are_no_candidates(folder):
     few = "few, script: train_source.py, set: {data.target_labeled: 1, out_dir: runs/few}"
     upper = "upper, script: train_source.py, set: {data.source: {name: drawn_digits_shifted}, "
-    write_suite(few, f"{upper}out_dir: runs/upper}}", dann("grid: {steps: [1]}"))
+    # Labels are inherited, and those of the test set are labels, too.
+    more = "more, script: train_source.py, init_from: runs/few, set: {out_dir: runs/more}"
+    test = "test, script: train_source.py, set: {data.target_test: {name: drawn_digits}, "
+    write_suite(
+        few,
+        f"{upper}out_dir: runs/upper}}",
+        more,
+        f"{test}out_dir: runs/test}}",
+        dann("grid: {steps: [1]}"),
+    )
     labels = [entry.sees_target_labels() for entry in load().runs]
-    assert labels == [False, True, True, False]
+    assert labels == [False, True, True, True, True, False]
 
 
 @pytest.fixture(scope="module")
@@ -143,8 +156,8 @@ def chosen(tmp_path_factory):
 def test_choose_reports_what_is_chosen_and_what_it_is_worth(chosen):
     folder, text, candidates = chosen
     assert "**A -> B: chosen without target labels, seed 0**" in text
-    assert "seeds 1, which the choice has not seen" in text
     assert text.count("| yes |") == 1
+    assert " | 0 | 1 | " in text  # chosen on seed 0, measured on seed 1
     assert [x.method for x in candidates] == ["none", "DANN, reversal_max=1", "MCC"] * 2
     assert [x.reference for x in candidates] == [True, False, False] * 2
     assert [x.judged for x in candidates] == [True, True, False] * 2

@@ -220,9 +220,11 @@ def test_the_last_weights_are_kept_without_a_criterion(tmp_path, capsys):
     assert train("train_pseudo", config, "select=last") == 0
     assert "warning: select:" not in capsys.readouterr().out
     result = summary(tmp_path / "run")
+    (last,) = [line for line in metrics(tmp_path / "run") if line.get("criteria.source_val")][-1:]
     assert result["selection"] == {
         "criterion": "last",
         "value": None,
+        "source_val": last["criteria.source_val"],
         "part_of_training_loss": False,
     }
     assert result["target"]["selected"] == result["target"]["last"]

@@ -17,7 +17,7 @@ from data import EvaluationSets, to_views
 from training.predictions import Sample
 
 EXAMPLES = 4  # target images whose predictions `evaluate` returns
-SOURCE_MARGIN = 2.0  # points below the best source validation so far, from which none is selected
+SOURCE_MARGIN = 2.0  # points of source validation that may be lost, see `source_margin`
 BAR_AFTER = 3  # seconds of a pass over a set from which a progress bar is shown
 
 
@@ -120,6 +120,7 @@ def evaluate(
         (metrics, examples, sample). metrics: `source_val` and `target`, in which each metric is
         None without labels, and `criteria`: `source_val`, the label-free ones, and `neg_val_loss`,
         minus the loss in nats, each if there is a set for it; higher is better;
+        `source_count`, the number of labels that `source_val` is measured on;
         `predicted`, how many of the unlabeled target images (pixels) are predicted as each class;
         and `confusion`, the target's confusion matrix (K, K), None without labels.
         examples: the rows of `Examples`.
@@ -183,6 +184,7 @@ def _figures(
     return {
         "source_val": source,
         "target": target,
+        "source_count": int(source_confusion.sum()),
         "criteria": values,
         "predicted": predicted,
         "confusion": confusion,
@@ -218,23 +220,34 @@ def compact(history: list[dict], select: str) -> list[dict]:
     return [entry if entry["step"] in whole else short(entry) for entry in history]
 
 
+def source_margin(count: int, margin: float = SOURCE_MARGIN) -> float:
+    """Points of source validation that may be lost: `margin`, but at least two images.
+
+    Args:
+        count: labels (images or pixels) that the validation is measured on; 0 if unknown.
+        margin: in points.
+    """
+    return max(margin, 200 / count) if count else margin
+
+
 def _select(history: list[dict], select: str) -> dict:
     """The evaluation with the highest criterion, of equal values the first one.
 
     A collapsed evaluation is selected only if all are. One whose source validation is more than
-    `SOURCE_MARGIN` points below the best so far is not selected either. As evaluations come one by
-    one and only the selected weights are kept, one that the best source validation yet rules out is
+    `source_margin` below the best so far is not selected either. As evaluations come one by one and
+    only the selected weights are kept, one that the best source validation yet rules out is
     replaced by the evaluation that has it.
     """
     selected, best = history[0], -math.inf
 
     def is_vetoed(entry: dict) -> bool:
-        return _rank(entry["criteria"].get("source_val", math.inf)) < best - SOURCE_MARGIN
+        source_val = _rank(entry["criteria"].get("source_val", math.inf))
+        return source_val < best - source_margin(entry.get("source_count", 0))
 
     for entry in history:
-        best = max(best, _rank(entry["criteria"].get("source_val")))
         if entry["collapsed"] and not selected["collapsed"]:
             continue
+        best = max(best, _rank(entry["criteria"].get("source_val")))
         if is_vetoed(selected) or (selected["collapsed"] and not entry["collapsed"]):
             selected = entry
         elif not is_vetoed(entry):

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 
 from common import files, ranks
+from common.errors import UserError
 
 PREDICTIONS = "predictions.pt"  # the file in a run folder
 POINTS = 4096  # about how many predictions are kept of maps
@@ -76,24 +77,27 @@ class Sample:
         return torch.cat([x for _, x in numbered]).half()  # autocast cannot join halves on a CPU
 
 
-def share_changed(start: str | None, images: str, logits: torch.Tensor) -> float | None:
+def share_changed(start: str | None, saved: dict) -> float | None:
     """The share of predictions that are of another class than those of the run `start`.
 
     Args:
         start: a run folder, or a file in it.
-        images: names the sample.
-        logits: (M, K) of the sample.
+        saved: what this run's file contains.
 
     Returns:
-        None if there is no such run, or if its predictions are of other images.
+        None if that run has no such file that can be read, or one of other images or classes.
     """
     if start is None:
         return None
     place = Path(start).expanduser()
-    file = (place.parent if place.is_file() else place) / PREDICTIONS
-    if not file.is_file():
+    try:
+        before = files.load_tensors((place.parent if place.is_file() else place) / PREDICTIONS)
+        same = all(before[name] == saved[name] for name in ("images", "classes"))
+        return share_that_differs(before["selected"], saved["selected"]) if same else None
+    except (UserError, KeyError):  # it is a figure more, for which no run is to fail
         return None
-    before = files.load_tensors(file)
-    if before["images"] != images or before["selected"].shape != logits.shape:
-        return None
-    return float((before["selected"].argmax(1) != logits.argmax(1)).double().mean())
+
+
+def share_that_differs(first: torch.Tensor, second: torch.Tensor) -> float:
+    """The share of the predictions (M, K) that are of different classes."""
+    return float((first.argmax(1) != second.argmax(1)).double().mean())

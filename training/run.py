@@ -566,7 +566,8 @@ class Run:
         entry = {name: value for name, value in metrics.items() if name != "predicted"}
         entry = {"step": step, **entry, "collapsed": verdict["collapsed"]}
         self.history = compact([*self.history, entry], self.config.select)
-        record = {name: value for name, value in metrics.items() if name != "confusion"}
+        others = ("confusion", "source_count")
+        record = {name: value for name, value in metrics.items() if name not in others}
         self.log.record({"step": step, **flatten(record), **verdict})
         self.log.print(evaluation_line(step, metrics, self.config.select))
         if self.config.pictures == "every" or step == self.last_step:
@@ -636,7 +637,7 @@ class Run:
         saved = {"images": images, "classes": domains.classes, **self.predictions}
         files.save_tensors(self.folder / PREDICTIONS, saved)
         start = self.config_values["init_from"]  # that of the config is null after a resume
-        share = share_changed(start, images, self.predictions["selected"])
+        share = share_changed(start, saved)
         return {} if share is None else {"changed_from_start": {"run": start, "share": share}}
 
     def finish(self, domains: Domains, **facts) -> int:

@@ -20,13 +20,34 @@ UPDATE = 64  # predictions that count as one update of the recent means; fewer i
 CONFIDENT = 0.9  # probability from which on a prediction of the unadapted model is confident
 AGREED = 0.9  # agreement on the recent confident predictions below which there is an alarm
 FEWEST = 128  # recent confident predictions below which the agreement may be chance
-FEWEST_OF_CLASS = 16  # confident predictions of a class, so far, below which it is left out
+FEWEST_OF_CLASS = 16  # recent confident predictions below which a class is one of the others
 MIXED = 0.5  # entropy of a mean prediction, as a share of log K, that tells a mixture of classes
 LOSS = 1.0  # points below the unadapted model that the end of a labeled stream warns of
 
 
 def _entropy(p: torch.Tensor) -> float:
     return -float(torch.xlogy(p, p).sum())
+
+
+def _agreement(counts: torch.Tensor) -> float | None:
+    """The mean over classes of the share of confident predictions that the models agree on.
+
+    Classes count alike, as in the mean IoU: most pixels are of a few easy classes, on which any two
+    models agree. Classes of few predictions together count as one. Waits for the device.
+
+    Args:
+        counts: per class, confident predictions and those that are agreed on (2, K).
+
+    Returns:
+        None without a confident prediction.
+    """
+    sure, agreed = counts.cpu().double()
+    few = sure < FEWEST_OF_CLASS
+    sure = torch.cat([sure[~few], sure[few].sum()[None]])
+    agreed = torch.cat([agreed[~few], agreed[few].sum()[None]])
+    least = FEWEST_OF_CLASS if len(sure) > 1 else 0  # of the group, unless there is nothing else
+    counted = sure >= max(least, 1e-9)
+    return float((agreed[counted] / sure[counted]).mean()) if counted.any() else None
 
 
 def warn_of_fixed_statistics(start: str | None, prior: float | None) -> None:
@@ -69,8 +90,9 @@ class StreamRecord(nn.Module):
             class of the adapted one.
         confident: per class, how many predictions of the unadapted model are confident, and on how
             many of these the adapted model agrees (2, K).
-        recent: of the last `RECENT` updates, the mean prediction of the adapted and of the
-            unadapted model, and the shares of the predictions that `confident` counts (4, K).
+        recent: the mean prediction of the adapted and of the unadapted model over the last `RECENT`
+            updates (2, K).
+        recent_confident: what `confident` counts, over these (2, K).
         images, resets: how many there were.
         in_doubt: 1 while the models disagree, of which one alarm is raised.
     """
@@ -84,7 +106,8 @@ class StreamRecord(nn.Module):
         self.register_buffer("confident", torch.zeros(2, k, dtype=torch.int64))
         for name in ("images", "resets", "in_doubt"):
             self.register_buffer(name, torch.zeros((), dtype=torch.int64))
-        self.recent = RunningMean(torch.zeros(4, k), 1 - 1 / RECENT)
+        self.register_buffer("recent_confident", torch.zeros(2, k))
+        self.recent = RunningMean(torch.zeros(2, k), 1 - 1 / RECENT)
 
     @torch.no_grad()
     def add(
@@ -107,9 +130,10 @@ class StreamRecord(nn.Module):
         self.images += len(logits)
         self.confident += counts
         self.pairs += confusion_matrix(logits, predicted, k)
-        shares = counts / sure.numel()
-        recent = torch.cat([class_mean(p)[None], class_mean(q)[None], shares])
-        self.recent.update(recent, min(sure.numel() / UPDATE, 1.0))
+        update = min(sure.numel() / UPDATE, 1.0)
+        self.recent.update(torch.stack([class_mean(p), class_mean(q)]), update)
+        self.recent_confident *= (1 - 1 / RECENT) ** update
+        self.recent_confident += counts
         if labels is not None:
             for matrix, scores in ((self.adapted, logits), (self.unadapted, unadapted)):
                 if scores.shape[2:] != labels.shape[1:]:
@@ -140,23 +164,13 @@ class StreamRecord(nn.Module):
         self.in_doubt.zero_()
         self.recent.value.zero_()
         self.recent.updates.zero_()
-
-    def _agreement(self, sure: list[float], agreed: list[float]) -> float | None:
-        """The mean over classes of `agreed` / `sure`; None without a confident prediction.
-
-        Classes count alike, as in the mean IoU: most pixels are of a few easy classes, on which any
-        two models agree.
-        """
-        rows = zip(sure, agreed, self.confident[0].tolist(), strict=True)
-        shares = [b / a for a, b, count in rows if a > 0 and count >= FEWEST_OF_CLASS]
-        return sum(shares) / len(shares) if shares else None
+        self.recent_confident.zero_()
 
     def look_for_harm(self, step: int) -> None:
         """Raise an alarm where the models begin to disagree. Waits for the device."""
-        agreement = self._agreement(*self.recent.value[2:].tolist())
-        sure = float(self.recent.value[2].sum())
-        enough = sure * min(float(self.recent.updates), RECENT) * UPDATE >= FEWEST
-        doubt = enough and agreement is not None and agreement < AGREED
+        agreement = _agreement(self.recent_confident)
+        doubt = agreement is not None and agreement < AGREED
+        doubt = doubt and float(self.recent_confident[0].sum()) >= FEWEST
         if doubt and not self.in_doubt:
             self.alarm(
                 step,
@@ -179,7 +193,7 @@ class StreamRecord(nn.Module):
         return {
             f"stream.{name}": adapted[name],
             f"stream.unadapted_{name}": unadapted[name],
-            "confident_agreement": self._agreement(*self.recent.value[2:].tolist()),
+            "confident_agreement": _agreement(self.recent_confident),
         }
 
     def facts(self) -> dict:
@@ -191,7 +205,7 @@ class StreamRecord(nn.Module):
             "adapted": self.measure(self.adapted),
             "unadapted": self.measure(self.unadapted),
             "agreement": float(pairs.trace() / pairs.sum()),
-            "confident_agreement": self._agreement(*self.confident.tolist()),
+            "confident_agreement": _agreement(self.confident),
             "predicted": {
                 name: dict(zip(self.classes, row, strict=True)) for name, row in counts.items()
             },

@@ -84,6 +84,7 @@ def summarize(run, domains: Domains, facts: dict) -> dict:
             "criterion": config.select,
             "value": selected["criteria"].get(config.select),  # none: the last step
             "source_val": selected["criteria"].get("source_val"),
+            "source_count": selected["source_count"],
             "part_of_training_loss": config.select in config.trained_criteria(),
         },
     }
