@@ -395,6 +395,7 @@ def test_a_run(tmp_path, command, task):
         "criterion": "neg_val_loss",
         "value": history[lowest]["criteria.neg_val_loss"],
         "source_val": None,
+        "source_count": 0,
         "part_of_training_loss": False,
     }
     jump = max(0, history[4]["criteria.neg_val_loss"] - history[8]["criteria.neg_val_loss"])

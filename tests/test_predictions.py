@@ -7,7 +7,14 @@ import torch
 
 from common import ranks
 from common.files import save_tensors
-from training.predictions import LARGEST, POINTS, Sample, pixels_of, share_changed
+from training.predictions import (
+    LARGEST,
+    POINTS,
+    Sample,
+    pixels_of,
+    predictions_of,
+    share_that_differs,
+)
 
 
 class Batches:
@@ -101,18 +108,20 @@ def test_two_processes_have_the_sample_of_one(monkeypatch):
     assert torch.equal(shared, rows_of(sizes, logits))
 
 
-def test_share_changed(tmp_path):
+def test_the_predictions_of_a_start(tmp_path):
     before = torch.eye(3)[[0, 1, 2, 0]]
     now = torch.eye(3)[[0, 1, 1, 1]]
-    file, this = tmp_path / "predictions.pt", {"images": "x", "classes": ["a"], "selected": now}
-    save_tensors(file, {**this, "selected": before})
+    assert share_that_differs(before, now) == pytest.approx(0.5)
+    assert share_that_differs(now, now) == 0
+    file = tmp_path / "predictions.pt"
+    save_tensors(file, {"images": "x", "classes": ["a"], "last": now, "selected": before})
     for start in (tmp_path, file):
-        assert share_changed(str(start), this) == pytest.approx(0.5)
-    assert share_changed(str(tmp_path), {**this, "images": "y"}) is None
-    assert share_changed(str(tmp_path), {**this, "classes": ["b"]}) is None
-    assert share_changed(str(tmp_path / "gone"), this) is None
-    assert share_changed(None, this) is None
+        assert torch.equal(predictions_of(str(start), "x", ["a"]), before)
+    assert predictions_of(str(tmp_path), "y", ["a"]) is None
+    assert predictions_of(str(tmp_path), "x", ["b"]) is None
+    assert predictions_of(str(tmp_path / "gone"), "x", ["a"]) is None
+    assert predictions_of(None, "x", ["a"]) is None
     save_tensors(file, {"images": "x"})  # it is not such a file, and none that can be read
-    assert share_changed(str(tmp_path), this) is None
+    assert predictions_of(str(tmp_path), "x", ["a"]) is None
     file.write_text("damaged")
-    assert share_changed(str(tmp_path), this) is None
+    assert predictions_of(str(tmp_path), "x", ["a"]) is None

@@ -221,6 +221,7 @@ def test_the_last_weights_are_kept_without_a_criterion(tmp_path, capsys):
     assert "warning: select:" not in capsys.readouterr().out
     result = summary(tmp_path / "run")
     (last,) = [line for line in metrics(tmp_path / "run") if line.get("criteria.source_val")][-1:]
+    assert result["selection"].pop("source_count") > 0
     assert result["selection"] == {
         "criterion": "last",
         "value": None,
@@ -447,6 +448,8 @@ def test_what_a_run_leaves(tmp_path, script):
         "model.pt",
         "model.pt.sha256",
         "model.yaml",
+        "predictions.pt",
+        "predictions.pt.sha256",
         "checkpoints",
     }
     assert {p.name for p in (folder / "checkpoints").iterdir()} == {

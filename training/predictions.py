@@ -77,12 +77,13 @@ class Sample:
         return torch.cat([x for _, x in numbered]).half()  # autocast cannot join halves on a CPU
 
 
-def share_changed(start: str | None, saved: dict) -> float | None:
-    """The share of predictions that are of another class than those of the run `start`.
+def predictions_of(start: str | None, images: str, classes: list[str]) -> torch.Tensor | None:
+    """The logits that the run `start` has left of its selected step on the same images.
 
     Args:
         start: a run folder, or a file in it.
-        saved: what this run's file contains.
+        images: names the sample.
+        classes: names of the classes.
 
     Returns:
         None if that run has no such file that can be read, or one of other images or classes.
@@ -91,10 +92,10 @@ def share_changed(start: str | None, saved: dict) -> float | None:
         return None
     place = Path(start).expanduser()
     try:
-        before = files.load_tensors((place.parent if place.is_file() else place) / PREDICTIONS)
-        same = all(before[name] == saved[name] for name in ("images", "classes"))
-        return share_that_differs(before["selected"], saved["selected"]) if same else None
-    except (UserError, KeyError):  # it is a figure more, for which no run is to fail
+        saved = files.load_tensors((place.parent if place.is_file() else place) / PREDICTIONS)
+        same = (saved["images"], saved["classes"]) == (images, classes)
+        return saved["selected"] if same else None
+    except (UserError, KeyError):  # it is for a figure more, for which no run is to fail
         return None
 
 

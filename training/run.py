@@ -45,7 +45,7 @@ from training.evaluation import choose, compact, evaluate
 from training.folder import RunFolder
 from training.log import Log, evaluation_line
 from training.pictures import save_pictures
-from training.predictions import PREDICTIONS, share_changed
+from training.predictions import PREDICTIONS, predictions_of, share_that_differs
 from training.state import OWN_STATE, check_state, first_not_finite, first_that_differs
 from training.summary import print_summary, summarize, to_json
 from training.tracker import import_tracker, open_tracker
@@ -164,7 +164,8 @@ class Run:
         self.repeat: Path | None = None  # a checkpoint saved then, until that step is evaluated
         # Saved too, since an evaluation after the checkpoint may have written another model.pt.
         self.selected: dict | None = None
-        # Of the last and the selected step: logits float16 (M, K), see `Sample`.
+        # Logits float16 (M, K) of the last and the selected step, see `Sample`, and of the run that
+        # this one starts from, which may be gone when this one is resumed.
         self.predictions: dict[str, torch.Tensor] = {}
         self.domains: Domains | None = None
         self.monitor: CollapseMonitor | None = None
@@ -280,6 +281,7 @@ class Run:
         step = 0
         if not self.dry_run:
             self.fingerprints = self.domains.fingerprints()
+            self.predictions = self._predictions_of_start()
             if self.writes:
                 self.run_folder.take_new()
             if self.checkpoint is not None:
@@ -628,17 +630,34 @@ class Run:
         self.log.tracker.finish()
         sys.exit(128 + number)
 
-    def _write_predictions(self, domains: Domains) -> dict:
-        """Write predictions.pt. Returns how many differ from those of the run that it started from.
+    def _sample(self) -> tuple[str, list[str]] | None:
+        """What names the images of `predictions`, and the classes; None without such images."""
+        if self.domains.criteria is None:
+            return None
+        images = self.domains.sample_fingerprint(self.fingerprints["target"])
+        return images, self.domains.classes
 
-        That is an entry of summary.json, if that run has predicted the same images.
+    def _predictions_of_start(self) -> dict[str, torch.Tensor]:
+        """The predictions of the run that `init_from` names, if they are of the same images."""
+        sample = self._sample()
+        logits = predictions_of(self.config.init_from, *sample) if sample else None
+        return {} if logits is None else {"start": logits}
+
+    def _write_predictions(self) -> dict:
+        """Write predictions.pt. Returns an entry of summary.json: how many differ from the start's.
+
+        It is empty if this run starts from none, or from one that has not predicted these images.
         """
-        images = domains.sample_fingerprint(self.fingerprints["target"])
-        saved = {"images": images, "classes": domains.classes, **self.predictions}
-        files.save_tensors(self.folder / PREDICTIONS, saved)
-        start = self.config_values["init_from"]  # that of the config is null after a resume
-        share = share_changed(start, saved)
-        return {} if share is None else {"changed_from_start": {"run": start, "share": share}}
+        (images, classes), start = self._sample(), self.predictions.get("start")
+        saved = {name: self.predictions[name] for name in ("last", "selected")}
+        files.save_tensors(
+            self.folder / PREDICTIONS, {"images": images, "classes": classes, **saved}
+        )
+        if start is None:
+            return {}
+        share = share_that_differs(start, saved["selected"])
+        run = self.config_values["init_from"]  # that of the config is null after a resume
+        return {"changed_from_start": {"run": run, "share": share}}
 
     def finish(self, domains: Domains, **facts) -> int:
         """Write summary.json, with `facts` of the method, and print the target's figures.
@@ -647,8 +666,8 @@ class Run:
             The exit code, 0.
         """
         self.log.close()
-        if self.writes and self.predictions:
-            facts = {**facts, **self._write_predictions(domains)}
+        if self.writes and "last" in self.predictions:
+            facts = {**facts, **self._write_predictions()}
         summary = summarize(self, domains, facts)
         if self.dry_run:
             print("dry run: one step of training and of evaluation passed, nothing was written")
