@@ -27,7 +27,7 @@ from tests.helpers import (
     weights,
 )
 
-ALWAYS = [("dinov2_vits14", "train_dann", "classification")]
+ALWAYS = [("mobilenet_v3_large", "train_dann", "classification")]
 ALL = [
     (name, script, task)
     for name, script, task in itertools.product(

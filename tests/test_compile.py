@@ -10,7 +10,7 @@ from models.classifier import build_classifier
 from models.config import ModelConfig
 from models.network import Network, forward_domains
 from models.segmenter import build_segmenter
-from tests.helpers import differing, metrics, tiny_config, train, weights
+from tests.helpers import differing, metrics, others_slow, tiny_config, train, weights
 
 NETWORKS = {
     "lenet": (build_classifier, {"backbone": "lenet"}),
@@ -28,7 +28,7 @@ def outputs(model, config: ModelConfig, training: bool) -> list[torch.Tensor]:
     return [out_s.logits, out_t.logits]
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", others_slow(NETWORKS, ("deeplab",)))
 def test_a_network_is_one_graph_with_the_same_outputs(name):
     """`fullgraph` raises where torch would leave the graph."""
     build, keys = NETWORKS[name]

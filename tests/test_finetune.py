@@ -476,7 +476,13 @@ def test_each_stage_learns(tmp_path):
 
 @pytest.mark.parametrize("task", TASKS)
 @pytest.mark.parametrize(
-    ("stop", "augment", "workers"), [(2, True, 2), (3, False, 2), (4, True, 0), (7, False, 0)]
+    ("stop", "augment", "workers"),
+    [
+        pytest.param(2, True, 2, marks=pytest.mark.slow),
+        (3, False, 2),
+        pytest.param(4, True, 0, marks=pytest.mark.slow),
+        (7, False, 0),
+    ],
 )
 def test_resume_is_exact_on_either_side_of_the_switch(
     tmp_path, monkeypatch, task, stop, augment, workers

@@ -112,7 +112,8 @@ def test_two_machines_train_the_same(tmp_path, digits):
     assert differing(weights(tmp_path / "one_machine"), weights(tmp_path / "run")) == 0
 
 
-@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
 def test_two_machines_restart_together(tmp_path, digits, victim):
     """Each launcher counts its own restarts only."""
     train_on(2, "train_dann", digits, f"out_dir={tmp_path}/one_machine")

@@ -62,8 +62,9 @@ def test_every_trainable_parameter_moves(tmp_path, script, arguments):
                 assert (value != start[module][name]).any(), f"{module}.{name} did not move"
 
 
-# float16 is emulated on a CPU: ten seconds per script. The conformance kit has bfloat16 of all.
-PRECISIONS = [("train_source", "float16"), ("train_source", "bfloat16")]
+# float16 is emulated on a CPU, which takes up to a minute and a half per script. The conformance kit
+# has bfloat16 of all.
+PRECISIONS = [("train_source", "bfloat16")]
 OTHERS = [(x, amp) for x in SCRIPTS for amp in ("float16", "bfloat16")]
 PRECISIONS += [pytest.param(*x, marks=pytest.mark.slow) for x in OTHERS if x not in PRECISIONS]
 
