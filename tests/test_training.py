@@ -62,7 +62,7 @@ def test_every_trainable_parameter_moves(tmp_path, script, arguments):
                 assert (value != start[module][name]).any(), f"{module}.{name} did not move"
 
 
-# float16 is emulated on a CPU, which takes up to a minute and a half per script. The conformance kit
+# float16 is emulated on a CPU: up to a minute and a half per script. The conformance kit
 # has bfloat16 of all.
 PRECISIONS = [("train_source", "bfloat16")]
 OTHERS = [(x, amp) for x in SCRIPTS for amp in ("float16", "bfloat16")]
