@@ -227,7 +227,7 @@ def report(suite: Suite, results: list[dict[int, dict]], seeds: list[int], argv:
         f"{table.caption(summaries)} {paired}{selection(pairs)} Seconds are the mean over the runs."
         if summaries
         else "No run has finished.",
-        *([suite.note.strip()] if suite.note else []),
+        *(text.strip() for text in (suite.tuned, suite.note) if text),
         f"Written by `{shlex.join(['python', 'reproduce.py', *argv])}`: "
         f"seeds {' '.join(map(str, seeds))}; "
         f"steps {distinct(summary['steps'] for summary in summaries)}; "

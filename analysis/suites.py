@@ -212,7 +212,8 @@ class Suite:
 
     title: str
     runs: list  # of `Entry`
-    note: str | None = None  # printed below the table
+    tuned: str | None = None  # on what the settings were chosen; printed below the table
+    note: str | None = None  # likewise
     # What the figures are of; null: the mean IoU of a segmentation, the accuracy of others.
     metric: Literal["accuracy", "mean_class_accuracy", "mean_iou"] | None = None
     # Methods whose rows the other rows of their task are compared with, seed by seed.

@@ -12,7 +12,7 @@ from torchvision.ops import StochasticDepth
 import reproduce
 import runs
 from benchmarks import backbones
-from common.config import all_keys
+from common.config import all_keys, load_config
 from common.errors import UserError
 from data.augment import OPERATIONS
 from models.backbones import BACKBONES, build_backbone
@@ -214,6 +214,19 @@ def test_control_a_missing_target_is_found(text):
 
 
 # --- keys and defaults
+
+
+def test_each_table_says_what_its_settings_were_chosen_on(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    text, found = read(ROOT / "docs/results.md"), 0
+    for file in (ROOT / "configs/suites").glob("*.yaml"):
+        block = text.partition(f"<!-- begin: {file.stem} -->")[2].partition("<!-- end: ")[0]
+        if block:
+            suite = load_config(reproduce.Suite, str(file))
+            assert suite.tuned, file
+            assert f"\n\n{suite.tuned.strip()}\n\n" in block, file
+            found += 1
+    assert found == text.count("<!-- begin: ")
 
 
 def test_the_pages_name_every_key():
