@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -163,3 +164,21 @@ def test_built_in_sets(name):
     config = DataConfig(DomainConfig(name), DomainConfig(name), task=task, root="images")
     found = open_domains(config, 0).fingerprints()
     assert difference(found, open_domains(config, 0).fingerprints()) is None
+
+
+def test_what_names_the_sample_of_the_criteria(root):
+    """The same images, whether the target has class names or not; others are another sample."""
+
+    def name(classes: bool = True, **keys) -> str:
+        both = (DomainConfig(name="folder", path=path) for path in ("photo", "sketch"))
+        domains = open_domains(DataConfig(*both, root=str(root), **keys), 0)
+        target = domains.target
+        target = target if classes else replace(target, classes=None)
+        return domains.sample_fingerprint(fingerprint(target, root))
+
+    before = name()
+    assert name() == before
+    assert name(classes=False) == before
+    assert name(select_images=5) != before
+    (root / "sketch/cat/000.png").rename(root / "sketch/cat/100.png")
+    assert name() != before
