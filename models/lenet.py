@@ -6,7 +6,22 @@ from torch import nn
 from models.layers import LAYERS, Backbone
 
 
-class LeNet(Backbone):
+class FourLayers(Backbone):
+    """A backbone whose modules layer1 to layer4 come one after another."""
+
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
+        features = {}
+        for name in LAYERS:
+            x = features[name] = self.get_submodule(name)(x)
+        if self.pools:
+            features["pooled"] = self.pool(features)
+        return features
+
+    def stages(self) -> dict[str, list[nn.Module]]:
+        return {name: [self.get_submodule(name)] for name in LAYERS}
+
+
+class LeNet(FourLayers):
     """LeNet-like digit network: two 5x5 convolutions (layer1), then three 3x3 ones, one per layer.
 
     Every convolution is followed by max pooling, batch norm (with `batch_norm`) and ReLU. An image
@@ -31,24 +46,14 @@ class LeNet(Backbone):
         self.layer3 = conv(128, 128, 3)
         self.layer4 = conv(128, 128, 3)
 
-    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        features = {}
-        for name in LAYERS:
-            x = features[name] = self.get_submodule(name)(x)
-        if self.pools:
-            features["pooled"] = self.pool(features)
-        return features
 
-    def stages(self) -> dict[str, list[nn.Module]]:
-        return {name: [self.get_submodule(name)] for name in LAYERS}
-
-
-class ClassicLeNet(Backbone):
-    """The LeNet of ADDA (arXiv:1702.05464) and SHOT (arXiv:2002.08546) for images of 28 px.
+class ClassicLeNet(FourLayers):
+    """The convolutions of LeNet in ADDA (arXiv:1702.05464) and SHOT (arXiv:2002.08546).
 
     Two 5x5 convolutions of 20 and 50 channels without padding, with max pooling and ReLU; in
-    training half of the 50 channels are dropped, as in SHOT's code. The 50 maps of 4x4 are the 800
-    channels of layer4 and of `pooled`; larger ones are averaged to 4x4. Layer3 is layer2.
+    training half of the 50 channels are dropped, as in SHOT's code. From images of 28 px the 50
+    maps of 4x4 are the 800 channels of layer4 and of `pooled`; larger maps are averaged to 4x4.
+    Layer3 is layer2.
     """
 
     def __init__(self, pools: bool):
@@ -61,14 +66,3 @@ class ClassicLeNet(Backbone):
         self.layer4 = nn.Sequential(
             nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Unflatten(1, (800, 1, 1))
         )
-
-    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        features = {}
-        for name in LAYERS:
-            x = features[name] = self.get_submodule(name)(x)
-        if self.pools:
-            features["pooled"] = self.pool(features)
-        return features
-
-    def stages(self) -> dict[str, list[nn.Module]]:
-        return {name: [self.get_submodule(name)] for name in LAYERS}

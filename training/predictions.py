@@ -90,7 +90,7 @@ def predictions_of(start: str | None, images: str, classes: list[str]) -> torch.
     """
     if start is None:
         return None
-    place = Path(start).expanduser()
+    place = Path(start)
     try:
         saved = files.load_tensors((place.parent if place.is_file() else place) / PREDICTIONS)
         same = (saved["images"], saved["classes"]) == (images, classes)

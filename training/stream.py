@@ -2,18 +2,17 @@
 
 import math
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 from torch import nn
 
 from common.averages import RunningMean, class_mean
-from common.config import load_config
 from common.counts import occurrences
+from common.errors import UserError
 from common.metrics import confusion_matrix, main_metric
 from common.resize import resize_maps
 from data import EvaluationSets
-from models.card import CARD, ModelCard
+from models.card import load_card
 from training.collapse import RECENT
 
 UPDATE = 64  # predictions that count as one update of the recent means; fewer in proportion
@@ -60,11 +59,13 @@ def warn_of_fixed_statistics(start: str | None, prior: float | None) -> None:
         start: `init_from`.
         prior: of the config; None keeps the statistics.
     """
-    place = Path(start or "").expanduser()
-    file = (place.parent if place.is_file() else place) / CARD
-    if start is None or prior is None or not file.is_file():
+    if start is None or prior is None:
         return
-    if load_config(ModelCard, str(file)).model.bn == "frozen":
+    try:
+        card = load_card(start)
+    except UserError:  # weights without a card tell nothing
+        return
+    if card.model.bn == "frozen":
         print(
             f"warning: {start} was trained with model.bn: frozen, so its statistics are no "
             "statistics of its source; set prior: null to keep them"
@@ -150,7 +151,7 @@ class StreamRecord(nn.Module):
 
         Never where the unadapted model sees no mixture of classes. Waits for the device.
         """
-        adapted, unadapted = map(_entropy, self.recent.value[:2].cpu())
+        adapted, unadapted = map(_entropy, self.recent.value.cpu())
         filled = float(self.recent.updates) >= 1
         return (
             filled
