@@ -75,7 +75,7 @@ def tiny_config(folder: Path, **changes) -> Path:
         "data": "{source: {name: drawn_digits}, target: {name: drawn_digits_shifted}, "
         "batch: 8, eval_batch: 20, select_images: 30, "
         f"root: {folder}/images, cache: {folder}/cache, "
-        "augment: {affine: {degrees: 10, scale: [0.9, 1.1]}, "
+        "size: 16, augment: {affine: {degrees: 10, scale: [0.9, 1.1]}, "
         "photometric: {gain: [0.5, 1.5], noise: 0.1}}}",
         "optim": "{lr: 0.02}",
         **changes,

@@ -5,7 +5,16 @@ import torch
 
 from common.errors import UserError
 from data import open_domains
-from tests.helpers import any_config, differing, metrics, stop_after, tiny_config, train, weights
+from tests.helpers import (
+    any_config,
+    differing,
+    metrics,
+    others_slow,
+    stop_after,
+    tiny_config,
+    train,
+    weights,
+)
 from tests.test_data import data_config
 from tests.test_ranks import FEW, FROZEN, PLAIN, largest_difference, last_state
 from tests.test_ranks import learned as learned  # a fixture
@@ -40,7 +49,7 @@ def values(folder):
 def test_two_parts_are_one_batch(tmp_path, learned, case):
     """Without batch norm and dropout, of losses that are means over images."""
     script, changes = CASES[case]
-    lines = {"model": PLAIN, "steps": 8, "eval_every": 4, "save_every": 8, **changes}
+    lines = {"model": PLAIN, "steps": 4, "eval_every": 2, "save_every": 4, **changes}
     lines |= {} if script == "train_shot" else {"init_from": learned}
     whole, parts = both(tmp_path, script, **lines)
     assert largest_difference(values(whole), values(parts)) < 1e-5
@@ -51,7 +60,9 @@ def test_two_parts_are_one_batch(tmp_path, learned, case):
                 assert other[name] == pytest.approx(value, 1e-3, 1e-5), name
 
 
-@pytest.mark.parametrize("script", ["train_source", "train_advent", "train_pseudo"])
+@pytest.mark.parametrize(
+    "script", others_slow(("train_source", "train_advent", "train_pseudo"), ("train_pseudo",))
+)
 def test_two_parts_of_images_with_masks_are_one_batch(tmp_path, script):
     changes = {"train_advent": {"adv_weight": 0.1}, "train_pseudo": {"mix": "none"}}
     lines = {"model": FROZEN, "steps": 4, "eval_every": 4, "save_every": 4, "optim": "{lr: 0.001}"}

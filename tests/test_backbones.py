@@ -30,6 +30,7 @@ from models.dilation import dilate
 from models.published import enum_of, normalization
 from models.vit import SelfAttention, bicubic_weights
 from models.weights import load_weights
+from tests.helpers import others_slow
 
 
 def images(n: int, height: int, width: int) -> torch.Tensor:
@@ -109,10 +110,14 @@ def test_every_backbone_of_the_table_is_tested():
     assert ModelConfig.__annotations__["backbone"].__args__ == tuple(BACKBONES)
 
 
+SMALL = (*FAMILIES, "lenet", "resnet18", "resnet50_caffe", "dinov2_vits14")  # others: --slow
+KINDS = [(name, False) for name in BACKBONES if name != "lenet_classic"]
+KINDS += [(name, True) for name in (*DENSE_LAST, *PARTS)]
+
+
 @pytest.mark.parametrize(
     ("name", "dense"),
-    [(name, False) for name in BACKBONES if name != "lenet_classic"]
-    + [(name, True) for name in (*DENSE_LAST, *PARTS)],
+    [pytest.param(*x, marks=[pytest.mark.slow] * (x[0] not in SMALL)) for x in KINDS],
 )
 def test_widths_and_strides(name, dense):
     widths = list(WIDTHS[name])
@@ -739,7 +744,7 @@ def test_dilation_is_torchvisions(output_stride, replace):
         assert plain.eval()(x)["layer4"].shape != y.shape  # control
 
 
-@pytest.mark.parametrize("name", [name for name in BACKBONES if can_be_dilated(name)])
+@pytest.mark.parametrize("name", others_slow(filter(can_be_dilated, BACKBONES), SMALL))
 @pytest.mark.parametrize(("output_stride", "strides"), [(8, (4, 8, 8, 8)), (16, (4, 8, 16, 16))])
 def test_dilation_leaves_the_strides_that_are_asked_for(name, output_stride, strides):
     with torch.device("meta"):

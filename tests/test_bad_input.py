@@ -14,7 +14,15 @@ import torchvision
 from PIL import Image
 
 from common.errors import exit_with
-from tests.helpers import SCRIPTS, metrics, shot_config, street_config, tiny_config, train
+from tests.helpers import (
+    SCRIPTS,
+    metrics,
+    others_slow,
+    shot_config,
+    street_config,
+    tiny_config,
+    train,
+)
 
 DATA = (
     "{source: {name: folder, path: photo}, target: {name: folder, path: sketch}, "
@@ -613,7 +621,7 @@ def test_an_out_dir_that_is_no_run_folder(config, outcome, tmp_path):
 DRAWN = ["data.target={name: drawn_digits}", "data.source={name: drawn_digits}"]
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", others_slow(SCRIPTS, ("train_dann", "train_adda")))
 @pytest.mark.parametrize(
     "keys", [[], ["data.cache_gb=0"], ["data.workers=2"], [*DRAWN, "conditional=cdan_e"]]
 )

@@ -72,7 +72,9 @@ def test_the_default_backend():
     assert (gradients[0] - gradients[1]).norm() < 1e-3 * gradients[0].norm()
 
 
-@pytest.mark.parametrize("script", ["train_source", "train_pseudo", "train_adda"])
+@pytest.mark.parametrize(
+    "script", others_slow(("train_source", "train_pseudo", "train_adda"), ("train_pseudo",))
+)
 def test_a_compiled_run_trains_what_an_eager_one_does(tmp_path, monkeypatch, script):
     monkeypatch.setattr(Network, "compile", partialmethod(Network.compile, backend="eager"))
     config = tiny_config(tmp_path, steps=6)

@@ -141,7 +141,13 @@ VARIANTS = {
     "adapt_online": [["prior_from=source", "updates=2", "ent_margin=0.4"]],
     "finetune": [["head_steps=0"], ["data.augment={}", "data.target.crop=null"]],
 }
-EVERY = [(script, task, []) for script, task in RUNS]
+SHOWN = ("train_source", "train_dann", "train_pseudo", "adapt_online")  # on maps; others: --slow
+EVERY = [
+    pytest.param(
+        script, task, [], marks=[pytest.mark.slow] * (task != TASKS[0] and script not in SHOWN)
+    )
+    for script, task in RUNS
+]
 EVERY += [(script, "classification", keys) for script in VARIANTS for keys in VARIANTS[script]]
 MAPS = [(script, "segmentation", keys) for script in VARIANTS for keys in VARIANTS[script]]
 EVERY += [pytest.param(*case, marks=pytest.mark.slow) for case in MAPS]
@@ -160,8 +166,8 @@ def test_steps_do_not_wait_for_the_device(tmp_path, script, keys, task):
     ("name", "task"),
     [
         ("convnext_tiny", "segmentation"),
-        ("swin_v2_t", "classification"),
-        ("dinov2_vits14", "segmentation"),
+        pytest.param("swin_v2_t", "classification", marks=pytest.mark.slow),
+        pytest.param("dinov2_vits14", "segmentation", marks=pytest.mark.slow),
     ],
 )
 def test_networks_and_optimizers_of_today_do_not_wait(tmp_path, name, task):

@@ -20,6 +20,7 @@ from tests.helpers import (
     differing,
     finetune_config,
     metrics,
+    others_slow,
     stop_after,
     stop_within_evaluation,
     summary,
@@ -372,7 +373,7 @@ def test_overfitting_after_a_good_switch_is_no_jump():
     assert told == []
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", others_slow(TASKS, ("classification",)))
 def test_a_run(tmp_path, command, task):
     config = finetune_config(tmp_path, task)
     code, _, err = command("finetune", "--config", config)
@@ -453,15 +454,16 @@ def test_the_head_alone_and_no_head_first(tmp_path):
 
 
 def test_each_stage_learns(tmp_path):
-    keys = ["steps=80", "eval_every=20", "data.batch=16", f"out_dir={tmp_path}/source"]
-    assert train("train_source", tiny_config(tmp_path, optim="{lr: 0.03}"), *keys) == 0
+    keys = ["steps=80", "eval_every=20", "data.batch=16", "data.size=28"]
+    source = f"out_dir={tmp_path}/source"
+    assert train("train_source", tiny_config(tmp_path, optim="{lr: 0.03}"), *keys, source) == 0
     config = finetune_config(
         tmp_path,
         head_steps=40,
         optim="{lr: 0.05, schedule: constant}",
         init_from=tmp_path / "source",
     )
-    assert train("finetune", config, *keys[:3], "finetune_lr=0.002", "unfreeze=1.0") == 0
+    assert train("finetune", config, *keys, "finetune_lr=0.002", "unfreeze=1.0") == 0
     loss = {
         m["step"]: -m["criteria.neg_val_loss"]
         for m in metrics(tmp_path / "run")
@@ -474,7 +476,7 @@ def test_each_stage_learns(tmp_path):
     assert result["stage2"]["accuracy"] >= result["stage1"]["accuracy"] > before + 5
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", others_slow(TASKS, ("classification",)))
 @pytest.mark.parametrize(
     ("stop", "augment", "workers"),
     [
@@ -521,7 +523,7 @@ EARLY = {
 }
 
 
-@pytest.mark.parametrize("stop", [3, 5, 6, 7, 11])
+@pytest.mark.parametrize("stop", others_slow((3, 5, 6, 7, 11), (5, 7)))
 def test_resume_is_exact_where_patience_decides(tmp_path, monkeypatch, stop):
     """No loss is lower by min_delta: a stage ends at its third evaluation, after six steps."""
     config = finetune_config(tmp_path, **EARLY)
@@ -534,7 +536,7 @@ def test_resume_is_exact_where_patience_decides(tmp_path, monkeypatch, stop):
 
 
 @pytest.mark.parametrize("number", [2, 3, 4, 6])
-@pytest.mark.parametrize("augment", [True, False])
+@pytest.mark.parametrize("augment", others_slow((True, False), (False,)))
 def test_resume_is_exact_after_a_stop_within_an_evaluation(tmp_path, monkeypatch, number, augment):
     """The third ends stage 1, and the sixth the run."""
     keys = ["data.eval_batch=20", *([] if augment else ["data.augment={}"])]
@@ -587,7 +589,7 @@ ALONE = {"unfreeze": [], "head_steps": 12, "steps": 12, "patience": 20}
 
 
 @pytest.mark.parametrize("stages", [EARLY, {**EARLY, **ALONE}])
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", others_slow(TASKS, ("classification",)))
 def test_a_run_that_ended_is_only_finished(tmp_path, monkeypatch, task, stages):
     """Killed between its last checkpoint and its summary, it takes no further step."""
     keys = (

@@ -17,6 +17,7 @@ from tests.helpers import (
     differing,
     finetune_config,
     metrics,
+    others_slow,
     stop_after,
     summary,
     tiny_config,
@@ -25,6 +26,7 @@ from tests.helpers import (
 )
 
 LAST = "checkpoints/step_00000010.pt"
+SHOWN = ("train_source", "train_dann", "train_pseudo", "train_shot")  # the others run with --slow
 PHOTO, SKETCH = {"cat": 9, "dog": 7, "owl": 8}, {"cat": 6, "dog": 5, "owl": 7}
 
 
@@ -371,7 +373,7 @@ def test_a_mistake_in_one_of_several_sources_is_named(tmp_path, capsys):
 # --- what they train
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, *SOURCE_FREE])
+@pytest.mark.parametrize("script", others_slow((*SCRIPTS, *SOURCE_FREE), SHOWN))
 def test_labels_enter_the_loss_of_every_script(tmp_path, script):
     config = any_config(script, tmp_path)
     few = ["data.target_labeled=1", "data.eval_batch=60"]
@@ -387,7 +389,7 @@ def test_labels_enter_the_loss_of_every_script(tmp_path, script):
     assert sorted(line.split()[1] for line in saved) == [str(k) for k in range(10)]
 
 
-@pytest.mark.parametrize("script", ["train_advent", "train_adda"])
+@pytest.mark.parametrize("script", others_slow(("train_advent", "train_adda"), ("train_adda",)))
 def test_masks_enter_the_loss(tmp_path, script):
     config = config_of("segmentation", tmp_path, script, eval_every=10)
     assert train(script, config, "data.target_labeled=2") == 0
@@ -438,7 +440,7 @@ def test_resume_is_exact(tmp_path, monkeypatch, script):
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "run")
 
 
-@pytest.mark.parametrize("script", [*SCRIPTS, *SOURCE_FREE])
+@pytest.mark.parametrize("script", others_slow((*SCRIPTS, *SOURCE_FREE), SHOWN))
 def test_no_other_target_label_trains(tmp_path, pictures, script):
     """Two lists name the same labeled images; the labels of all others differ."""
     pictures("photo", {"cat": 12, "dog": 12})

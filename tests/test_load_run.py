@@ -112,7 +112,7 @@ def test_a_run_is_loaded_from_two_files(runs, tmp_path):
     network, card = load_run(runs / "digits", "cpu")
     assert not network.training
     assert card.classes == [str(digit) for digit in range(10)]
-    assert (card.method, card.task, card.size, card.resize) == ("source", "classification", 28, 28)
+    assert (card.method, card.task, card.size, card.resize) == ("source", "classification", 16, 16)
     state = weights(runs / "digits")
     assert all(network.state_dict()[name].equal(tensor) for name, tensor in state.items())
     for name in ("model.yaml", "model.safetensors"):

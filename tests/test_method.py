@@ -130,7 +130,8 @@ def pytest_generate_tests(metafunc):
         words = metafunc.config.getoption("--config") or []
         methods = [method_of(START_FOLDER / given, words, START_FOLDER)]
     else:
-        methods = [method_of(s, demo_command(s)[3:], ROOT) for s in TRAINING]
+        small = "data.size=16"
+        methods = [method_of(s, [*demo_command(s)[3:], small], ROOT) for s in TRAINING]
     metafunc.parametrize("method", methods, ids=lambda m: m.script.stem, scope="module")
 
 

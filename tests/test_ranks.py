@@ -53,7 +53,7 @@ from training.config import load_run_config
 
 # Without batch norm and dropout, whose statistics and draws are those of a process.
 PLAIN = "{batch_norm: false}"
-ROUNDING = 5e-5  # of weights after 20 steps, in which it grows; it depends on the processor
+ROUNDING = 5e-5  # of weights after ten steps, in which it grows; it depends on the processor
 
 
 def tensors(value, name: str = "") -> dict[str, torch.Tensor]:
@@ -152,7 +152,7 @@ def learned(tmp_path_factory) -> Path:
     """A source model that tells the digits apart; an untrained one gives all images one output."""
     folder = tmp_path_factory.mktemp("learned")
     config = any_config("train_source", folder, model=PLAIN, optim="{lr: 0.1}")
-    keys = "steps=80", "eval_every=80", "save_every=80", "data.batch=32"
+    keys = "steps=200", "eval_every=200", "save_every=200", "data.batch=32"
     assert train("train_source", config, *keys) == 0
     return folder / "run"
 
@@ -166,8 +166,8 @@ def test_two_processes_are_one(tmp_path, learned, case):
     script, changes = CASES[case]
     # Ties of ReLU and pooling multiply the rounding in the MMD, and a confidence may lie on the
     # border of a bin.
-    steps = 5 if case in ("mmd", "class_balanced") else 20
-    lines = {"model": PLAIN, "steps": steps, "eval_every": 10, "save_every": steps, **changes}
+    steps = 5 if case in ("mmd", "class_balanced") else 10
+    lines = {"model": PLAIN, "steps": steps, "eval_every": 5, "save_every": steps, **changes}
     lines |= {} if script in SOURCE_FREE else {"init_from": learned}
     config = any_config(script, tmp_path, **lines)
     assert train(script, config, f"out_dir={tmp_path}/one") == 0

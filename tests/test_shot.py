@@ -17,6 +17,7 @@ from tests.helpers import (
     differing,
     load_script,
     metrics,
+    others_slow,
     shot_config,
     stop_after,
     stop_within_evaluation,
@@ -238,7 +239,7 @@ def test_the_running_statistics_are_those_of_the_plain_target(tmp_path, task):
     assert losses[0] != losses[1]  # control: the loss is of the strong view
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", others_slow(TASKS, ("classification",)))
 @pytest.mark.parametrize(
     ("stop", "workers", "workers_after"), [pytest.param(6, 0, 0, marks=pytest.mark.slow), (4, 2, 0)]
 )
@@ -306,7 +307,8 @@ def test_a_signal_while_centroids_are_computed_saves_and_leaves(tmp_path, monkey
 
 
 @pytest.mark.parametrize(
-    ("task", "every", "number"), [("classification", 3, 3), ("segmentation", 4, 2)]
+    ("task", "every", "number"),
+    [("classification", 3, 3), pytest.param("segmentation", 4, 2, marks=pytest.mark.slow)],
 )
 def test_stopped_within_an_evaluation_and_resumed_is_exact(
     tmp_path, monkeypatch, task, every, number
@@ -327,6 +329,7 @@ def test_stopped_within_an_evaluation_and_resumed_is_exact(
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "run")
 
 
+@pytest.mark.slow  # test_no_leak.py has it of all scripts
 @pytest.mark.parametrize("task", TASKS)
 def test_target_labels_do_not_train_or_select(tmp_path, monkeypatch, task):
     config = shot_config(tmp_path, task)

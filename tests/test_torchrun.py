@@ -125,6 +125,7 @@ def test_two_machines_restart_together(tmp_path, digits, victim):
     assert differing(weights(tmp_path / "one_machine"), weights(tmp_path / "run")) == 0
 
 
+@pytest.mark.slow
 def test_a_signal_to_the_launcher_saves(tmp_path):
     """It is the command of a docstring, with a port of its own and many steps."""
     (shown,) = [command for command in commands(ROOT / "train_source.py") if "torchrun" in command]
@@ -145,7 +146,7 @@ def test_a_signal_to_the_launcher_saves(tmp_path):
 
 
 def test_a_run_that_the_launcher_stopped_goes_on_exactly(tmp_path, digits):
-    keys = "steps=120", "eval_every=120", "save_every=120", "log_every=1"
+    keys = "steps=40", "eval_every=40", "save_every=40", "log_every=1"
     train_on(2, "train_dann", digits, *keys, f"out_dir={tmp_path}/through")
     options = "--standalone", "--nproc-per-node", 2, script(tmp_path), "--config", digits
     launcher = launch(tmp_path, *options, *keys)

@@ -395,10 +395,11 @@ def collapsing(folder) -> list[str]:
     Entropy alone is lowest where every image has the same class.
     """
     config = tiny_config(folder)
-    source = ["steps=30", "data.batch=32", "optim.lr=0.05"]
+    source = ["steps=30", "data.batch=32", "optim.lr=0.05", "data.size=28"]
     assert train("train_source", config, *source, f"out_dir={folder}/source") == 0
     keys = ["adv_weight=0", "ent_weight=8", "optim.lr=0.01", "data.batch=16", "steps=60"]
     keys += ["eval_every=10", "select=neg_entropy", f"init_from={folder}/source"]
+    keys += ["data.size=28"]
     keys += ["data.select_images=60"]  # of fewer it is not sure that a class has vanished
     return [str(config), *keys]
 
@@ -598,7 +599,7 @@ def test_classification_as_a_real_command(tmp_path, command, script):
     assert not (tmp_path / "run/pictures").exists()
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", others_slow(SCRIPTS, ("train_source", "train_advent")))
 def test_what_segmentation_prints_and_leaves(tmp_path, capsys, recwarn, script):
     assert train(script, street_config(tmp_path, script, pictures="every")) == 0
     out, err = capsys.readouterr()
