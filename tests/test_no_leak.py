@@ -38,8 +38,15 @@ def permute(monkeypatch):
     return apply
 
 
-@pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("script", SCRIPTS)
+MAPS = ("train_source", "train_advent", "train_mic")  # the other scripts run with --slow
+CASES = [
+    pytest.param(script, task, marks=[pytest.mark.slow] * (task != TASKS[0] and script not in MAPS))
+    for script in SCRIPTS
+    for task in TASKS
+]
+
+
+@pytest.mark.parametrize(("script", "task"), CASES)
 def test_target_labels_do_not_train_or_select(tmp_path, monkeypatch, permute, script, task):
     seen, confusion_matrix = [], evaluation.confusion_matrix
 

@@ -506,6 +506,7 @@ def test_a_run(tmp_path, source, capsys, task):
 def test_the_unadapted_figure_is_that_of_the_source_model(tmp_path, source, task):
     config = config_for(tmp_path, source, task)
     keys = ["steps=null", "updates=1", "prior=null", "optim.lr=1e-30", "source_pull=0"]
+    keys += ["data.size=28"] * (task == "classification")  # that of the images below
     assert train("adapt_online", config, *keys, "eval_every=100") == 0
     stream = summary(tmp_path / "run")["stream"]
     network, card = load_run(source[task])

@@ -16,7 +16,7 @@ from common.errors import UserError
 from common.resize import resize_maps, resized_strips
 from data import load_image
 from models import load_card, load_run
-from tests.helpers import ROOT, load_script, street_config, tiny_config, train
+from tests.helpers import ROOT, load_script, others_slow, street_config, tiny_config, train
 
 predict, evaluate = (load_script(ROOT / f"{name}.py") for name in ("predict", "evaluate"))
 STREET = ["road", "car"]
@@ -97,10 +97,10 @@ def test_predict_agrees_with_evaluate(runs, tmp_path):
         for i in range(2):
             noise(28, 36, 10 * label + i).save(tmp_path / f"set/{label}/{i}.png")
     words = ["data.target_test.name=folder", f"data.target_test.path={tmp_path / 'set'}"]
-    # Both prepare files as the run's own test set, at 28 px; by themselves they would have 32 px.
-    assert load_card(runs / "digits").resize == 28
+    # Both prepare files as the run's own test set, at 16 px; by themselves they would have 18 px.
+    assert load_card(runs / "digits").resize == 16
     opened = evaluate.predict_run(evaluate.open_run(runs / "digits", words))
-    other = evaluate.open_run(runs / "digits", [*words, "data.target_test.resize=32"])
+    other = evaluate.open_run(runs / "digits", [*words, "data.target_test.resize=18"])
     assert not evaluate.predict_run(other).confidence.equal(opened.confidence)  # control
     assert predict.main([str(runs / "digits"), "set"]) == 0
     rows = rows_of(tmp_path / "predictions/predictions.csv")
@@ -270,30 +270,29 @@ def test_the_preparation_is_in_the_export(runs, tmp_path):
     network.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
     export.Deployed(network, card)(pixels[None])
     prepared = load_image(tmp_path / "photo.png", card)
-    assert seen[0].shape[2:] == prepared.shape[1:] == (28, 28)
+    assert seen[0].shape[2:] == prepared.shape[1:] == (16, 16)
     difference = (seen[0][0] - prepared.float()).abs()
     assert difference.max() <= 1
     assert (difference == 0).float().mean() > 0.5
-    card.resize = 20  # smaller: padded
+    card.resize = 12  # smaller: padded
     export.Deployed(network, card)(pixels[None])
     assert (seen[1][0] - load_image(tmp_path / "photo.png", card).float()).abs().max() <= 1
 
 
-def test_onnx(runs, tmp_path):
+@pytest.mark.parametrize("task", others_slow(("digits", "street"), ("digits",)))
+def test_onnx(runs, tmp_path, task):
     reason = "skipped: pip install onnx onnxscript onnxruntime to try it"
     pytest.importorskip("onnxscript", reason=reason)
     runtime = pytest.importorskip("onnxruntime", reason=reason)
-    for task in ("digits", "street"):
-        file = f"{task}.onnx"
-        assert predict.main([str(runs / task), "--onnx", file]) == 0
-        session = runtime.InferenceSession(file)
-        assert "classes" in session.get_modelmeta().custom_metadata_map["model.yaml"]
-        network, card = load_run(runs / task)
-        for batch in (1, 3):
-            x = export.example(card, batch)
-            (logits,) = session.run(None, {"images": x.numpy()})
-            with torch.no_grad():
-                assert np.abs(network(x).logits.numpy() - logits).max() < 1e-3
+    assert predict.main([str(runs / task), "--onnx", "model.onnx"]) == 0
+    session = runtime.InferenceSession("model.onnx")
+    assert "classes" in session.get_modelmeta().custom_metadata_map["model.yaml"]
+    network, card = load_run(runs / task)
+    for batch in (1, 3):
+        x = export.example(card, batch)
+        (logits,) = session.run(None, {"images": x.numpy()})
+        with torch.no_grad():
+            assert np.abs(network(x).logits.numpy() - logits).max() < 1e-3
 
 
 def test_onnx_without_its_package(runs, monkeypatch):

@@ -329,8 +329,7 @@ def test_stopped_within_an_evaluation_and_resumed_is_exact(
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "run")
 
 
-@pytest.mark.slow  # test_no_leak.py has it of all scripts
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", others_slow(TASKS, ("classification",)))
 def test_target_labels_do_not_train_or_select(tmp_path, monkeypatch, task):
     config = shot_config(tmp_path, task)
     assert train("train_shot", config, f"out_dir={tmp_path}/plain") == 0
