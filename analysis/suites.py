@@ -19,6 +19,7 @@ from common.config import (
     all_keys,
     build,
     dump_value,
+    flat_values,
     not_negative,
     range_rules,
     read_config,
@@ -144,13 +145,18 @@ class Entry:
         return made
 
     def _draw(self, number: int) -> dict:
-        """The keys of a draw: whole numbers where both bounds are, else four digits."""
+        """The keys of a draw, to four digits.
+
+        They are whole numbers if both bounds are, and the key's own value is no fraction.
+        """
+        own = flat_values(self.run_config)
         cell = {}
         for key, (low, high, *log) in self.ranges.items():
             random = generator(self.draws_seed, "draws", number, key)
             share = float(torch.rand((), generator=random, dtype=torch.float64))
             value = low * (high / low) ** share if log else low + (high - low) * share
             whole = isinstance(low, int) and isinstance(high, int)
+            whole = whole and not isinstance(own.get(key), float)
             cell[key] = round(value) if whole else float(f"{value:.4g}")
         return cell
 

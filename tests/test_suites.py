@@ -17,7 +17,7 @@ from common.metrics import Criteria
 from tests.helpers import tiny_config
 
 ROOT = Path(reproduce.__file__).parent
-RANGES = "ranges: {optim.lr: [1.0e-3, 0.1, log], reversal_max: [1.0, 3.0], disc_hidden: [8, 64]}"
+RANGES = "ranges: {optim.lr: [1.0e-3, 0.1, log], reversal_max: [1, 3], disc_hidden: [8, 64]}"
 
 
 @pytest.fixture
@@ -88,6 +88,7 @@ def test_draws_are_a_function_of_the_seed(folder):
     assert all(isinstance(x, int) and 8 <= x <= 64 for x in widths)
     assert 10 < sum(x < 0.01 for x in rates) < 30  # log-uniform: half of them; uniform: a tenth
     assert 10 < sum(x < 2 for x in reversals) < 30
+    assert len(set(reversals)) > 30  # the key takes fractions, though its bounds are whole
 
 
 @pytest.mark.parametrize(
