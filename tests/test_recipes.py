@@ -425,7 +425,7 @@ def test_recipes_of_maps_pass_a_dry_run(tmp_path, capsys, monkeypatch, file):
             pixels = np.random.default_rng(i).integers(0, most, shape, np.uint8)
             Image.fromarray(pixels).save(folder / f"a_{i}{end}")
     config = loaded(file, monkeypatch)
-    data, sizes, shapes = config.data, [], []
+    data, sizes, shapes = config.data, ["data.target_test.resize=[64, 128]"], []
     for role in ("source", "target"):
         domain = getattr(data, role)
         height, width = domain.resize[0] // 8, 128
