@@ -714,7 +714,7 @@ def test_a_collapse_is_reset_and_told(tmp_path, source, monkeypatch, capsys):
     [
         ("classification", []),
         ("classification", ["data.batch=1", "ent_margin=1"]),
-        ("segmentation", ["updates=2", "prior_from=source"]),
+        pytest.param("segmentation", ["updates=2", "prior_from=source"], marks=pytest.mark.slow),
     ],
 )
 def test_resume_is_exact(tmp_path, source, monkeypatch, task, keys):

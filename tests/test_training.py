@@ -370,7 +370,8 @@ ADAPTATION = [script for script in SCRIPTS if script != "train_source"]
 
 
 WATCHED = [(script, "classification") for script in ADAPTATION]
-WATCHED += [(script, "segmentation") for script in ("train_dann", "train_pseudo")]
+WATCHED += [("train_dann", "segmentation")]
+WATCHED += [pytest.param("train_pseudo", "segmentation", marks=pytest.mark.slow)]
 
 
 @pytest.mark.parametrize(("script", "task"), WATCHED)
@@ -530,7 +531,7 @@ def test_the_discriminator_of_cdan_reads_the_full_product_by_default(tmp_path, k
     assert state["discriminators"]["0.layers.0.weight"].shape == (8, width)
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", others_slow(TASKS, ("classification",)))
 @pytest.mark.parametrize("script", ["train_dann", "train_mmd", "train_adda"])
 def test_the_logits_are_a_feature_layer(tmp_path, script, task):
     """A discriminator has an input per class, and a loss on the logits moves the classifier."""
