@@ -164,6 +164,7 @@ def test_a_head_learns_its_problem_on_the_target(tmp_path):
     """Location, which is learned soonest; all problems have the same lines."""
     config = tiny_config(tmp_path, steps=40, log_every=20, eval_every=1000, save_every=1000)
     keys = ["rotation_weight=0", "location_weight=1", "data.augment={}", "data.batch=16"]
+    keys += ["data.size=28"]
     last = {}
     for rate in (0.05, 1e-30):
         assert (
