@@ -8,6 +8,7 @@ import re
 import runpy
 import shlex
 import sys
+import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -19,7 +20,7 @@ from common.config import (
     all_keys,
     build,
     dump_value,
-    flat_values,
+    hint_of,
     not_negative,
     range_rules,
     read_config,
@@ -145,18 +146,19 @@ class Entry:
         return made
 
     def _draw(self, number: int) -> dict:
-        """The keys of a draw, to four digits.
+        """The keys of a draw.
 
-        They are whole numbers if both bounds are, and the key's own value is no fraction.
+        Values are whole numbers if both bounds are and the key takes no fractions; others are
+        rounded to four significant digits.
         """
-        own = flat_values(self.run_config)
         cell = {}
         for key, (low, high, *log) in self.ranges.items():
             random = generator(self.draws_seed, "draws", number, key)
             share = float(torch.rand((), generator=random, dtype=torch.float64))
             value = low * (high / low) ** share if log else low + (high - low) * share
+            hint = hint_of(type(self.run_config), key)
             whole = isinstance(low, int) and isinstance(high, int)
-            whole = whole and not isinstance(own.get(key), float)
+            whole = whole and float not in (hint, *typing.get_args(hint))
             cell[key] = round(value) if whole else float(f"{value:.4g}")
         return cell
 

@@ -97,13 +97,13 @@ def small(tree: dict, start: Path, source: bool) -> dict:
     data["source"] = None
     data |= {role: {"name": name} for role, name in names.items()}
     gone = ("target_test", "target_labeled", "test_share", "classes_from", "absent_classes")
-    gone += ("iou_classes", "root", "size", "workers")
+    gone += ("iou_classes", "root", "size", "workers")  # large images take long
     data = {key: value for key, value in data.items() if key not in gone}
     data |= {"batch": 4, "eval_batch": 20, "select_images": 20, "cache": "cache"}
     keep = ("bn", "bn_running", "bn_affine", "channels_last")
     model = {key: value for key, value in tree.get("model", {}).items() if key in keep}
     tree = {**tree, "data": data, "model": {**model, **MODEL[task]}, "out_dir": "run"}
-    # They need a run or weights, or take long: half precision is emulated on most processors.
+    # These keys need a run or weights, or take long (half precision is emulated on most CPUs).
     for key in ("source_steps", "fd_weight", "fd_classes", "amp"):
         tree.pop(key, None)
     return {**tree, "init_from": None if source else str(start)}

@@ -240,6 +240,15 @@ def all_keys(cls, prefix: str = "") -> list[str]:
     return keys
 
 
+def hint_of(cls, key: str):
+    """The type of a dotted key of a config class; None for a key that it does not have."""
+    hint = cls
+    for name in key.split("."):
+        section = _section(hint)
+        hint = typing.get_type_hints(section).get(name) if section else None
+    return hint
+
+
 class Hints:
     """What to write in place of an unknown key.
 

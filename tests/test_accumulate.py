@@ -27,8 +27,8 @@ CASES = {
     "advent": ("train_advent", {"adv_weight": 0.1, "ent_weight": 0.1}),
     "minent": ("train_advent", {"adv_weight": 0, "ent_weight": 0.1}),
     "pseudo": ("train_pseudo", {"threshold": 0.1, "evaluate": "teacher"}),
-    "shot": ("train_shot", {"div_weight": 0}),
-    "finetune": ("finetune", {}),
+    "shot": ("train_shot", {"div_weight": 0, "centroid_every": 2}),
+    "finetune": ("finetune", {"head_steps": 2}),
 }
 
 

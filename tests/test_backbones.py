@@ -110,14 +110,14 @@ def test_every_backbone_of_the_table_is_tested():
     assert ModelConfig.__annotations__["backbone"].__args__ == tuple(BACKBONES)
 
 
-SMALL = (*FAMILIES, "lenet", "resnet18", "resnet50_caffe", "dinov2_vits14")  # others: --slow
+SHOWN = (*FAMILIES, "lenet", "resnet18", "resnet50_caffe", "dinov2_vits14")  # others: --slow
 KINDS = [(name, False) for name in BACKBONES if name != "lenet_classic"]
 KINDS += [(name, True) for name in (*DENSE_LAST, *PARTS)]
 
 
 @pytest.mark.parametrize(
     ("name", "dense"),
-    [pytest.param(*x, marks=[pytest.mark.slow] * (x[0] not in SMALL)) for x in KINDS],
+    [pytest.param(*x, marks=[pytest.mark.slow] * (x[0] not in SHOWN)) for x in KINDS],
 )
 def test_widths_and_strides(name, dense):
     widths = list(WIDTHS[name])
@@ -309,7 +309,10 @@ def input_of_the_head(network: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return seen[0]
 
 
-@pytest.mark.parametrize("name", others_slow(FAMILIES, FAMILIES[:-1]))  # vit_b_16 takes 224 px
+QUICK = tuple(name for name in FAMILIES if name != "vit_b_16")  # which takes 224 px alone
+
+
+@pytest.mark.parametrize("name", others_slow(FAMILIES, QUICK))
 def test_a_file_of_torchvision_gives_its_features(name, tmp_path, capsys):
     network = torchvisions(name)
     torch.save(network.state_dict(), tmp_path / "weights.pth")
@@ -744,7 +747,7 @@ def test_dilation_is_torchvisions(output_stride, replace):
         assert plain.eval()(x)["layer4"].shape != y.shape  # control
 
 
-@pytest.mark.parametrize("name", others_slow(filter(can_be_dilated, BACKBONES), SMALL))
+@pytest.mark.parametrize("name", others_slow(filter(can_be_dilated, BACKBONES), SHOWN))
 @pytest.mark.parametrize(("output_stride", "strides"), [(8, (4, 8, 8, 8)), (16, (4, 8, 16, 16))])
 def test_dilation_leaves_the_strides_that_are_asked_for(name, output_stride, strides):
     with torch.device("meta"):

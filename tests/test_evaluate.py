@@ -143,13 +143,13 @@ def test_the_interval_of_a_difference_covers_it(monkeypatch):
     monkeypatch.setattr("analysis.compare.SAMPLES", 300)
     generator, covered = torch.Generator().manual_seed(0), 0
     labels = torch.zeros(60, dtype=torch.int64)
-    for seed in range(20):
+    for seed in range(40):
         right = torch.rand(2, 60, generator=generator) < torch.tensor([[0.7], [0.8]])
         first, second = (predicted(torch.eye(2)[(~r).long()], labels, batch=60) for r in right)
         found = difference(first, second, torch.arange(60), seed)
         assert found.difference == pytest.approx(100 * float(right[1].sum() - right[0].sum()) / 60)
         covered += found.low <= 10 <= found.high
-    assert 16 <= covered <= 20
+    assert 34 <= covered <= 40
 
 
 def test_frames_of_a_sequence_are_drawn_together(monkeypatch):
@@ -196,7 +196,7 @@ def test_features_of_each_domain_by_its_own_statistics(runs):
             run.network, images, darker, run.config.data, separate
         )
         spread.append(float((first - second).norm() / first.norm()))
-    assert spread[1] < 0.6 * spread[0]
+    assert spread[1] < 0.3 * spread[0]
     after = run.network.state_dict()
     assert all(after[name].equal(x) for name, x in before.items())  # the model is not changed
 
@@ -285,7 +285,7 @@ def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
     for name in ("source", "dann"):
         config = tiny_config(folder, out_dir=folder / name, log_every=2)
-        assert train(f"train_{name}", config) == 0
+        assert train(f"train_{name}", config, "data.size=28") == 0
     config = tiny_config(folder, out_dir=folder / "other", steps=1, eval_every=1)
     config.write_text(config.read_text().replace("drawn_digits_shifted", "drawn_digits"))
     assert train("train_source", config, "data.source_val=5") == 0

@@ -141,7 +141,13 @@ VARIANTS = {
     "adapt_online": [["prior_from=source", "updates=2", "ent_margin=0.4"]],
     "finetune": [["head_steps=0"], ["data.augment={}", "data.target.crop=null"]],
 }
-SHOWN = ("train_source", "train_dann", "train_pseudo")  # on maps; others: --slow
+SHOWN = (
+    "train_source",
+    "train_dann",
+    "train_pseudo",
+    "train_advent",
+    "train_mic",
+)  # on maps; others: --slow
 EVERY = [
     pytest.param(
         script, task, [], marks=[pytest.mark.slow] * (task != TASKS[0] and script not in SHOWN)

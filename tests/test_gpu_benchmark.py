@@ -23,7 +23,6 @@ model: {backbone: lenet}
 ROW = {"recipe": "digits", "batch": 64, "load": 1.0, "draw": 2.0, "pixels": 30.0, "raw": 3.2}
 
 
-@pytest.mark.slow
 def test_the_command_writes_what_was_measured(tmp_path, monkeypatch, capsys):
     """One tiny speed row is real; tests and input are not run again here."""
     run, seen = gpu.run, []

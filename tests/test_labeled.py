@@ -26,7 +26,6 @@ from tests.helpers import (
 )
 
 LAST = "checkpoints/step_00000010.pt"
-SHOWN = ("train_source", "train_dann", "train_pseudo", "train_shot")  # the others run with --slow
 PHOTO, SKETCH = {"cat": 9, "dog": 7, "owl": 8}, {"cat": 6, "dog": 5, "owl": 7}
 
 
@@ -373,13 +372,15 @@ def test_a_mistake_in_one_of_several_sources_is_named(tmp_path, capsys):
 # --- what they train
 
 
-@pytest.mark.parametrize("script", others_slow((*SCRIPTS, *SOURCE_FREE), SHOWN))
+@pytest.mark.parametrize("script", [*SCRIPTS, *SOURCE_FREE])
 def test_labels_enter_the_loss_of_every_script(tmp_path, script):
     config = any_config(script, tmp_path)
     few = ["data.target_labeled=1", "data.eval_batch=60"]
-    assert train(script, config, *few) == 0
-    assert train(script, config, f"out_dir={tmp_path}/without") == 0
-    assert differing(*(weights(tmp_path / run, LAST)["model"] for run in ("run", "without"))) > 1000
+    short = ["steps=4", "eval_every=4", "save_every=4", "log_every=4"]
+    assert train(script, config, *few, *short) == 0
+    assert train(script, config, *short, f"out_dir={tmp_path}/without") == 0
+    last = "checkpoints/step_00000004.pt"
+    assert differing(*(weights(tmp_path / run, last)["model"] for run in ("run", "without"))) > 1000
     assert summary(tmp_path / "run")["target_labeled"] == 10
     assert "target_labeled" not in summary(tmp_path / "without")
     assert not (tmp_path / "without/target_labeled.txt").exists()
@@ -440,7 +441,7 @@ def test_resume_is_exact(tmp_path, monkeypatch, script):
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "run")
 
 
-@pytest.mark.parametrize("script", others_slow((*SCRIPTS, *SOURCE_FREE), SHOWN))
+@pytest.mark.parametrize("script", [*SCRIPTS, *SOURCE_FREE])
 def test_no_other_target_label_trains(tmp_path, pictures, script):
     """Two lists name the same labeled images; the labels of all others differ."""
     pictures("photo", {"cat": 12, "dog": 12})
@@ -463,7 +464,8 @@ def test_no_other_target_label_trains(tmp_path, pictures, script):
         write_list(tmp_path, [f"{path} {('dog' in path) != wrong:d}" for path in few])
 
     write(False)
-    config = tiny_config(tmp_path, data=data, select="infomax")
+    short = {"select": "infomax", "steps": 4, "eval_every": 2, "save_every": 4}
+    config = tiny_config(tmp_path, data=data, **short)
     if script in SOURCE_FREE:
         assert (
             train("train_source", config, "data.target_labeled=null", f"out_dir={tmp_path}/source")
@@ -473,6 +475,7 @@ def test_no_other_target_label_trains(tmp_path, pictures, script):
             tmp_path,
             init_from=tmp_path / "source",
             data=data.replace("source: {name: list, path: photo/list.txt}, ", ""),
+            **short,
         )
     states = {}
     for run, keys in {"plain": (False,), "permuted": (True,), "wrong": (False, True)}.items():

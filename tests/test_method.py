@@ -4,8 +4,9 @@
     python -m pytest tests/test_method.py --script train_mine.py --config pair.yaml mine.yaml
 
 Without --script it runs over all training scripts of the project, each with its demo config (the
-file in configs/demo/ whose first line names it). Words such as `mine_weight=2` behind the files
-override keys. Runs take a few steps on the config's own data; they write into temporary folders.
+file in configs/demo/ whose first line names it) at 16 px. Words such as `mine_weight=2` behind the
+files override keys. Runs take a few steps on the config's own data; they write into temporary
+folders.
 """
 
 import ast
@@ -148,7 +149,8 @@ def ready(method, tmp_path_factory) -> Method:
         found = () if start is None else (f"init_from={START_FOLDER / start}",)
         return dataclasses.replace(method, overrides=(*method.overrides, *found))
     folder = tmp_path_factory.mktemp("source") / "run"
-    pair = Method(ROOT / "train_source.py", method.files[:1], ())
+    size = tuple(word for word in method.overrides if word.startswith("data.size="))
+    pair = Method(ROOT / "train_source.py", method.files[:1], size)
     try:
         assert pair.run(folder) == 0
     except UserError as error:

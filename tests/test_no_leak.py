@@ -38,7 +38,7 @@ def permute(monkeypatch):
     return apply
 
 
-MAPS = ("train_source", "train_advent", "train_mic")  # the other scripts run with --slow
+MAPS = ("train_source", "train_advent", "train_pseudo", "train_mic")  # others: --slow
 CASES = [
     pytest.param(script, task, marks=[pytest.mark.slow] * (task != TASKS[0] and script not in MAPS))
     for script in SCRIPTS

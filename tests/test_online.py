@@ -713,7 +713,7 @@ def test_a_collapse_is_reset_and_told(tmp_path, source, monkeypatch, capsys):
     ("task", "keys"),
     [
         ("classification", []),
-        ("classification", ["data.batch=1", "ent_margin=1"]),
+        ("classification", ["data.batch=1", "ent_margin=1", "updates=2", "prior_from=source"]),
         pytest.param("segmentation", ["updates=2", "prior_from=source"], marks=pytest.mark.slow),
     ],
 )

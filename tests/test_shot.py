@@ -329,9 +329,9 @@ def test_stopped_within_an_evaluation_and_resumed_is_exact(
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "run")
 
 
-@pytest.mark.parametrize("task", others_slow(TASKS, ("classification",)))
+@pytest.mark.parametrize("task", TASKS)
 def test_target_labels_do_not_train_or_select(tmp_path, monkeypatch, task):
-    config = shot_config(tmp_path, task)
+    config = shot_config(tmp_path, task, steps=4, eval_every=2, centroid_every=2)
     assert train("train_shot", config, f"out_dir={tmp_path}/plain") == 0
     module, opener = {
         "classification": (data.classification, "open_drawn"),

@@ -91,6 +91,12 @@ def test_draws_are_a_function_of_the_seed(folder):
     assert len(set(reversals)) > 30  # the key takes fractions, though its bounds are whole
 
 
+def test_a_draw_of_a_key_that_may_be_null_is_a_fraction(folder):
+    write_suite(dann("draws: 5, ranges: {reversal_bound: [1, 2]}"))
+    drawn = {cell.run_config.reversal_bound for cell in load().runs[1:]}
+    assert len(drawn) == 5
+
+
 @pytest.mark.parametrize(
     ("entry", "says"),
     [
