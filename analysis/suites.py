@@ -8,10 +8,9 @@ import re
 import runpy
 import shlex
 import sys
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 
@@ -157,8 +156,8 @@ class Entry:
             share = float(torch.rand((), generator=random, dtype=torch.float64))
             value = low * (high / low) ** share if log else low + (high - low) * share
             hint = hint_of(type(self.run_config), key)
-            whole = isinstance(low, int) and isinstance(high, int)
-            whole = whole and float not in (hint, *typing.get_args(hint))
+            fractions = float in (hint, *get_args(hint))
+            whole = isinstance(low, int) and isinstance(high, int) and not fractions
             cell[key] = round(value) if whole else float(f"{value:.4g}")
         return cell
 
