@@ -1,6 +1,7 @@
 """The runs of a suite as candidates of a choice without target labels, and the report of it."""
 
 import json
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from analysis.suites import Entry, Suite
 from common.errors import UserError
 from common.files import load_tensors
 from common.metrics import main_metric
-from training.predictions import PREDICTIONS
+from models.backbones import has_batch_norm
+from training.predictions import PREDICTIONS, agreement_of, is_of_same_images
 
 
 def _alarm(summary: dict) -> str | None:
@@ -25,6 +27,11 @@ def _alarm(summary: dict) -> str | None:
         return reason
     alarms = summary["collapse_alarms"]
     return f"step {alarms[0]['step']}: {alarms[0]['reason']}" if alarms else None
+
+
+def _learns_target_statistics(entry: Entry) -> bool:
+    model = entry.run_config.model
+    return model.bn != "frozen" and has_batch_norm(model.backbone, model.batch_norm)
 
 
 def _candidate(entry: Entry, seed: int, summary: dict, suite: Suite) -> Candidate:
@@ -39,6 +46,7 @@ def _candidate(entry: Entry, seed: int, summary: dict, suite: Suite) -> Candidat
         judged="infomax" not in entry.run_config.trained_criteria(),
         source_val=selection["source_val"],
         source_count=selection["source_count"],
+        source_vetoes=not _learns_target_statistics(entry),
         alarm=_alarm(summary),
         last=target["last"].get(metric),
         selected=target["selected"].get(metric),
@@ -76,7 +84,7 @@ def candidates_of(
         for seed, summary in summaries.items():
             if not entry.sees_target_labels():
                 groups.setdefault((entry.task, seed), []).append((entry, summary))
-    scored = []
+    scored: list[tuple[Candidate, dict]] = []
     for (_, seed), runs in sorted(groups.items(), key=lambda item: item[0]):
         if suite.baselines[0] not in [entry.method for entry, _ in runs]:
             continue
@@ -84,8 +92,18 @@ def candidates_of(
         candidates = [_candidate(entry, seed, summary, suite) for entry, summary in runs]
         logits = [predictions["selected"] for predictions in saved]
         score(candidates, logits, saved[0]["classes"], suite.margin)
-        scored += candidates
-    return scored
+        scored += zip(candidates, saved, strict=True)
+    for candidate, predictions in scored:
+        same = [x for x in scored if _is_other_seed(candidate, x[0])]
+        shares = [agreement_of(predictions, other) for _, other in same]
+        if shares and None not in shares:
+            candidate.between_seeds = statistics.fmean(shares)
+    return [candidate for candidate, _ in scored]
+
+
+def _is_other_seed(first: Candidate, second: Candidate) -> bool:
+    same = (first.task, first.method) == (second.task, second.method)
+    return same and first.seed != second.seed
 
 
 def _read(folders: list[Path]) -> list[dict]:
@@ -103,12 +121,16 @@ def _read(folders: list[Path]) -> list[dict]:
                 "remove that folder to train it again"
             )
         saved.append(load_tensors(file))
-        for name in ("images", "classes"):
-            if saved[-1][name] != saved[0][name]:
-                raise UserError(
-                    f"--choose: {folders[0]} and {folder} have other target images or classes; "
-                    "the entries of one task must have the same target"
-                )
+        if "set" not in saved[-1]:
+            raise UserError(
+                f"--choose: {folder} is a run of an earlier version, whose {PREDICTIONS} does not "
+                "say which images it is of; remove that folder to train it again"
+            )
+        if not is_of_same_images(saved[-1], saved[0]):
+            raise UserError(
+                f"--choose: {folders[0]} and {folder} have other target images or classes; "
+                "the entries of one task must have the same target"
+            )
     return saved
 
 

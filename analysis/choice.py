@@ -34,12 +34,16 @@ class Candidate:
         judged: whether infomax is no part of its training loss.
         source_val: accuracy or mean IoU on held-out source images; None without a source.
         source_count: the number of labels that it is measured on.
+        source_vetoes: whether it is measured with batch-norm statistics that no target image has
+            entered, as it is without adaptation.
         alarm: the first collapse alarm of the run, or None.
         last, selected: the figure on the target's test images, for reports only; None without
             labels.
         infomax, neg_entropy, nuclear_norm, mano: see `analysis.criteria`.
         agreement: with the mean prediction of the candidates that are not vetoed.
         agreement_all: with that of all candidates.
+        between_seeds: share of predictions that are of the same class as those of the same method
+            on another seed, in the mean over the other seeds; None without another seed.
         changed: share of predictions that are of another class than those without adaptation.
         shares: how often the most frequent classes are predicted.
         veto: why the run is not to be chosen; "" for a candidate.
@@ -54,6 +58,7 @@ class Candidate:
     judged: bool
     source_val: float | None
     source_count: int
+    source_vetoes: bool
     alarm: str | None
     last: float | None
     selected: float | None
@@ -63,6 +68,7 @@ class Candidate:
     mano: float = 0.0
     agreement: float = 0.0
     agreement_all: float = 0.0
+    between_seeds: float | None = None
     changed: float = 0.0
     shares: str = ""
     veto: str = ""
@@ -72,12 +78,14 @@ class Candidate:
 def vetoes(candidate: Candidate, reference: Candidate, margin: float = SOURCE_MARGIN) -> str:
     """Why a run is not to be chosen, found without a target label; "" if nothing speaks against it.
 
-    The reference is never vetoed. A run without source images has no source validation to lose.
+    The reference is never vetoed. A run without source images has no source validation to lose, and
+    that of a run whose batch norm has learned the target's statistics is not to be compared.
     """
     if candidate.reference:
         return ""
     reasons = []
-    if None not in (candidate.source_val, reference.source_val):
+    known = None not in (candidate.source_val, reference.source_val)
+    if known and candidate.source_vetoes:
         least = reference.source_val - source_margin(reference.source_count, margin)
         if candidate.source_val < least:
             reasons.append(f"source validation {candidate.source_val:.1f} < {least:.1f}")
@@ -134,11 +142,14 @@ def highest(name: str) -> Callable[[Sequence[Candidate]], Candidate]:
 
 
 def default_rule(candidates: Sequence[Candidate]) -> Candidate:
-    """The best by infomax of those that it judges, against the others by ensemble agreement.
+    """The one whose predictions change least with the seed, where each has run on several seeds.
 
-    Infomax is no judge of a run that is trained on it. So the best of the others stands beside
+    Else the best by infomax of those that it judges, against the others by ensemble agreement:
+    infomax is no judge of a run that is trained on it. So the best of the others stands beside
     these, and the one that agrees most with the ensemble of all candidates is taken.
     """
+    if all(candidate.between_seeds is not None for candidate in candidates):
+        return highest("between_seeds")(candidates)
     judged = [candidate for candidate in candidates if candidate.judged]
     best = [highest("infomax")(judged)] if judged else []
     return highest("agreement")([*best, *(c for c in candidates if not c.judged)])
@@ -151,6 +162,7 @@ RULES = {
     "nuclear_norm": highest("nuclear_norm"),
     "mano": highest("mano"),
     "agreement": highest("agreement"),
+    "between_seeds": highest("between_seeds"),
     "source_val": highest("source_val"),
 }
 
@@ -284,7 +296,7 @@ def _cell(value: float | None, digits: int = 1) -> str:
 def candidates_table(candidates: Sequence[Candidate], chosen: Candidate) -> str:
     """The candidates of one task and seed with what the choice is made from: no target figure."""
     head = ("method", "chosen", "source validation", "infomax", "neg_entropy", "nuclear norm")
-    head = (*head, "MaNo", "agreement", "changed", "most predicted", "veto")
+    head = (*head, "MaNo", "agreement", "between seeds", "changed", "most predicted", "veto")
     rows = [
         (
             candidate.method,
@@ -295,6 +307,7 @@ def candidates_table(candidates: Sequence[Candidate], chosen: Candidate) -> str:
             _cell(candidate.nuclear_norm, 3),
             _cell(candidate.mano, 3),
             _cell(100 * candidate.agreement),
+            "-" if candidate.between_seeds is None else _cell(100 * candidate.between_seeds),
             _cell(100 * candidate.changed),
             candidate.shares,
             candidate.veto or "-",

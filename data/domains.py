@@ -1,8 +1,6 @@
 """The two domains of a run, opened from its config."""
 
-import hashlib
 import weakref
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,7 +15,7 @@ from data.fingerprint import fingerprint
 from data.image_set import ImageSet, join
 from data.labeled import draw_labeled, list_labeled, without
 from data.loaders import CPU, Loader, eval_loader, stream_loader, train_loader
-from data.order import Order, generator
+from data.order import Draws, Order, generator
 from data.rare_classes import class_counts
 from data.tasks import task_module
 
@@ -222,18 +220,6 @@ class Domains:
                 listed.add(files)
         return found
 
-    def sample_fingerprint(self, target: torch.Tensor) -> str:
-        """A short text that differs if an image of `criteria` does.
-
-        Args:
-            target: the fingerprint of the set `target`.
-        """
-        # What is compressed depends on the library, and the first line names classes: a target with
-        # labels to score has them, and the same target without has none.
-        text = zlib.decompress(target.numpy()).partition(b"\n")[2]
-        indices = self.criteria.indices.numpy().tobytes()
-        return hashlib.sha256(text + indices).hexdigest()[:16]
-
     def describe(self, storage: bool = True) -> str:
         """One line per set, with where it is stored if `storage`, and the sizes of a batch."""
         names = ", ".join(self.classes[:12]) + (" ..." if self.num_classes > 12 else "")
@@ -348,7 +334,7 @@ def open_domains(
         target_labeled=target_labeled,
         target_test=target_test,
         target_test_note=note,
-        criteria=_criteria(target, config, seed),
+        criteria=_criteria(target, config),
         lists=lists,
         dry_run=dry_run,
     )
@@ -583,9 +569,13 @@ def _stream(target: ImageSet, config: StreamDataConfig, seed: int) -> ImageSet:
     return target.subset(order)
 
 
-def _criteria(target: ImageSet, config: DataConfig, seed: int) -> ImageSet:
-    """The images of the label-free criteria: a sample of the target's training images by `seed`."""
-    order = torch.randperm(len(target), generator=generator(seed, "criteria"))
+def _criteria(target: ImageSet, config: DataConfig) -> ImageSet:
+    """The images of the label-free criteria: a sample of the target's training images.
+
+    It is no matter of the seed, so that runs of several seeds can be compared: those images come
+    first whose number has the lowest draw.
+    """
+    order = Draws(target.indices, "criteria").uniform().flatten().argsort(stable=True)
     return target.subset(order[: config.select_images].sort().values)
 
 

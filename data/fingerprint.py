@@ -33,6 +33,19 @@ def fingerprint(images: ImageSet, root: Path, files: bool = True) -> torch.Tenso
     return torch.frombuffer(bytearray(zlib.compress(text, 1)), dtype=torch.uint8)
 
 
+def short_name(found: torch.Tensor) -> str:
+    """A short text that differs if the images of two sets do.
+
+    The names of the classes do not matter, which a target without labels does not have, nor which
+    of the images the seed has left in the set.
+
+    Args:
+        found: as `fingerprint` returns it.
+    """
+    lines = zlib.decompress(found.numpy()).split(b"\n")  # what is compressed is the library's
+    return hashlib.sha256(b"\n".join(lines[1:-1])).hexdigest()[:16]
+
+
 def _lines(images, labels, classes: list[str] | None, roots: tuple[str, str]) -> list[str]:
     """The lines of `images` with their `labels`.
 

@@ -25,6 +25,7 @@ sys.path.insert(0, str(ROOT))
 
 from common import errors  # noqa: E402
 from data import drawn, drawn_street, segmentation  # noqa: E402
+from tests import helpers  # noqa: E402
 
 
 def pytest_addoption(parser):
@@ -83,6 +84,12 @@ def drawn_once():
         patch.setattr(drawn_street, "draw", functools.cache(drawn_street.draw))
         patch.setattr(drawn_street, "COUNT", {"train": 12, "test": 5})
         yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def source_runs(tmp_path_factory):
+    """Source models are trained once per session: `helpers.shot_config` and others."""
+    helpers.SOURCE_RUNS["folder"] = tmp_path_factory.mktemp("source_runs")
 
 
 @pytest.fixture(autouse=True)

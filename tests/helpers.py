@@ -5,6 +5,7 @@ import importlib.util
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import sys
@@ -25,6 +26,7 @@ from training import run as run_module
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE_STREET = "source: {name: drawn_street, crop: [64, 64]}, "
 TASKS = ("classification", "segmentation")
+SOURCE_RUNS: dict[str, Path] = {}  # "folder": of source models that many tests start from
 
 
 def page_of(script: Path) -> Path:
@@ -144,11 +146,16 @@ def _without_source(config: Path, task: str, file: Path, lines: dict) -> Path:
 
 
 def _source_run(folder: Path, task: str, changes: dict) -> Path:
-    """The config of ten steps of train_source.py, which are taken, in folder/source."""
+    """The config of ten steps of train_source.py, and a copy of such a run in folder/source."""
     folder.mkdir(parents=True, exist_ok=True)
     model = {key: changes[key] for key in ("model",) if key in changes}
     config = config_of(task, folder, "train_source", out_dir=folder / "source", **model)
-    assert train("train_source", config) == 0
+    kept = SOURCE_RUNS["folder"] / re.sub(r"\W+", "_", f"{task} {model}")
+    if not kept.exists():
+        assert train("train_source", config) == 0
+        shutil.copytree(folder / "source", kept)
+    else:
+        shutil.copytree(kept, folder / "source")
     return config
 
 

@@ -115,7 +115,7 @@ def test_batch_norm_of_the_discriminator_sees_both_domains(tmp_path, monkeypatch
         return torch.randn_like(features) + shift * from_target + 0 * features
 
     monkeypatch.setattr(models, "feature_vectors", draw)
-    config = tiny_config(tmp_path, steps=100, eval_every=1000, save_every=1000, log_every=20)
+    config = tiny_config(tmp_path, steps=60, eval_every=1000, save_every=1000, log_every=20)
     keys = ["source_steps=1", "disc_norm=batch", "disc_lr=0.002", "disc_hidden=64"]
     assert train("train_adda", config, *keys, "model.bottleneck=16", "data.batch=32") == 0
     last = [line for line in metrics(tmp_path / "run") if "lr" in line][-1]

@@ -21,6 +21,7 @@ from tests.helpers import (
     config_of,
     differing,
     metrics,
+    others_slow,
     stop_after,
     train,
     train_on,
@@ -109,7 +110,7 @@ def test_a_backbone_in_a_script(tmp_path, capsys, monkeypatch, name, script, tas
     assert export(network, card)[1] <= TOLERANCE
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", others_slow(TASKS, ("classification",)))
 def test_a_vit_is_exported_at_the_size_of_its_positions_too(monkeypatch, task):
     monkeypatch.setitem(BACKBONES, "vit_b_16", Transformer(128, 16, 4, 2, 32, "vit_b_16"))
     torch.manual_seed(0)

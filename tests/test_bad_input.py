@@ -282,8 +282,9 @@ def test_an_unreadable_image_is_named_and_can_be_repaired(config, outcome, tmp_p
     assert outcome("train_source", config, f"data.workers={workers}", "--resume")[0] == 0
 
 
-@pytest.mark.parametrize("count", [1, 3])
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(
+    ("workers", "count"), [(0, 1), (0, 3), (2, 1), pytest.param(2, 3, marks=pytest.mark.slow)]
+)
 def test_a_domain_smaller_than_the_batch_trains(config, outcome, pictures, workers, count):
     pictures("few", count)
     code, _, lines = outcome(

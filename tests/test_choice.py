@@ -104,7 +104,7 @@ def test_agreement_is_with_the_mean_probability_of_the_voters():
 
 def candidate(method: str, **values) -> Candidate:
     plain = {"task": "A -> B", "family": method, "seed": 0, "reference": False, "judged": True}
-    plain |= {"source_val": 90.0, "source_count": 1000, "alarm": None}
+    plain |= {"source_val": 90.0, "source_count": 1000, "source_vetoes": True, "alarm": None}
     plain |= {"last": 50.0, "selected": 50.0}
     return Candidate(**{**plain, "method": method, **values})
 
@@ -126,6 +126,7 @@ def test_vetoes():
     both = "source validation 80.0 < 88.0; collapse alarm: step 3: b vanished"
     assert vetoes(alarmed, reference) == both
     assert vetoes(candidate("a", source_val=None), reference) == ""  # it saw no source
+    assert vetoes(candidate("a", source_val=1.0, source_vetoes=False), reference) == ""
     assert vetoes(none(alarm="step 3: b vanished", source_val=1.0), reference) == ""
 
 
@@ -169,6 +170,17 @@ def test_the_default_rule_lets_infomax_judge_only_what_is_not_trained_on_it():
     assert choose([none(infomax=0.1), best, other, trained]) is trained
     assert choose([none(infomax=0.9, agreement=0.1), best]).reference
     assert choose([none(), candidate("a", judged=False, agreement=0.3)]).method == "a"
+
+
+def test_the_default_rule_takes_what_changes_least_with_the_seed():
+    best = candidate("best", judged=False, between_seeds=0.9)
+    other = candidate("other", infomax=0.9, agreement=0.9, between_seeds=0.8)
+    candidates = [none(between_seeds=0.5), other, best]
+    assert choose(candidates) is best
+    best.veto = "an alarm"
+    assert choose(candidates) is other
+    best.veto, candidates[0].between_seeds = "", None  # of which there is one seed
+    assert choose(candidates) is other
 
 
 def test_each_rule_takes_the_highest_known_score():

@@ -1645,14 +1645,24 @@ def test_an_augmentation_of_the_source_alone_leaves_the_upper_bound_held_out(pic
     assert domains.target_test_note == "a held-out tenth of the target"
 
 
-def test_criteria_see_a_seeded_sample_of_target_training_images():
-    chosen = [
-        open_domains(data_config(select_images=50), seed).criteria.indices for seed in (0, 0, 1)
-    ]
+def test_criteria_see_one_sample_of_target_training_images():
+    chosen = [open_domains(data_config(select_images=50), seed).criteria.indices for seed in (0, 1)]
     assert len(chosen[0].unique()) == 50
-    assert torch.equal(chosen[0], chosen[1])
-    assert not torch.equal(chosen[0], chosen[2])
+    assert torch.equal(*chosen)
+    assert chosen[0].diff().float().std() > 1  # not the first ones, and not every fourth
     assert len(open_domains(data_config(select_images=5000), 0).criteria) == 200
+
+
+def test_criteria_of_seeds_that_hold_out_other_images_share_what_they_can(pictures):
+    pictures("photo", {"cat": 5, "dog": 5})
+    pictures("sketch", {"cat": 50, "dog": 50})
+    config = folder_config(test_share=0.3, select_images=30)
+    domains = [open_domains(config, seed) for seed in (0, 1)]
+    sampled = [set(x.criteria.indices.tolist()) for x in domains]
+    trained = [set(x.target.indices.tolist()) for x in domains]
+    assert trained[0] != trained[1]  # control
+    assert all(len(x) == 30 and x <= y for x, y in zip(sampled, trained, strict=True))
+    assert len(sampled[0] & sampled[1]) > 15  # of samples by chance 30 * 30 / 100 = 9
 
 
 def test_without_target_labels_there_are_no_target_figures(pictures, tmp_path):

@@ -312,6 +312,9 @@ def test_what_has_lost_the_source_is_not_selected():
     assert choose(history, "infomax")["selected"]["step"] == 2
     history[1]["source_count"] = 1000  # control
     assert choose(history, "infomax")["selected"]["step"] == 1
+    for entry in history:
+        entry["source_vetoes"] = False
+    assert choose(history, "infomax")["selected"]["step"] == 2
     # The second would be the best of those that remain, and its weights are gone.
     assert steps((88.0, 0.9), (89.0, 0.8), (90.5, 0.1)) == [1, 1, 3]
 

@@ -13,7 +13,7 @@ from PIL import Image
 
 from data.config import DataConfig, DomainConfig
 from data.domains import open_domains
-from data.fingerprint import difference, fingerprint
+from data.fingerprint import difference, fingerprint, short_name
 from data.image_set import ImageSet, image_set
 
 
@@ -166,19 +166,18 @@ def test_built_in_sets(name):
     assert difference(found, open_domains(config, 0).fingerprints()) is None
 
 
-def test_what_names_the_sample_of_the_criteria(root):
-    """The same images, whether the target has class names or not; others are another sample."""
+def test_the_short_name_of_a_set(root):
+    """The same images, whether the target has class names or not, and whatever is held out."""
 
-    def name(classes: bool = True, **keys) -> str:
+    def name(classes: bool = True, seed: int = 0, **keys) -> str:
         both = (DomainConfig(name="folder", path=path) for path in ("photo", "sketch"))
-        domains = open_domains(DataConfig(*both, root=str(root), **keys), 0)
-        target = domains.target
+        target = open_domains(DataConfig(*both, root=str(root), **keys), seed).target
         target = target if classes else replace(target, classes=None)
-        return domains.sample_fingerprint(fingerprint(target, root))
+        return short_name(fingerprint(target, root))
 
     before = name()
     assert name() == before
     assert name(classes=False) == before
-    assert name(select_images=5) != before
+    assert name(seed=1, test_share=0.2) == before
     (root / "sketch/cat/000.png").rename(root / "sketch/cat/100.png")
     assert name() != before

@@ -429,7 +429,9 @@ def test_labels_teach_what_the_source_does_not(tmp_path, pictures, few):
     assert accuracy >= 75 if few else accuracy < 40
 
 
-@pytest.mark.parametrize("script", ["train_dann", "train_pseudo", "train_adda"])
+@pytest.mark.parametrize(
+    "script", others_slow(("train_dann", "train_pseudo", "train_adda"), ("train_dann",))
+)
 def test_resume_is_exact(tmp_path, monkeypatch, script):
     config = tiny_config(tmp_path)
     assert train(script, config, "data.target_labeled=1", f"out_dir={tmp_path}/whole") == 0

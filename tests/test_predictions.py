@@ -11,17 +11,28 @@ from training.predictions import (
     LARGEST,
     POINTS,
     Sample,
+    agreement_of,
     pixels_of,
     predictions_of,
     share_that_differs,
 )
 
 
+class Numbered:
+    """A set of images whose numbers begin with 10."""
+
+    def __init__(self, images: int):
+        self.indices = torch.arange(10, 10 + images)
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+
 class Batches:
     """Batches of a set, of given sizes."""
 
     def __init__(self, sizes: list[int], images: int):
-        self.sizes, self.set = sizes, range(images)
+        self.sizes, self.set = sizes, Numbered(images)
 
     def start(self, k: int) -> int:
         return sum(self.sizes[:k])
@@ -70,7 +81,7 @@ def test_pixels_against_a_plain_loop():
     points = POINTS // 4
     expected = []
     for image in range(4):
-        for n in range(image * points, (image + 1) * points):
+        for n in range((10 + image) * points, (11 + image) * points):
             row = int((0.5 + n) * 0.5698402909980532 % 1 * 8)
             column = int((0.5 + n) * 0.7548776662466927 % 1 * 8)
             expected.append(logits[image, :, row, column])
@@ -114,14 +125,45 @@ def test_the_predictions_of_a_start(tmp_path):
     assert share_that_differs(before, now) == pytest.approx(0.5)
     assert share_that_differs(now, now) == 0
     file = tmp_path / "predictions.pt"
-    save_tensors(file, {"images": "x", "classes": ["a"], "last": now, "selected": before})
+    sample = {"set": "x", "numbers": torch.tensor([1, 2, 5, 7]), "classes": ["a"]}
+    save_tensors(file, {**sample, "last": now, "selected": before})
     for start in (tmp_path, file):
-        assert torch.equal(predictions_of(str(start), "x", ["a"]), before)
-    assert predictions_of(str(tmp_path), "y", ["a"]) is None
-    assert predictions_of(str(tmp_path), "x", ["b"]) is None
-    assert predictions_of(str(tmp_path / "gone"), "x", ["a"]) is None
-    assert predictions_of(None, "x", ["a"]) is None
-    save_tensors(file, {"images": "x"})  # it is not such a file, and none that can be read
-    assert predictions_of(str(tmp_path), "x", ["a"]) is None
+        assert torch.equal(predictions_of(str(start), sample), before)
+    assert predictions_of(str(tmp_path), {**sample, "set": "y"}) is None
+    assert predictions_of(str(tmp_path), {**sample, "classes": ["b"]}) is None
+    assert predictions_of(str(tmp_path), {**sample, "numbers": torch.arange(4)}) is None
+    assert predictions_of(str(tmp_path / "gone"), sample) is None
+    assert predictions_of(None, sample) is None
+    save_tensors(file, {"set": "x"})  # it is not such a file, and none that can be read
+    assert predictions_of(str(tmp_path), sample) is None
     file.write_text("damaged")
-    assert predictions_of(str(tmp_path), "x", ["a"]) is None
+    assert predictions_of(str(tmp_path), sample) is None
+
+
+@pytest.mark.parametrize("per_image", [1, 3])
+def test_agreement_of_two_runs_against_a_loop(per_image):
+    random = torch.Generator().manual_seed(0)
+
+    def run(numbers: list[int]) -> dict:
+        logits = torch.randn(len(numbers) * per_image, 4, generator=random).half()
+        numbers = torch.tensor(numbers, dtype=torch.int32)
+        return {"set": "x", "classes": ["a"], "numbers": numbers, "selected": logits}
+
+    first, second = run([1, 3, 4, 8, 9]), run([0, 3, 8, 9, 11, 12])
+    places = {
+        number: [x["numbers"].tolist().index(number) for x in (first, second)]
+        for number in (3, 8, 9)
+    }
+    equal = []
+    for i, j in places.values():
+        for k in range(per_image):
+            row, other = first["selected"][i * per_image + k], second["selected"][j * per_image + k]
+            equal.append(float(row.argmax() == other.argmax()))
+    assert 0 < sum(equal) < len(equal)  # control
+    assert agreement_of(first, second) == pytest.approx(sum(equal) / len(equal))
+    assert agreement_of(first, first) == 1
+    assert agreement_of(first, run([2, 5])) is None
+    assert agreement_of(first, {**second, "set": "y"}) is None
+    assert agreement_of(first, {**second, "classes": ["b"]}) is None
+    fewer = {**second, "selected": second["selected"].repeat_interleave(2, 0)}
+    assert agreement_of(first, fewer) is None  # other pixels of each map

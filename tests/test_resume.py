@@ -461,7 +461,10 @@ def test_a_run_does_not_go_on_with_other_data(tmp_path, monkeypatch, pictures):
 # --- without what the run started from
 
 
-@pytest.mark.parametrize("script", [*SOURCE_FREE, "finetune", "train_dann", "train_adda"])
+@pytest.mark.parametrize(
+    "script",
+    others_slow((*SOURCE_FREE, "finetune", "train_dann", "train_adda"), ("train_shot", "finetune")),
+)
 def test_a_run_goes_on_without_the_run_it_started_from(tmp_path, monkeypatch, script):
     """All of it is in the checkpoint, the names of the classes too."""
     if script in SOURCE_FREE:

@@ -220,7 +220,7 @@ def test_the_classifier_is_frozen_and_everything_else_moves(tmp_path, task, mode
             assert not torch.equal(value, after[name]), f"{name} did not move"
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", others_slow(TASKS, ("classification",)))
 def test_the_running_statistics_are_those_of_the_plain_target(tmp_path, task):
     """The strong view is normalized by its own, and leaves them as the weak view makes them."""
     config, state = shot_config(tmp_path, task), {}
@@ -329,9 +329,9 @@ def test_stopped_within_an_evaluation_and_resumed_is_exact(
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "run")
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", others_slow(TASKS, ("classification",)))
 def test_target_labels_do_not_train_or_select(tmp_path, monkeypatch, task):
-    config = shot_config(tmp_path, task, steps=4, eval_every=2, centroid_every=2)
+    config = shot_config(tmp_path, task, steps=2, eval_every=1, centroid_every=1)
     assert train("train_shot", config, f"out_dir={tmp_path}/plain") == 0
     module, opener = {
         "classification": (data.classification, "open_drawn"),
@@ -377,7 +377,7 @@ def test_a_dry_run_writes_nothing(tmp_path, capsys):
 def test_mixed_precision(tmp_path, amp):
     config = shot_config(tmp_path, log_every=1)
     for precision in (amp, "float32"):
-        keys = [f"amp={precision}", "eval_every=1000", f"out_dir={tmp_path}/{precision}", "steps=4"]
+        keys = [f"amp={precision}", "eval_every=1000", f"out_dir={tmp_path}/{precision}", "steps=2"]
         assert train("train_shot", config, *keys, "data.eval_batch=20") == 0
     low, full = ([m for m in metrics(tmp_path / p) if "lr" in m] for p in (amp, "float32"))
     assert low != full

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import statistics
 from pathlib import Path
 
 import pytest
@@ -169,11 +170,18 @@ def test_choose_reports_what_is_chosen_and_what_it_is_worth(chosen):
     assert [x.reference for x in candidates] == [True, False, False] * 2
     assert [x.judged for x in candidates] == [True, True, False] * 2
     assert [x.seed for x in candidates] == [0] * 3 + [1] * 3
+    assert not any(x.source_vetoes for x in candidates)  # of LeNet, whose batch norm trains
     summary = json.loads((folder / "runs/mcc_seed1/summary.json").read_text())
     assert candidates[5].selected == pytest.approx(
         summary["target"]["selected"]["accuracy"], abs=0.01
     )
     assert candidates[5].source_val == pytest.approx(summary["selection"]["source_val"], abs=0.01)
+    for name, pair in {"one": (0, 3), "mcc": (2, 5)}.items():
+        files = [load_tensors(folder / f"runs/{name}_seed{seed}/predictions.pt") for seed in (0, 1)]
+        classes = [file["selected"].argmax(1).tolist() for file in files]
+        expected = statistics.fmean(x == y for x, y in zip(*classes, strict=True))
+        for number in pair:
+            assert candidates[number].between_seeds == pytest.approx(expected, abs=1e-4)
     # Their infomax is the criterion that the run has selected by.
     assert candidates[5].infomax == pytest.approx(summary["selection"]["value"], abs=1e-3)
 
@@ -183,7 +191,7 @@ def test_runs_that_do_not_fit_together_are_refused(chosen, monkeypatch):
     monkeypatch.chdir(folder)
     file = folder / "runs/mcc_seed1/predictions.pt"
     before = load_tensors(file)
-    save_tensors(file, {**before, "images": "others"})
+    save_tensors(file, {**before, "set": "others"})
     argv = ["suite.yaml", "--seeds", "0", "1", "--choose"]
     with pytest.raises(UserError, match="runs/mcc_seed1 have other target images or classes"):
         reproduce.main(argv)

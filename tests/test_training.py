@@ -71,12 +71,12 @@ PRECISIONS += [pytest.param(*x, marks=pytest.mark.slow) for x in OTHERS if x not
 
 @pytest.mark.parametrize(("script", "amp"), PRECISIONS)
 def test_mixed_precision_trains(tmp_path, script, amp):
-    short = ["steps=20", "log_every=5", "eval_every=1000", "data.eval_batch=10", "optim.lr=0.05"]
-    short += {"train_adda": ["source_steps=15"]}.get(script, [])
+    short = ["steps=10", "log_every=5", "eval_every=1000", "data.eval_batch=10", "optim.lr=0.05"]
+    short += {"train_adda": ["source_steps=7"]}.get(script, [])
     assert train(script, tiny_config(tmp_path), f"amp={amp}", *short) == 0
     losses = [line["cls_loss"] for line in metrics(tmp_path / "run") if "cls_loss" in line]
     assert losses[-1] < losses[0]
-    scaler = weights(tmp_path / "run", "checkpoints/step_00000020.pt")["scaler"]
+    scaler = weights(tmp_path / "run", "checkpoints/step_00000010.pt")["scaler"]
     assert bool(scaler) == (amp == "float16")
     assert train(script, tiny_config(tmp_path), *short, f"out_dir={tmp_path}/full") == 0
     # control: the precision did change
@@ -86,8 +86,8 @@ def test_mixed_precision_trains(tmp_path, script, amp):
 def test_the_discriminator_can_learn_and_can_be_fooled(tmp_path):
     config = tiny_config(
         tmp_path,
-        steps=120,
-        log_every=20,
+        steps=60,
+        log_every=40,
         eval_every=1000,
         disc_hidden=64,
         reversal_schedule="constant",
@@ -179,7 +179,7 @@ def test_advent_moves_one_network_at_a_time(tmp_path, task):
 def test_advent_makes_the_target_as_sure_as_the_source(tmp_path):
     """Fooling a discriminator of self-information lowers the target's entropy."""
     config = tiny_config(
-        tmp_path, steps=200, eval_every=1000, log_every=20, optim="{lr: 0.02, schedule: constant}"
+        tmp_path, steps=60, eval_every=1000, log_every=40, optim="{lr: 0.02, schedule: constant}"
     )
     last = {}
     for weight in ("1e-30", "1"):
@@ -271,7 +271,7 @@ def test_gradients_are_clipped_after_they_are_unscaled(tmp_path, script, amp):
 
 def test_entropy_falls_and_diversity_holds_it(tmp_path):
     """MinEnt makes predictions sure; with diversity they stay spread over the classes."""
-    config = tiny_config(tmp_path, steps=60, eval_every=1000, log_every=20)
+    config = tiny_config(tmp_path, steps=30, eval_every=1000, log_every=20)
     last = {}
     for name, keys in {
         "source": ["ent_weight=0"],
@@ -328,7 +328,9 @@ def test_mcc_in_dann_is_that_of_train_mcc(tmp_path):
     assert all("mcc_loss" in line for line in metrics(tmp_path / "both") if "lr" in line)
 
 
-@pytest.mark.parametrize("keys", [["model.bn=concat"], ["model.bn=separate"]])
+@pytest.mark.parametrize(
+    "keys", [pytest.param(["model.bn=concat"], marks=pytest.mark.slow), ["model.bn=separate"]]
+)
 def test_a_bound_of_the_reversal_that_is_never_reached_changes_nothing(tmp_path, keys):
     config, state = tiny_config(tmp_path), {}
     for bound in ("null", "1e9", "0.1"):
@@ -390,23 +392,25 @@ def test_every_adaptation_watches_its_target_predictions(tmp_path, script, task)
     assert not any("predicted" in entry for entry in history)  # a thousand classes would fill it
 
 
-def collapsing(folder) -> list[str]:
+@pytest.fixture(scope="module")
+def collapsing(tmp_path_factory):
     """A config, and keys of train_advent.py with which a trained model loses classes.
 
     Entropy alone is lowest where every image has the same class.
     """
+    folder = tmp_path_factory.mktemp("collapsing")
     config = tiny_config(folder)
     source = ["steps=30", "data.batch=32", "optim.lr=0.05", "data.size=28"]
     assert train("train_source", config, *source, f"out_dir={folder}/source") == 0
     keys = ["adv_weight=0", "ent_weight=8", "optim.lr=0.01", "data.batch=16", "steps=60"]
     keys += ["eval_every=10", "select=neg_entropy", f"init_from={folder}/source"]
-    keys += ["data.size=28"]
+    keys += ["data.size=28", "out_dir=run"]
     keys += ["data.select_images=60"]  # of fewer it is not sure that a class has vanished
     return [str(config), *keys]
 
 
-def test_a_collapsed_evaluation_is_neither_selected_nor_silent(tmp_path, capsys):
-    assert train("train_advent", *collapsing(tmp_path)) == 0
+def test_a_collapsed_evaluation_is_neither_selected_nor_silent(tmp_path, capsys, collapsing):
+    assert train("train_advent", *collapsing) == 0
     result, out = summary(tmp_path / "run"), capsys.readouterr().out
     assert list(result["collapsed"]) == ["last"]
     reason = result["collapsed"]["last"]
@@ -423,14 +427,14 @@ def test_a_collapsed_evaluation_is_neither_selected_nor_silent(tmp_path, capsys)
         assert f"step {alarm['step']}  collapse alarm: {alarm['reason']}" in out
 
 
-def test_a_script_that_does_not_watch_is_watched_at_its_evaluations(tmp_path):
+def test_a_script_that_does_not_watch_is_watched_at_its_evaluations(tmp_path, collapsing):
     """A copy without the line of the monitor."""
     text = (ROOT / "train_advent.py").read_text()
     line = "        run.monitor.add(out_t.logits)\n"
     assert text.count(line) == 1
     script = tmp_path / "train_mine.py"
     script.write_text(text.replace(line, ""))
-    assert load_script(script).main(["--config", *collapsing(tmp_path)]) == 0
+    assert load_script(script).main(["--config", *collapsing]) == 0
     result = summary(tmp_path / "run")
     assert result["collapse_alarms"]
     assert all(a["reason"].startswith("evaluation: ") for a in result["collapse_alarms"])

@@ -234,13 +234,15 @@ def _select(history: list[dict], select: str) -> dict:
     """The evaluation with the highest criterion, of equal values the first one.
 
     A collapsed evaluation is selected only if all are. One whose source validation is more than
-    `source_margin` below the best so far is not selected either. As evaluations come one by one and
-    only the selected weights are kept, one that the best source validation yet rules out is
-    replaced by the evaluation that has it.
+    `source_margin` below the best so far is not selected either, unless `source_vetoes` is false.
+    As evaluations come one by one and only the selected weights are kept, one that the best source
+    validation yet rules out is replaced by the evaluation that has it.
     """
     selected, best = history[0], -math.inf
 
     def is_vetoed(entry: dict) -> bool:
+        if not entry.get("source_vetoes", True):
+            return False
         source_val = _rank(entry["criteria"].get("source_val", math.inf))
         return source_val < best - source_margin(entry.get("source_count", 0))
 
@@ -261,7 +263,8 @@ def choose(history: list[dict], select: str) -> dict:
 
     Args:
         history: {"step", "criteria", "target", "collapsed"} of each evaluation; the last is the
-            reason that `CollapseMonitor.judge` gives, or None.
+            reason that `CollapseMonitor.judge` gives, or None. `source_vetoes`: whether source
+            validation rules evaluations out; default: true.
         select: the criterion whose highest value selects, see `_select`; or `last`.
 
     Returns:

@@ -34,8 +34,8 @@ def pixels_of(numbers: torch.Tensor, height: int, width: int) -> tuple[torch.Ten
 class Sample:
     """Logits of each image of a loader, or of a few pixels of each map.
 
-    The pixels depend on the number of the image in its set alone, so that runs of other networks,
-    batch sizes or numbers of processes have predictions of the same pixels.
+    The pixels depend on the number of the image alone, so that runs of other networks, seeds, batch
+    sizes or numbers of processes have predictions of the same pixels.
 
     Args:
         loader: of the images.
@@ -55,7 +55,10 @@ class Sample:
         self.count += len(logits)
         if logits.dim() > 2:
             count, _, height, width = logits.shape
-            numbers = start * self.points + torch.arange(count * self.points)
+            of_images = torch.arange(start, start + count)
+            if self.batches is not None:
+                of_images = self.batches.set.indices[of_images]
+            numbers = (of_images[:, None] * self.points + torch.arange(self.points)).flatten()
             rows, columns = pixels_of(numbers, height, width)
             images = torch.arange(count).repeat_interleave(self.points)
             device = logits.device
@@ -77,13 +80,23 @@ class Sample:
         return torch.cat([x for _, x in numbered]).half()  # autocast cannot join halves on a CPU
 
 
-def predictions_of(start: str | None, images: str, classes: list[str]) -> torch.Tensor | None:
+def is_of_same_images(first: dict, second: dict) -> bool:
+    """Whether two samples are of the same images and classes.
+
+    Args:
+        first, second: contents of predictions.pt. `set` names the images of the domain, `numbers`
+            (N,) are those in the sample, and `classes` the names of the classes.
+    """
+    same_set = all(first[name] == second[name] for name in ("set", "classes"))
+    return same_set and torch.equal(first["numbers"], second["numbers"])
+
+
+def predictions_of(start: str | None, sample: dict) -> torch.Tensor | None:
     """The logits that the run `start` has left of its selected step on the same images.
 
     Args:
         start: a run folder, or a file in it.
-        images: names the sample.
-        classes: names of the classes.
+        sample: see `is_of_same_images`.
 
     Returns:
         None if that run has no such file that can be read, or one of other images or classes.
@@ -93,10 +106,33 @@ def predictions_of(start: str | None, images: str, classes: list[str]) -> torch.
     place = Path(start)
     try:
         saved = files.load_tensors((place.parent if place.is_file() else place) / PREDICTIONS)
-        same = (saved["images"], saved["classes"]) == (images, classes)
-        return saved["selected"] if same else None
+        return saved["selected"] if is_of_same_images(saved, sample) else None
     except (UserError, KeyError):  # it is for a figure more, for which no run is to fail
         return None
+
+
+def agreement_of(first: dict, second: dict) -> float | None:
+    """The share of predictions of two runs' selected steps that are of the same class.
+
+    The runs may have sampled other images of the same domain, such as those that their seed has
+    left to train on. Those that both have count.
+
+    Args:
+        first, second: contents of predictions.pt.
+
+    Returns:
+        None if the runs have no image in common, or other domains or classes.
+    """
+    if any(first[name] != second[name] for name in ("set", "classes")):
+        return None
+    of_both = [x["selected"].unflatten(0, (len(x["numbers"]), -1)) for x in (first, second)]
+    if of_both[0].shape[1] != of_both[1].shape[1]:  # other numbers of pixels per map
+        return None
+    common = [torch.isin(x["numbers"], y["numbers"]) for x, y in ((first, second), (second, first))]
+    if not common[0].any():
+        return None
+    one, other = (x[kept].argmax(2) for x, kept in zip(of_both, common, strict=True))
+    return float((one == other).double().mean())
 
 
 def share_that_differs(first: torch.Tensor, second: torch.Tensor) -> float:

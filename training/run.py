@@ -28,7 +28,7 @@ from common.config import dump, flat_values, flatten, load_config
 from common.errors import UserError, observe
 from common.provenance import code_version
 from data import Domains, EvaluationSets, check_files, open_domains, target_size
-from data.fingerprint import difference
+from data.fingerprint import difference, short_name
 from data.loaders import Loader, WorkerError
 from data.order import generator
 from models.card import card_text
@@ -567,6 +567,8 @@ class Run:
         verdict = self.monitor.judge(step, predicted) if predicted else {"collapsed": None}
         entry = {name: value for name, value in metrics.items() if name != "predicted"}
         entry = {"step": step, **entry, "collapsed": verdict["collapsed"]}
+        # Statistics of the target alone leave the source behind, the better they fit the target.
+        entry["source_vetoes"] = self.config.model.bn_running != "target"
         self.history = compact([*self.history, entry], self.config.select)
         others = ("confusion", "source_count")
         record = {name: value for name, value in metrics.items() if name not in others}
@@ -630,17 +632,20 @@ class Run:
         self.log.tracker.finish()
         sys.exit(128 + number)
 
-    def _sample(self) -> tuple[str, list[str]] | None:
+    def _sample(self) -> dict | None:
         """What names the images of `predictions`, and the classes; None without such images."""
         if self.domains.criteria is None:
             return None
-        images = self.domains.sample_fingerprint(self.fingerprints["target"])
-        return images, self.domains.classes
+        return {
+            "set": short_name(self.fingerprints["target"]),
+            "numbers": self.domains.criteria.indices.int(),
+            "classes": self.domains.classes,
+        }
 
     def _predictions_of_start(self) -> dict[str, torch.Tensor]:
         """The predictions of the run that `init_from` names, if they are of the same images."""
         sample = self._sample()
-        logits = predictions_of(self.config.init_from, *sample) if sample else None
+        logits = predictions_of(self.config.init_from, sample) if sample else None
         return {} if logits is None else {"start": logits}
 
     def _write_predictions(self) -> dict:
@@ -648,11 +653,9 @@ class Run:
 
         It is empty if this run starts from none, or from one that has not predicted these images.
         """
-        (images, classes), start = self._sample(), self.predictions.get("start")
+        start = self.predictions.get("start")
         saved = {name: self.predictions[name] for name in ("last", "selected")}
-        files.save_tensors(
-            self.folder / PREDICTIONS, {"images": images, "classes": classes, **saved}
-        )
+        files.save_tensors(self.folder / PREDICTIONS, {**self._sample(), **saved})
         if start is None:
             return {}
         share = share_that_differs(start, saved["selected"])
