@@ -32,7 +32,7 @@ from analysis.candidates import (
     unfinished,
 )
 from analysis.choice import to_csv
-from analysis.suite_table import commits, report
+from analysis.suite_table import commits, place, report
 from analysis.suites import Entry, Suite, check_is_suite, script_config
 from common.config import changed_keys, dump_value, load_config
 from common.errors import UserError, exit_with
@@ -192,28 +192,6 @@ def run_all(jobs: list[Job], at_once: int) -> tuple[int, int | None]:
 
 
 # --- the command line
-
-
-def place(path: Path, name: str, block: str) -> str:
-    """The text of `path` with `block` between the markers of `name`.
-
-    If the file has no such markers, they are appended with the block.
-
-    Raises:
-        UserError: the file cannot be read, or its markers are not one pair.
-    """
-    try:
-        text = path.read_bytes().decode() if path.exists() else ""
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not utf-8 text"
-        raise UserError(f"--out: {path} cannot be read ({reason})") from None
-    begin, end = f"<!-- begin: {name} -->", f"<!-- end: {name} -->"
-    marked = f"{begin}\n{block}\n{end}"
-    if begin not in text and end not in text:
-        return f"{text}\n{marked}\n" if text else f"{marked}\n"
-    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-        raise UserError(f"--out: {path} must contain {begin} and {end} once each, in this order")
-    return text[: text.index(begin)] + marked + text[text.index(end) + len(end) :]
 
 
 def parse_args(argv: list[str]) -> argparse.Namespace:

@@ -197,9 +197,10 @@ def choice_report(suite: Suite, candidates: list[Candidate], folder_of: Callable
     parts.append(
         "Scores are of the selected step on unlabeled target images. Changed: share of predictions "
         f"in percent that differ from those of {suite.baselines[0]}. Vetoes: source validation "
-        f"more than {suite.margin:g} points (and two images) below that of {suite.baselines[0]}, "
-        "or a collapse alarm. The rule: the best by infomax of the runs whose loss does not "
-        "contain it, beside all others; of these, the one that agrees most with the ensemble of "
-        "the methods that are not vetoed (docs/selection.md)."
+        f"more than {suite.margin:g} points (and two images) below that of {suite.baselines[0]} "
+        "where batch norm does not train, or a collapse alarm. The rule: the method whose "
+        "predictions agree most between seeds; with one seed, the best by infomax of the runs "
+        "whose loss does not contain it, beside all others, and of these the one that agrees most "
+        "with the ensemble of the methods that are not vetoed (docs/selection.md)."
     )
     return "\n\n".join(parts)

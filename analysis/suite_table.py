@@ -4,8 +4,10 @@ import collections
 import shlex
 import statistics
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 from analysis.suites import Entry, Suite
+from common.errors import UserError
 from common.metrics import main_metric
 
 ORACLE = "oracle (chosen on target test labels: no result)"
@@ -234,3 +236,25 @@ def report(suite: Suite, results: list[dict[int, dict]], seeds: list[int], argv:
         f"{commit_note(commits(summaries))}; on {machines}.",
     ]
     return "\n\n".join(parts)
+
+
+def place(path: Path, name: str, block: str) -> str:
+    """The text of `path` with `block` between the markers of `name`.
+
+    If the file has no such markers, they are appended with the block.
+
+    Raises:
+        UserError: the file cannot be read, or its markers are not one pair.
+    """
+    try:
+        text = path.read_bytes().decode() if path.exists() else ""
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not utf-8 text"
+        raise UserError(f"--out: {path} cannot be read ({reason})") from None
+    begin, end = f"<!-- begin: {name} -->", f"<!-- end: {name} -->"
+    marked = f"{begin}\n{block}\n{end}"
+    if begin not in text and end not in text:
+        return f"{text}\n{marked}\n" if text else f"{marked}\n"
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise UserError(f"--out: {path} must contain {begin} and {end} once each, in this order")
+    return text[: text.index(begin)] + marked + text[text.index(end) + len(end) :]

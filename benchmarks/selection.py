@@ -2,6 +2,7 @@
 
     python benchmarks/selection.py runs.csv
     python benchmarks/selection.py runs.csv --without "PACS, art painting -> photo"
+    python benchmarks/selection.py docs/selection.csv --out docs/selection.md
 
 The file is written by `python reproduce.py SUITE --choose --csv FILE`. For each task each seed
 chooses once, and the choice is measured on the other seeds, or on itself if there is no other.
@@ -27,8 +28,9 @@ from analysis.choice import (
     worth,
     worth_table,
 )
-from analysis.suite_table import markdown
+from analysis.suite_table import markdown, place
 from common.errors import UserError, exit_with
+from common.files import write_text
 
 
 def by_task(candidates: Sequence[Candidate]) -> dict[str, list[Candidate]]:
@@ -58,8 +60,18 @@ def seeds_of(candidates: Sequence[Candidate]) -> list[list[Candidate]]:
     return [[x for x in candidates if x.seed == seed] for seed in seeds]
 
 
+def one_method(candidates: Sequence[Candidate]) -> dict[str, list[Candidate]]:
+    """{method: its runs} of the methods that all tasks have; of a grid, the first setting."""
+    found = []
+    for of_task in by_task(candidates).values():
+        methods = {x.family: x.method for x in reversed(of_task) if not x.reference}
+        found.append({name: [x for x in of_task if x.method == methods[name]] for name in methods})
+    common = [name for name in found[0] if all(name in methods for methods in found)]
+    return {name: [x for methods in found for x in methods[name]] for name in common}
+
+
 def rules_table(candidates: Sequence[Candidate]) -> str:
-    """One row per rule, with and without vetoes, and two that choose nothing."""
+    """One row per rule, with and without vetoes, and rows that choose nothing."""
     head = ("rule", "vetoes", "mean regret", "worst regret", "mean gain", "worst gain")
     head = (*head, "below no adaptation", "rank correlation")
     tasks, rows = by_task(candidates).values(), []
@@ -75,9 +87,12 @@ def rules_table(candidates: Sequence[Candidate]) -> str:
             rows.append((rule, "yes" if veto else "no", *_figures(worths), correlation))
     plain = [worth(of_task, x) for of_task in tasks for x in of_task if x.reference]
     rows.append(("no adaptation", "-", *_figures(plain), "-"))
-    others = [worth(of_task, x) for of_task in tasks for x in of_task if not x.reference]
-    last = [replace(x, selected=x.last, gains=[x.last - x.reference]) for x in others]
-    rows.append(("any adapted run, last step", "-", *_figures(last), "-"))
+    fixed = {f"always {name}": runs for name, runs in one_method(candidates).items()}
+    fixed["any adapted run"] = [x for x in candidates if not x.reference]
+    for name, runs in fixed.items():
+        of = [worth(by_task(candidates)[x.task], x) for x in runs]
+        last = [replace(x, selected=x.last, gains=[x.last - x.reference]) for x in of]
+        rows.append((f"{name}, last step", "-", *_figures(last), "-"))
     return markdown(head, rows)
 
 
@@ -107,6 +122,21 @@ def check_complete(candidates: Sequence[Candidate], file: Path) -> None:
                 )
 
 
+def tables(candidates: Sequence[Candidate]) -> str:
+    """The number of runs, what each rule is worth, and what the default rule chooses."""
+    families = {x.family for x in candidates}
+    count = (
+        f"{len(candidates)} runs of {len(families)} methods on {len(by_task(candidates))} tasks, "
+        f"{sum(x.hours for x in candidates):.1f} hours."
+    )
+    chosen = [
+        worth(of_task, choose(of_seed))
+        for of_task in by_task(candidates).values()
+        for of_seed in seeds_of(of_task)
+    ]
+    return "\n\n".join([count, rules_table(candidates), worth_table(chosen)])
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -114,6 +144,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("file", type=Path, metavar="FILE", help="csv file of reproduce.py --csv")
     without_help = "leave these tasks out"
     parser.add_argument("--without", nargs="+", default=[], metavar="TASK", help=without_help)
+    out_help = "write the tables into this file, between its markers"
+    parser.add_argument("--out", type=Path, metavar="FILE", help=out_help)
     args = parser.parse_args(argv)
     candidates = from_csv(args.file)
     tasks = by_task(candidates)
@@ -121,18 +153,10 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--without: no task {unknown[0]!r}; there are {', '.join(tasks)}")
     remaining = [x for x in candidates if x.task not in args.without]
     check_complete(remaining, args.file)
-    families = {x.family for x in remaining}
-    print(
-        f"{len(remaining)} runs of {len(families)} methods on {len(by_task(remaining))} tasks, "
-        f"{sum(x.hours for x in remaining):.1f} hours\n"
-    )
-    print(rules_table(remaining), "\n")
-    chosen = [
-        worth(of_task, choose(of_seed))
-        for of_task in by_task(remaining).values()
-        for of_seed in seeds_of(of_task)
-    ]
-    print(worth_table(chosen))
+    text = tables(remaining)
+    print(text)
+    if args.out:
+        write_text(args.out, place(args.out, "selection", text))
     return 0
 
 

@@ -322,7 +322,7 @@ def test_the_benchmark_against_hand_computation(tmp_path, capsys):
     file.write_text(to_csv(of_seeds()))
     assert selection.main([str(file)]) == 0
     out = capsys.readouterr().out
-    assert out.startswith("9 runs of 3 methods on 1 tasks, 0.0 hours\n")
+    assert out.startswith("9 runs of 3 methods on 1 tasks, 0.0 hours.\n")
     rows = {}
     for line in out.splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
@@ -339,6 +339,13 @@ def test_the_benchmark_against_hand_computation(tmp_path, capsys):
     # 1, 6.5 and 6.5; a gains 7.5, 8 and 8.5, b 16.5, 2.5 and 3.
     last = rows["any adapted run, last step", "-"]
     assert last[:5] == ["4.3", "10.0", "+7.7", "+2.5", "0 of 6"]
+    assert rows["always a, last step", "-"][:5] == ["4.0", "10.0", "+8.0", "+7.5", "0 of 3"]
+    assert ("always none, last step", "-") not in rows
+    page = tmp_path / "page.md"
+    page.write_text("text\n")
+    assert selection.main([str(file), "--out", str(page)]) == 0
+    begin, end = "<!-- begin: selection -->", "<!-- end: selection -->"
+    assert page.read_text() == f"text\n\n{begin}\n{out.strip()}\n{end}\n"
     with pytest.raises(UserError, match="--without: no task 'x'; there are A -> B"):
         selection.main([str(file), "--without", "x"])
     unlabeled = [Candidate(**{**vars(x), "selected": None}) for x in of_seeds()]
