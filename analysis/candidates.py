@@ -7,6 +7,7 @@ from pathlib import Path
 
 from analysis.choice import (
     Candidate,
+    are_compared,
     candidates_table,
     choose,
     score,
@@ -17,7 +18,6 @@ from analysis.suites import Entry, Suite
 from common.errors import UserError
 from common.files import load_tensors
 from common.metrics import main_metric
-from models.backbones import has_batch_norm
 from training.predictions import PREDICTIONS, agreement_of, is_of_same_images
 
 
@@ -27,11 +27,6 @@ def _alarm(summary: dict) -> str | None:
         return reason
     alarms = summary["collapse_alarms"]
     return f"step {alarms[0]['step']}: {alarms[0]['reason']}" if alarms else None
-
-
-def _learns_target_statistics(entry: Entry) -> bool:
-    model = entry.run_config.model
-    return model.bn != "frozen" and has_batch_norm(model.backbone, model.batch_norm)
 
 
 def _candidate(entry: Entry, seed: int, summary: dict, suite: Suite) -> Candidate:
@@ -46,7 +41,7 @@ def _candidate(entry: Entry, seed: int, summary: dict, suite: Suite) -> Candidat
         judged="infomax" not in entry.run_config.trained_criteria(),
         source_val=selection["source_val"],
         source_count=selection["source_count"],
-        source_vetoes=not _learns_target_statistics(entry),
+        source_vetoes=selection["source_vetoes"],
         alarm=_alarm(summary),
         last=target["last"].get(metric),
         selected=target["selected"].get(metric),
@@ -93,17 +88,31 @@ def candidates_of(
         logits = [predictions["selected"] for predictions in saved]
         score(candidates, logits, saved[0]["classes"], suite.margin)
         scored += zip(candidates, saved, strict=True)
-    for candidate, predictions in scored:
-        same = [x for x in scored if _is_other_seed(candidate, x[0])]
-        shares = [agreement_of(predictions, other) for _, other in same]
-        if shares and None not in shares:
-            candidate.between_seeds = statistics.fmean(shares)
+    _compare_seeds(scored)
     return [candidate for candidate, _ in scored]
 
 
-def _is_other_seed(first: Candidate, second: Candidate) -> bool:
-    same = (first.task, first.method) == (second.task, second.method)
-    return same and first.seed != second.seed
+def _compare_seeds(scored: list[tuple[Candidate, dict]]) -> None:
+    """Fill in `between_seeds` of candidates with their predictions.
+
+    Raises:
+        UserError: the seeds of a task have other target sets or classes.
+    """
+    runs_of: dict[tuple[str, str], list[tuple[Candidate, dict]]] = {}
+    for candidate, predictions in scored:
+        runs_of.setdefault((candidate.task, candidate.method), []).append((candidate, predictions))
+    for (task, method), runs in runs_of.items():
+        for candidate, predictions in runs:
+            others = [(other.seed, x) for other, x in runs if other is not candidate]
+            for seed, x in others:
+                if any(x[name] != predictions[name] for name in ("set", "classes")):
+                    raise UserError(
+                        f"--choose: {task}, {method}: seeds {candidate.seed} and {seed} have other "
+                        "target images or classes; remove the older runs to train them again"
+                    )
+            shares = [agreement_of(predictions, x) for _, x in others]
+            if known := [share for share in shares if share is not None]:
+                candidate.between_seeds = statistics.fmean(known)
 
 
 def _read(folders: list[Path]) -> list[dict]:
@@ -161,7 +170,7 @@ def unfinished(
 
 
 def choice_report(suite: Suite, candidates: list[Candidate], folder_of: Callable[..., Path]) -> str:
-    """What is chosen for each task on its first seed, and what that is worth on the other seeds.
+    """What is chosen for each task, a run of its first seed, and what that is worth on the others.
 
     Args:
         suite: whose margin is named.
@@ -173,6 +182,8 @@ def choice_report(suite: Suite, candidates: list[Candidate], folder_of: Callable
         of_task = [candidate for candidate in candidates if candidate.task == task]
         first = [candidate for candidate in of_task if candidate.seed == of_task[0].seed]
         chosen = choose(first)
+        compared = are_compared([candidate for candidate in first if not candidate.veto])
+        rule = "agreement between seeds" if compared else "infomax and agreement with the ensemble"
         folder = folder_of(task, chosen.method, seed=chosen.seed)
         changed = (
             ""
@@ -182,8 +193,8 @@ def choice_report(suite: Suite, candidates: list[Candidate], folder_of: Callable
         parts += [
             f"**{task}: chosen without target labels, seed {chosen.seed}**",
             candidates_table(first, chosen),
-            f"Chosen: {chosen.method}{changed}. The model is {folder}/model.pt; predictions by "
-            f"`python predict.py {folder} IMAGES`.",
+            f"Chosen by {rule}: {chosen.method}{changed}. The model is {folder}/model.pt; "
+            f"predictions by `python predict.py {folder} IMAGES`.",
         ]
         worths.append(worth(of_task, chosen))
     if any(x.selected is not None for x in worths):
@@ -191,16 +202,18 @@ def choice_report(suite: Suite, candidates: list[Candidate], folder_of: Callable
             "**What the choice is worth**",
             worth_table(worths),
             "Figures are by target test labels, which the choice has not seen, and means over the "
-            "named seeds: those on which it was not made, if there are others. Regret is what the "
+            "named seeds: all but that of the chosen run, if there are others. Regret is what the "
             "best method, known by these labels, has more.",
         ]
     parts.append(
-        "Scores are of the selected step on unlabeled target images. Changed: share of predictions "
-        f"in percent that differ from those of {suite.baselines[0]}. Vetoes: source validation "
-        f"more than {suite.margin:g} points (and two images) below that of {suite.baselines[0]} "
-        "where batch norm does not train, or a collapse alarm. The rule: the method whose "
-        "predictions agree most between seeds; with one seed, the best by infomax of the runs "
-        "whose loss does not contain it, beside all others, and of these the one that agrees most "
-        "with the ensemble of the methods that are not vetoed (docs/selection.md)."
+        "Scores are of the selected step on unlabeled target images. Shares of the predictions in "
+        "percent: agreement, with the ensemble of the methods that are not vetoed; between seeds, "
+        "with the same method on another seed; changed, which differ from those of "
+        f"{suite.baselines[0]}. "
+        f"Vetoes: a collapse alarm, or source validation more than {suite.margin:g} points (and "
+        f"two images) below that of {suite.baselines[0]} where batch norm does not train. The "
+        "rule: the method whose predictions agree most between seeds, if that is known of all; "
+        "else the best by infomax of the runs whose loss does not contain it, beside all others, "
+        "and of these the one that agrees most with the ensemble (docs/selection.md)."
     )
     return "\n\n".join(parts)

@@ -34,8 +34,8 @@ class Candidate:
         judged: whether infomax is no part of its training loss.
         source_val: accuracy or mean IoU on held-out source images; None without a source.
         source_count: the number of labels that it is measured on.
-        source_vetoes: whether it is measured with batch-norm statistics that no target image has
-            entered, as it is without adaptation.
+        source_vetoes: whether it may rule the run out: training has changed no statistics of batch
+            norm, which differ from those without adaptation else.
         alarm: the first collapse alarm of the run, or None.
         last, selected: the figure on the target's test images, for reports only; None without
             labels.
@@ -43,7 +43,8 @@ class Candidate:
         agreement: with the mean prediction of the candidates that are not vetoed.
         agreement_all: with that of all candidates.
         between_seeds: share of predictions that are of the same class as those of the same method
-            on another seed, in the mean over the other seeds; None without another seed.
+            on another seed, in the mean over the other seeds; None if there is no other run of the
+            method with predictions on the same images.
         changed: share of predictions that are of another class than those without adaptation.
         shares: how often the most frequent classes are predicted.
         veto: why the run is not to be chosen; "" for a candidate.
@@ -78,8 +79,9 @@ class Candidate:
 def vetoes(candidate: Candidate, reference: Candidate, margin: float = SOURCE_MARGIN) -> str:
     """Why a run is not to be chosen, found without a target label; "" if nothing speaks against it.
 
-    The reference is never vetoed. A run without source images has no source validation to lose, and
-    that of a run whose batch norm has learned the target's statistics is not to be compared.
+    The reference is never vetoed. A run without source images has no source validation to lose. If
+    batch norm learns, target images change how source images are normalized: that source validation
+    falls says nothing then.
     """
     if candidate.reference:
         return ""
@@ -100,7 +102,7 @@ def score(
     classes: Sequence[str],
     margin: float = SOURCE_MARGIN,
 ) -> None:
-    """Fill in the scores and vetoes of the candidates of one task and seed.
+    """Fill in the vetoes and all scores but `between_seeds`, of candidates of one task and seed.
 
     Args:
         candidates: one of them is the reference.
@@ -141,22 +143,31 @@ def highest(name: str) -> Callable[[Sequence[Candidate]], Candidate]:
     return rule
 
 
-def default_rule(candidates: Sequence[Candidate]) -> Candidate:
-    """The one whose predictions change least with the seed, where each has run on several seeds.
+def of_one_seed(candidates: Sequence[Candidate]) -> Candidate:
+    """The best by infomax of those that it judges, against the others by ensemble agreement.
 
-    Else the best by infomax of those that it judges, against the others by ensemble agreement:
-    infomax is no judge of a run that is trained on it. So the best of the others stands beside
+    Infomax is no judge of a run that is trained on it. So the best of the others stands beside
     these, and the one that agrees most with the ensemble of all candidates is taken.
     """
-    if all(candidate.between_seeds is not None for candidate in candidates):
-        return highest("between_seeds")(candidates)
     judged = [candidate for candidate in candidates if candidate.judged]
     best = [highest("infomax")(judged)] if judged else []
     return highest("agreement")([*best, *(c for c in candidates if not c.judged)])
 
 
+def default_rule(candidates: Sequence[Candidate]) -> Candidate:
+    """The one that agrees most between seeds if that is known of all, else `of_one_seed`."""
+    rule = highest("between_seeds") if are_compared(candidates) else of_one_seed
+    return rule(candidates)
+
+
+def are_compared(candidates: Sequence[Candidate]) -> bool:
+    """Whether each of the candidates has been compared with another seed."""
+    return all(candidate.between_seeds is not None for candidate in candidates)
+
+
 RULES = {
     "default": default_rule,
+    "one seed": of_one_seed,
     "infomax": highest("infomax"),
     "neg_entropy": highest("neg_entropy"),
     "nuclear_norm": highest("nuclear_norm"),
@@ -171,7 +182,7 @@ def choose(candidates: Sequence[Candidate], rule: str = "default", veto: bool = 
     """The chosen run of one task and seed.
 
     Args:
-        candidates: after `score`.
+        candidates: with their scores.
         rule: a name in `RULES`.
         veto: whether vetoed runs are left out. Without vetoes the ensemble is of all candidates.
     """
@@ -217,9 +228,10 @@ class Worth:
 
 
 def worth(candidates: Sequence[Candidate], chosen: Candidate) -> Worth:
-    """What a choice that was made on one seed of a task is worth on the other seeds.
+    """What a choice among the runs of one seed of a task is worth on the other seeds.
 
-    With one seed it is that of the same runs.
+    With one seed it is that of the same runs. Predictions of the other seeds may have entered the
+    choice, by `between_seeds`; their figures have not.
 
     Args:
         candidates: all runs of one task, of all seeds.

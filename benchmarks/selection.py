@@ -2,14 +2,15 @@
 
     python benchmarks/selection.py runs.csv
     python benchmarks/selection.py runs.csv --without "PACS, art painting -> photo"
-    python benchmarks/selection.py docs/selection.csv --out docs/selection.md
+    python benchmarks/selection.py runs.csv --out results.md
 
-The file is written by `python reproduce.py SUITE --choose --csv FILE`. For each task each seed
-chooses once, and the choice is measured on the other seeds, or on itself if there is no other.
+The file is written by `python reproduce.py SUITE --choose --csv FILE`. For each task a run of each
+seed is chosen, and measured by the figures of the other seeds, or by its own if there is no other.
 """
 
 import argparse
 import math
+import shlex
 import statistics
 import sys
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from analysis.choice import (
     RULES,
     Candidate,
     Worth,
+    are_compared,
     choose,
     from_csv,
     rank_correlation,
@@ -62,12 +64,12 @@ def seeds_of(candidates: Sequence[Candidate]) -> list[list[Candidate]]:
 
 def one_method(candidates: Sequence[Candidate]) -> dict[str, list[Candidate]]:
     """{method: its runs} of the methods that all tasks have; of a grid, the first setting."""
-    found = []
+    tasks = []
     for of_task in by_task(candidates).values():
-        methods = {x.family: x.method for x in reversed(of_task) if not x.reference}
-        found.append({name: [x for x in of_task if x.method == methods[name]] for name in methods})
-    common = [name for name in found[0] if all(name in methods for methods in found)]
-    return {name: [x for methods in found for x in methods[name]] for name in common}
+        first = {x.family: x.method for x in reversed(of_task) if not x.reference}
+        tasks.append({name: [x for x in of_task if x.method == first[name]] for name in first})
+    common = [name for name in tasks[0] if all(name in methods for methods in tasks)]
+    return {name: [x for methods in tasks for x in methods[name]] for name in common}
 
 
 def rules_table(candidates: Sequence[Candidate]) -> str:
@@ -75,14 +77,16 @@ def rules_table(candidates: Sequence[Candidate]) -> str:
     head = ("rule", "vetoes", "mean regret", "worst regret", "mean gain", "worst gain")
     head = (*head, "below no adaptation", "rank correlation")
     tasks, rows = by_task(candidates).values(), []
-    for rule in RULES:
+    rules = [rule for rule in RULES if rule != "between_seeds" or are_compared(candidates)]
+    for rule in rules:
         for veto in (True, False):
             worths = [
                 worth(of_task, choose(of_seed, rule, veto))
                 for of_task in tasks
                 for of_seed in seeds_of(of_task)
             ]
-            ranks = [] if rule == "default" else correlations(candidates, rule, veto)
+            is_score = hasattr(candidates[0], rule)
+            ranks = correlations(candidates, rule, veto) if is_score else []
             correlation = f"{statistics.fmean(ranks):.2f}" if ranks else "-"
             rows.append((rule, "yes" if veto else "no", *_figures(worths), correlation))
     plain = [worth(of_task, x) for of_task in tasks for x in of_task if x.reference]
@@ -90,8 +94,8 @@ def rules_table(candidates: Sequence[Candidate]) -> str:
     fixed = {f"always {name}": runs for name, runs in one_method(candidates).items()}
     fixed["any adapted run"] = [x for x in candidates if not x.reference]
     for name, runs in fixed.items():
-        of = [worth(by_task(candidates)[x.task], x) for x in runs]
-        last = [replace(x, selected=x.last, gains=[x.last - x.reference]) for x in of]
+        worths = [worth(by_task(candidates)[x.task], x) for x in runs]
+        last = [replace(x, selected=x.last, gains=[x.last - x.reference]) for x in worths]
         rows.append((f"{name}, last step", "-", *_figures(last), "-"))
     return markdown(head, rows)
 
@@ -153,10 +157,12 @@ def main(argv: list[str] | None = None) -> int:
         raise UserError(f"--without: no task {unknown[0]!r}; there are {', '.join(tasks)}")
     remaining = [x for x in candidates if x.task not in args.without]
     check_complete(remaining, args.file)
-    text = tables(remaining)
-    print(text)
+    without = f" --without {shlex.join(args.without)}" if args.without else ""
+    command = f"`python benchmarks/selection.py {args.file}{without}`:"
+    text = f"{command} {tables(remaining)}"
     if args.out:
         write_text(args.out, place(args.out, "selection", text))
+    print(text)
     return 0
 
 

@@ -572,8 +572,8 @@ def _stream(target: ImageSet, config: StreamDataConfig, seed: int) -> ImageSet:
 def _criteria(target: ImageSet, config: DataConfig) -> ImageSet:
     """The images of the label-free criteria: a sample of the target's training images.
 
-    It is no matter of the seed, so that runs of several seeds can be compared: those images come
-    first whose number has the lowest draw.
+    It does not depend on the seed, so that runs of several seeds can be compared: each image has a
+    random number that depends on its index alone, and those with the lowest numbers are taken.
     """
     order = Draws(target.indices, "criteria").uniform().flatten().argsort(stable=True)
     return target.subset(order[: config.select_images].sort().values)

@@ -33,16 +33,17 @@ def fingerprint(images: ImageSet, root: Path, files: bool = True) -> torch.Tenso
     return torch.frombuffer(bytearray(zlib.compress(text, 1)), dtype=torch.uint8)
 
 
-def short_name(found: torch.Tensor) -> str:
+def short_name(of_set: torch.Tensor) -> str:
     """A short text that differs if the images of two sets do.
 
     The names of the classes do not matter, which a target without labels does not have, nor which
     of the images the seed has left in the set.
 
     Args:
-        found: as `fingerprint` returns it.
+        of_set: as `fingerprint` returns it.
     """
-    lines = zlib.decompress(found.numpy()).split(b"\n")  # what is compressed is the library's
+    # The bytes of a compressed text depend on the library, so that its text is hashed.
+    lines = zlib.decompress(of_set.numpy()).split(b"\n")
     return hashlib.sha256(b"\n".join(lines[1:-1])).hexdigest()[:16]
 
 

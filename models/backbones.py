@@ -182,12 +182,6 @@ def _cut(name: str, entry: Cut, dense: bool) -> Layers:
     return backbone
 
 
-def has_batch_norm(name: str, batch_norm: bool = True) -> bool:
-    """Whether a backbone has it, with the arguments of `build_backbone`."""
-    entry = BACKBONES[name]
-    return batch_norm and not isinstance(entry, Transformer) and entry not in (CONVNEXT, SWIN)
-
-
 def build_backbone(
     name: str, batch_norm: bool = True, dense: bool = False
 ) -> tuple[Backbone, dict[str, int]]:

@@ -115,6 +115,13 @@ class Network(nn.Module):
         """Batch-norm layers of the backbone; new layers have no pretrained statistics to keep."""
         return (module for module in self.backbone.modules() if isinstance(module, BatchNorm))
 
+    @property
+    def learns_statistics(self) -> bool:
+        """Whether training changes the statistics of a batch-norm layer."""
+        fixed = set(self._batch_norms()) if self.freeze_statistics else set()
+        layers = (module for module in self.modules() if isinstance(module, BatchNorm))
+        return any(layer not in fixed for layer in layers)
+
     def train(self, mode: bool = True) -> "Network":
         super().train(mode)
         if self.freeze_statistics:

@@ -54,7 +54,10 @@ def one_thread():
 
 @pytest.fixture(scope="session", autouse=True)
 def no_wait_for_the_disk():
-    """What only a power cut could lose. Commands that tests start do wait."""
+    """`os.fsync` does nothing in this process: it would take a quarter of the time of all tests.
+
+    The commands that tests start wait for the disk.
+    """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield
@@ -89,7 +92,7 @@ def drawn_once():
 @pytest.fixture(scope="session", autouse=True)
 def source_runs(tmp_path_factory):
     """Source models are trained once per session: `helpers.shot_config` and others."""
-    helpers.SOURCE_RUNS["folder"] = tmp_path_factory.mktemp("source_runs")
+    helpers.source_runs = tmp_path_factory.mktemp("source_runs")
 
 
 @pytest.fixture(autouse=True)

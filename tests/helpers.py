@@ -1,6 +1,7 @@
 """Tiny runs of the real scripts, in this process."""
 
 import dataclasses
+import hashlib
 import importlib.util
 import json
 import os
@@ -26,7 +27,7 @@ from training import run as run_module
 ROOT = Path(__file__).resolve().parents[1]
 SOURCE_STREET = "source: {name: drawn_street, crop: [64, 64]}, "
 TASKS = ("classification", "segmentation")
-SOURCE_RUNS: dict[str, Path] = {}  # "folder": of source models that many tests start from
+source_runs = Path()  # conftest.py: the folder of source models that many tests start from
 
 
 def page_of(script: Path) -> Path:
@@ -150,20 +151,18 @@ def _source_run(folder: Path, task: str, changes: dict) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     model = {key: changes[key] for key in ("model",) if key in changes}
     config = config_of(task, folder, "train_source", out_dir=folder / "source", **model)
-    kept = SOURCE_RUNS["folder"] / re.sub(r"\W+", "_", f"{task} {model}")
-    if not kept.exists():
+    text = config.read_text().replace(str(folder), "")
+    trained = source_runs / hashlib.sha256(text.encode()).hexdigest()
+    if not trained.exists():
         assert train("train_source", config) == 0
-        shutil.copytree(folder / "source", kept)
+        shutil.copytree(folder / "source", trained)
     else:
-        shutil.copytree(kept, folder / "source")
+        shutil.copytree(trained, folder / "source")
     return config
 
 
 def shot_config(folder: Path, task: str = "classification", **changes) -> Path:
-    """Ten steps of train_shot.py from a run of train_source.py in folder/source.
-
-    The source model is trained first.
-    """
+    """Ten steps of train_shot.py from a run of train_source.py, which is put into folder/source."""
     config = _source_run(folder, task, changes)
     lines = {
         "out_dir": folder / "run",
@@ -176,10 +175,7 @@ def shot_config(folder: Path, task: str = "classification", **changes) -> Path:
 
 
 def aad_config(folder: Path, task: str = "classification", **changes) -> Path:
-    """Ten steps of train_aad.py from a run of train_source.py in folder/source.
-
-    The source model is trained first.
-    """
+    """Ten steps of train_aad.py from a run of train_source.py, which is put into folder/source."""
     config = _source_run(folder, task, changes)
     lines = {"out_dir": folder / "run", "init_from": folder / "source", **changes}
     return _without_source(config, task, folder / "aad.yaml", lines)
@@ -188,8 +184,8 @@ def aad_config(folder: Path, task: str = "classification", **changes) -> Path:
 def online_config(folder: Path, task: str = "classification", **changes) -> Path:
     """Ten steps of adapt_online.py from a run of train_source.py.
 
-    Without `init_from` this is trained first, in folder/source. It is so unsure that all
-    predictions are learned from.
+    Without `init_from` this is put into folder/source. It is so unsure that all predictions are
+    learned from.
     """
     if "init_from" in changes:
         config = config_of(task, folder, "train_source")
@@ -246,7 +242,8 @@ def batches_in_pieces(domains, role: str, steps: int, patch) -> dict[str, list[t
 
 def train(script: str, config: Path, *arguments: str) -> int:
     """Run a script's main; a finished run's exit 0 comes back as 0."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    numbers = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    handlers = {number: signal.getsignal(number) for number in numbers}
     try:
         return load_script(ROOT / f"{script}.py").main(["--config", str(config), *arguments])
     except SystemExit as stop:

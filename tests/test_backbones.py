@@ -22,7 +22,6 @@ from models.backbones import (
     Transformer,
     build_backbone,
     can_be_dilated,
-    has_batch_norm,
     measure,
     set_drop_path,
 )
@@ -106,11 +105,6 @@ def strides_of(name: str) -> tuple[int, ...]:
     return (entry.patch,) * 4 if isinstance(entry, Transformer) else STRIDES
 
 
-def test_which_backbones_have_batch_norm():
-    assert not has_batch_norm("lenet", batch_norm=False)
-    assert has_batch_norm("lenet")
-
-
 def test_every_backbone_of_the_table_is_tested():
     assert set(WIDTHS) == set(BACKBONES)
     assert ModelConfig.__annotations__["backbone"].__args__ == tuple(BACKBONES)
@@ -139,8 +133,6 @@ def test_widths_and_strides(name, dense):
     for layer, width, stride in zip(LAYERS, widths, strides, strict=True):
         size = (side // stride + border, 2 * side // stride + border)
         assert features[layer].shape == (1, width, *size)
-    found = any(isinstance(x, nn.modules.batchnorm._BatchNorm) for x in backbone.modules())
-    assert found == has_batch_norm(name)
     assert ("pooled" in features) != dense
     assert dense or features["pooled"].shape == (1, widths[3])
 

@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from common import ranks
-from common.files import save_tensors
+from common.files import load_tensors, save_tensors
+from tests.helpers import street_config, train
 from training.predictions import (
     LARGEST,
     POINTS,
+    PREDICTIONS,
     Sample,
     agreement_of,
     pixels_of,
@@ -167,3 +169,16 @@ def test_agreement_of_two_runs_against_a_loop(per_image):
     assert agreement_of(first, {**second, "classes": ["b"]}) is None
     fewer = {**second, "selected": second["selected"].repeat_interleave(2, 0)}
     assert agreement_of(first, fewer) is None  # other pixels of each map
+
+
+def test_the_same_pixels_of_two_seeds(tmp_path):
+    config, saved = street_config(tmp_path, "train_source", steps=8, eval_every=8), []
+    for seed in (0, 1):
+        folder = tmp_path / str(seed)
+        assert train("train_source", config, f"seed={seed}", f"out_dir={folder}") == 0
+        saved.append(load_tensors(folder / PREDICTIONS))
+    assert torch.equal(saved[0]["numbers"], saved[1]["numbers"])
+    assert saved[0]["selected"].shape == (4 * (POINTS // 4), 7)  # of four scenes, in seven classes
+    first, second = (x["selected"].argmax(1) for x in saved)
+    assert 0 < (first == second).double().mean() < 1  # control
+    assert agreement_of(*saved) == pytest.approx(float((first == second).double().mean()))

@@ -148,7 +148,8 @@ def chosen(tmp_path_factory):
         patch.chdir(folder)
         patch.setenv("OMP_NUM_THREADS", "1")
         tiny_config(folder, out_dir="runs/one")
-        mcc = "MCC, script: train_mcc.py, set: {out_dir: runs/mcc, steps: 4}"
+        keys = "{out_dir: runs/mcc, steps: 4, model.bn: frozen}"
+        mcc = f"MCC, script: train_mcc.py, set: {keys}"
         write_suite(dann("grid: {reversal_max: [1]}"), mcc)
         reproduce.script_config.cache_clear()
         for entry in load().runs:
@@ -170,7 +171,8 @@ def test_choose_reports_what_is_chosen_and_what_it_is_worth(chosen):
     assert [x.reference for x in candidates] == [True, False, False] * 2
     assert [x.judged for x in candidates] == [True, True, False] * 2
     assert [x.seed for x in candidates] == [0] * 3 + [1] * 3
-    assert not any(x.source_vetoes for x in candidates)  # of LeNet, whose batch norm trains
+    # The batch norm of LeNet trains, but that of the run of MCC is frozen.
+    assert [x.source_vetoes for x in candidates] == [False, False, True] * 2
     summary = json.loads((folder / "runs/mcc_seed1/summary.json").read_text())
     assert candidates[5].selected == pytest.approx(
         summary["target"]["selected"]["accuracy"], abs=0.01
@@ -195,6 +197,17 @@ def test_runs_that_do_not_fit_together_are_refused(chosen, monkeypatch):
     argv = ["suite.yaml", "--seeds", "0", "1", "--choose"]
     with pytest.raises(UserError, match="runs/mcc_seed1 have other target images or classes"):
         reproduce.main(argv)
+    save_tensors(file, {name: value for name, value in before.items() if name != "set"})
+    with pytest.raises(UserError, match=r"mcc_seed1 is a run of an earlier version"):
+        reproduce.main(argv)
+    save_tensors(file, before)
+    files = {path: load_tensors(path) for path in Path("runs").glob("*_seed1/predictions.pt")}
+    for path, saved in files.items():
+        save_tensors(path, {**saved, "set": "others"})
+    with pytest.raises(UserError, match="seeds 0 and 1 have other target images or classes"):
+        reproduce.main(argv)
+    for path, saved in files.items():
+        save_tensors(path, saved)
     file.unlink()
     with pytest.raises(UserError, match=r"mcc_seed1/predictions\.pt is missing"):
         reproduce.main(argv)

@@ -264,7 +264,7 @@ def choose(history: list[dict], select: str) -> dict:
     Args:
         history: {"step", "criteria", "target", "collapsed"} of each evaluation; the last is the
             reason that `CollapseMonitor.judge` gives, or None. `source_vetoes`: whether source
-            validation rules evaluations out; default: true.
+            validation rules evaluations out; true if left out.
         select: the criterion whose highest value selects, see `_select`; or `last`.
 
     Returns:

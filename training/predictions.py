@@ -12,7 +12,7 @@ from common.errors import UserError
 PREDICTIONS = "predictions.pt"  # the file in a run folder
 POINTS = 4096  # about how many predictions are kept of maps
 LARGEST = 60_000.0  # of a logit in half precision
-# Steps of the R2 sequence (Roberts 2018), which covers a square evenly, however many points.
+# Steps of the R2 sequence (Roberts 2018), of which the points of one map cover it evenly.
 STEP_Y, STEP_X = 0.5698402909980532, 0.7548776662466927
 
 
@@ -128,10 +128,11 @@ def agreement_of(first: dict, second: dict) -> float | None:
     of_both = [x["selected"].unflatten(0, (len(x["numbers"]), -1)) for x in (first, second)]
     if of_both[0].shape[1] != of_both[1].shape[1]:  # other numbers of pixels per map
         return None
-    common = [torch.isin(x["numbers"], y["numbers"]) for x, y in ((first, second), (second, first))]
+    pairs = (first, second), (second, first)
+    common = [torch.isin(x["numbers"], y["numbers"]) for x, y in pairs]
     if not common[0].any():
         return None
-    one, other = (x[kept].argmax(2) for x, kept in zip(of_both, common, strict=True))
+    one, other = (x[mask].argmax(2) for x, mask in zip(of_both, common, strict=True))
     return float((one == other).double().mean())
 
 

@@ -444,7 +444,7 @@ class Run:
             "fingerprints": self.fingerprints,
             "history": self.history,
             "selected": self.selected,
-            "predictions": self.predictions,
+            "sampled_predictions": self.predictions,
             "seconds": self.total_seconds(),
             "commits": self.commits,
             "machines": self.machines,
@@ -498,7 +498,7 @@ class Run:
             )
         self._restore(file, saved)
         self.history, self.selected = saved["history"], saved["selected"]
-        self.predictions = saved["predictions"]
+        self.predictions = saved["sampled_predictions"]
         self.seconds = saved["seconds"]
         self.commits = list(dict.fromkeys([*saved["commits"], *self.commits]))
         self.machines = list(dict.fromkeys([*saved["machines"], machine]))
@@ -567,8 +567,9 @@ class Run:
         verdict = self.monitor.judge(step, predicted) if predicted else {"collapsed": None}
         entry = {name: value for name, value in metrics.items() if name != "predicted"}
         entry = {"step": step, **entry, "collapsed": verdict["collapsed"]}
-        # Statistics of the target alone leave the source behind, the better they fit the target.
-        entry["source_vetoes"] = self.config.model.bn_running != "target"
+        # Target images enter the statistics that are learned. The better these fit the target, the
+        # worse they fit the held-out source images.
+        entry["source_vetoes"] = not model.learns_statistics
         self.history = compact([*self.history, entry], self.config.select)
         others = ("confusion", "source_count")
         record = {name: value for name, value in metrics.items() if name not in others}

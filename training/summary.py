@@ -85,6 +85,7 @@ def summarize(run, domains: Domains, facts: dict) -> dict:
             "value": selected["criteria"].get(config.select),  # none: the last step
             "source_val": selected["criteria"].get("source_val"),
             "source_count": selected["source_count"],
+            "source_vetoes": selected["source_vetoes"],
             "part_of_training_loss": config.select in config.trained_criteria(),
         },
     }
