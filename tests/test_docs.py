@@ -11,7 +11,7 @@ from torchvision.ops import StochasticDepth
 
 import reproduce
 import runs
-from benchmarks import backbones
+from benchmarks import backbones, selection
 from common.config import all_keys, load_config
 from common.errors import UserError
 from data.augment import OPERATIONS
@@ -181,6 +181,15 @@ def test_the_table_of_backbones_is_what_the_command_prints():
         name = re.match(r"\| `(\w+)`", row)[1]
         if name in ("resnet50_caffe", "convnext_tiny", "swin_t", "dinov2_vits14"):
             assert backbones.table_line(name, 224) == row
+
+
+def test_the_tables_of_the_study_are_those_of_its_runs(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    assert Path("docs/selection.csv").stat().st_size < 200_000
+    page = Path("docs/selection.md").read_text()
+    written = page.partition("<!-- begin: selection -->\n")[2].partition("<!-- end")[0]
+    assert selection.main(["docs/selection.csv"]) == 0
+    assert capsys.readouterr().out == written
 
 
 def test_backbones_have_the_drop_path_that_the_page_names():
