@@ -31,6 +31,11 @@ def _alarm(summary: dict) -> str | None:
 
 def _candidate(entry: Entry, seed: int, summary: dict, suite: Suite) -> Candidate:
     target, selection = summary["target"], summary["selection"]
+    if "source_vetoes" not in selection:
+        raise UserError(
+            f"--choose: {entry.task}, {entry.method}, seed {seed} is a run of an earlier version; "
+            "remove its folder to train it again"
+        )
     metric = suite.metric or main_metric(target["last"])
     return Candidate(
         task=entry.task,
@@ -72,7 +77,7 @@ def candidates_of(
         not finished has none.
 
     Raises:
-        UserError: predictions are missing, or of other images.
+        UserError: predictions are missing or of other images, or a run is of an earlier version.
     """
     groups: dict[tuple[str, int], list[tuple[Entry, dict]]] = {}
     for entry, summaries in zip(suite.runs, results, strict=True):
@@ -83,8 +88,8 @@ def candidates_of(
     for (_, seed), runs in sorted(groups.items(), key=lambda item: item[0]):
         if suite.baselines[0] not in [entry.method for entry, _ in runs]:
             continue
-        saved = _read([folder_of(entry, seed) for entry, _ in runs])
         candidates = [_candidate(entry, seed, summary, suite) for entry, summary in runs]
+        saved = _read([folder_of(entry, seed) for entry, _ in runs])
         logits = [predictions["selected"] for predictions in saved]
         score(candidates, logits, saved[0]["classes"], suite.margin)
         scored += zip(candidates, saved, strict=True)
@@ -108,7 +113,7 @@ def _compare_seeds(scored: list[tuple[Candidate, dict]]) -> None:
                 if any(x[name] != predictions[name] for name in ("set", "classes")):
                     raise UserError(
                         f"--choose: {task}, {method}: seeds {candidate.seed} and {seed} have other "
-                        "target images or classes; remove the older runs to train them again"
+                        "target images or classes; remove the folders of one seed to train it again"
                     )
             shares = [agreement_of(predictions, x) for _, x in others]
             if known := [share for share in shares if share is not None]:
@@ -130,11 +135,6 @@ def _read(folders: list[Path]) -> list[dict]:
                 "remove that folder to train it again"
             )
         saved.append(load_tensors(file))
-        if "set" not in saved[-1]:
-            raise UserError(
-                f"--choose: {folder} is a run of an earlier version, whose {PREDICTIONS} does not "
-                "say which images it is of; remove that folder to train it again"
-            )
         if not is_of_same_images(saved[-1], saved[0]):
             raise UserError(
                 f"--choose: {folders[0]} and {folder} have other target images or classes; "

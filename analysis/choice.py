@@ -34,8 +34,8 @@ class Candidate:
         judged: whether infomax is no part of its training loss.
         source_val: accuracy or mean IoU on held-out source images; None without a source.
         source_count: the number of labels that it is measured on.
-        source_vetoes: whether it may rule the run out: training has changed no statistics of batch
-            norm, which differ from those without adaptation else.
+        source_vetoes: whether it may rule the run out: only if no batch norm has learned, since
+            figures with other statistics are not to be compared.
         alarm: the first collapse alarm of the run, or None.
         last, selected: the figure on the target's test images, for reports only; None without
             labels.
@@ -79,9 +79,8 @@ class Candidate:
 def vetoes(candidate: Candidate, reference: Candidate, margin: float = SOURCE_MARGIN) -> str:
     """Why a run is not to be chosen, found without a target label; "" if nothing speaks against it.
 
-    The reference is never vetoed. A run without source images has no source validation to lose. If
-    batch norm learns, target images change how source images are normalized: that source validation
-    falls says nothing then.
+    The reference is never vetoed. A run without source images has no source validation to lose, and
+    where batch norm learns, it falls for another reason: statistics of the target.
     """
     if candidate.reference:
         return ""
@@ -165,9 +164,9 @@ def are_compared(candidates: Sequence[Candidate]) -> bool:
     return all(candidate.between_seeds is not None for candidate in candidates)
 
 
-RULES = {
-    "default": default_rule,
-    "one seed": of_one_seed,
+COMPOSED = {"default": default_rule, "one seed": of_one_seed}
+RULES = {  # the others take the highest score
+    **COMPOSED,
     "infomax": highest("infomax"),
     "neg_entropy": highest("neg_entropy"),
     "nuclear_norm": highest("nuclear_norm"),

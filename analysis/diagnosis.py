@@ -52,7 +52,7 @@ def _collapse(summary: dict) -> list[str]:
     return lines
 
 
-def _source(records: Sequence[dict]) -> list[str]:
+def _source(records: Sequence[dict], selection: dict) -> list[str]:
     values = [
         (record["step"], record["criteria.source_val"])
         for record in records
@@ -64,9 +64,12 @@ def _source(records: Sequence[dict]) -> list[str]:
     last = values[-1][1]
     if best - last < FALLEN:
         return []
+    fallen = f"source validation has fallen from {best:.1f} at step {step} to {last:.1f}"
+    if not selection.get("source_vetoes", True):
+        return [f"{fallen}, with batch norm that trains: its statistics fit the target now"]
     return [
-        f"source validation has fallen from {best:.1f} at step {step} to {last:.1f}: adaptation "
-        "harms what was learned on the source; lower the weight of the method's loss"
+        f"{fallen}: adaptation harms what was learned on the source; lower the weight of the "
+        "method's loss"
     ]
 
 
@@ -174,7 +177,7 @@ def diagnose(
         *_adaptation(figures, before),
         *_collapse(summary),
         *_discriminator(records),
-        *_source(records),
+        *_source(records, summary.get("selection") or {}),
         *_selection(summary),
         *_classes(rows),
         *_calibration(figures),

@@ -225,7 +225,8 @@ class Suite:
     metric: Literal["accuracy", "mean_class_accuracy", "mean_iou"] | None = None
     # Methods whose rows the other rows of their task are compared with, seed by seed.
     baselines: list[str] = field(default_factory=list)
-    # Points of source validation that a run may lose against the first baseline (--choose).
+    # Points of source validation that a run may lose against the first baseline (--choose), where
+    # batch norm does not train.
     margin: float = not_negative(SOURCE_MARGIN)
 
     def __post_init__(self):

@@ -20,6 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from analysis.choice import (
+    COMPOSED,
     RULES,
     Candidate,
     Worth,
@@ -85,8 +86,7 @@ def rules_table(candidates: Sequence[Candidate]) -> str:
                 for of_task in tasks
                 for of_seed in seeds_of(of_task)
             ]
-            is_score = hasattr(candidates[0], rule)
-            ranks = correlations(candidates, rule, veto) if is_score else []
+            ranks = [] if rule in COMPOSED else correlations(candidates, rule, veto)
             correlation = f"{statistics.fmean(ranks):.2f}" if ranks else "-"
             rows.append((rule, "yes" if veto else "no", *_figures(worths), correlation))
     plain = [worth(of_task, x) for of_task in tasks for x in of_task if x.reference]

@@ -33,17 +33,17 @@ def fingerprint(images: ImageSet, root: Path, files: bool = True) -> torch.Tenso
     return torch.frombuffer(bytearray(zlib.compress(text, 1)), dtype=torch.uint8)
 
 
-def short_name(of_set: torch.Tensor) -> str:
+def short_name(packed: torch.Tensor) -> str:
     """A short text that differs if the images of two sets do.
 
     The names of the classes do not matter, which a target without labels does not have, nor which
     of the images the seed has left in the set.
 
     Args:
-        of_set: as `fingerprint` returns it.
+        packed: what `fingerprint` returns.
     """
-    # The bytes of a compressed text depend on the library, so that its text is hashed.
-    lines = zlib.decompress(of_set.numpy()).split(b"\n")
+    # The compressed bytes depend on the library, so the text itself is hashed.
+    lines = zlib.decompress(packed.numpy()).split(b"\n")
     return hashlib.sha256(b"\n".join(lines[1:-1])).hexdigest()[:16]
 
 

@@ -119,6 +119,8 @@ class Network(nn.Module):
     def learns_statistics(self) -> bool:
         """Whether training changes the statistics of a batch-norm layer."""
         fixed = set(self._batch_norms()) if self.freeze_statistics else set()
+        for name in self.frozen:
+            fixed.update(self.get_submodule(name).modules())
         layers = (module for module in self.modules() if isinstance(module, BatchNorm))
         return any(layer not in fixed for layer in layers)
 

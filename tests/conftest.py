@@ -54,10 +54,7 @@ def one_thread():
 
 @pytest.fixture(scope="session", autouse=True)
 def no_wait_for_the_disk():
-    """`os.fsync` does nothing in this process: it would take a quarter of the time of all tests.
-
-    The commands that tests start wait for the disk.
-    """
+    """`os.fsync` does nothing in this process; the commands that tests start wait for the disk."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: None)
         yield

@@ -233,6 +233,9 @@ def test_the_diagnosis_says_what_the_log_shows():
         assert word in sentences([r for r in records if r["step"] >= 50])
     fallen = [{"step": i, "criteria.source_val": v} for i, v in ((10, 90.0), (20, 70.0))]
     assert "fallen from 90.0 at step 10 to 70.0" in sentences(fallen)
+    assert "lower the weight" in sentences(fallen)
+    learning = {"selection": {"source_vetoes": False}}
+    assert "fallen from 90.0 at step 10 to 70.0, with batch norm" in sentences(fallen, learning)
     assert "fallen" not in sentences(fallen[:1])
     few = [{"step": 10, "accepted": 0.02}]
     assert "only 2 % of the pseudo-labels" in sentences(few)

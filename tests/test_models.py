@@ -173,6 +173,29 @@ def test_frozen_batch_norm_stays_frozen():
         assert {m.training for m in norms(model.backbone)} == {moves}
 
 
+@pytest.mark.parametrize(
+    ("keys", "learns"),
+    [
+        ({}, True),
+        ({"batch_norm": False}, False),
+        ({"bn": "frozen"}, False),
+        ({"bn": "frozen", "bottleneck": 4}, True),
+        ({"backbone": "convnext_tiny"}, False),
+        ({"backbone": "convnext_tiny", "bottleneck": 4}, True),
+    ],
+)
+def test_whether_statistics_are_learned(keys, learns):
+    network = build_classifier(ModelConfig(**keys), 3, ".")
+    assert network.learns_statistics == learns
+    before = {name: x.clone() for name, x in network.named_buffers() if "running" in name}
+    network.train()(torch.zeros(2, 3, 32, 32, dtype=torch.uint8))
+    after = dict(network.named_buffers())
+    assert any((value != after[name]).any() for name, value in before.items()) == learns
+    if "bottleneck" in keys:
+        network.freeze("bottleneck")
+        assert not network.learns_statistics
+
+
 def test_frozen_scale_and_shift():
     frozen, trained = build(bn_affine="frozen", bottleneck=8), build(bottleneck=8)
     assert len(norms(frozen.backbone)) == 5

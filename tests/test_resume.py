@@ -393,6 +393,21 @@ def train_and_die(config, kill: str, saves: int) -> None:
     train("train_source", config)
 
 
+def test_a_checkpoint_of_before_is_refused(tmp_path, monkeypatch):
+    """Its predictions are of images that the seed had drawn."""
+    config = tiny_config(tmp_path)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        assert train("train_source", config) == 143
+    file = tmp_path / "run/checkpoints/step_00000003.pt"
+    saved = files.load_tensors(file)
+    saved["predictions"] = saved.pop("sampled_predictions")
+    files.save_tensors(file, saved)
+    with pytest.raises(UserError, match="was written by another script or version") as error:
+        train("train_source", config, "--resume")
+    assert error.value.code == 4
+
+
 @pytest.mark.parametrize("kill", ["half written", "written", "replaced", "hashed"])
 def test_a_kill_while_saving_loses_the_last_save_at_most(tmp_path, whole, kill):
     """Ten kills in all, of checkpoints and of model.pt; every file that is left loads."""

@@ -12,7 +12,7 @@ from common.errors import UserError
 PREDICTIONS = "predictions.pt"  # the file in a run folder
 POINTS = 4096  # about how many predictions are kept of maps
 LARGEST = 60_000.0  # of a logit in half precision
-# Steps of the R2 sequence (Roberts 2018), of which the points of one map cover it evenly.
+# Steps of the R2 sequence (Roberts 2018), whose consecutive points cover a map evenly.
 STEP_Y, STEP_X = 0.5698402909980532, 0.7548776662466927
 
 

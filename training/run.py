@@ -567,8 +567,7 @@ class Run:
         verdict = self.monitor.judge(step, predicted) if predicted else {"collapsed": None}
         entry = {name: value for name, value in metrics.items() if name != "predicted"}
         entry = {"step": step, **entry, "collapsed": verdict["collapsed"]}
-        # Target images enter the statistics that are learned. The better these fit the target, the
-        # worse they fit the held-out source images.
+        # With statistics of the target, source validation falls, and the more, the better they fit.
         entry["source_vetoes"] = not model.learns_statistics
         self.history = compact([*self.history, entry], self.config.select)
         others = ("confusion", "source_count")
