@@ -403,6 +403,7 @@ def test_a_run(tmp_path, task):
         "value": history[lowest]["criteria.neg_val_loss"],
         "source_val": None,
         "source_count": 0,
+        "source_vetoes": True,  # the statistics are those of the start
         "part_of_training_loss": False,
     }
     jump = max(0, history[4]["criteria.neg_val_loss"] - history[8]["criteria.neg_val_loss"])
