@@ -206,7 +206,7 @@ def test_control_a_second_device_is_found(tmp_path, monkeypatch):
         take_steps("train_dann", any_config("train_dann", tmp_path))
 
 
-@pytest.mark.parametrize("task", TASKS)
+@pytest.mark.parametrize("task", others_slow(TASKS, ("classification",)))
 @pytest.mark.parametrize(("module", "key"), [(evaluation, "eval_every=1"), (state, "save_every=1")])
 def test_an_evaluation_and_a_save_read_all_tensors_at_once(
     tmp_path, monkeypatch, task, module, key
