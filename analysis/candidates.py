@@ -18,7 +18,7 @@ from analysis.suites import Entry, Suite
 from common.errors import UserError
 from common.files import load_tensors
 from common.metrics import main_metric
-from training.predictions import PREDICTIONS, agreement_of, is_of_same_images
+from training.predictions import PREDICTIONS, agreement_of, is_of_same_images, is_of_same_set
 
 
 def _alarm(summary: dict) -> str | None:
@@ -110,7 +110,7 @@ def _compare_seeds(scored: list[tuple[Candidate, dict]]) -> None:
         for candidate, predictions in runs:
             others = [(other.seed, x) for other, x in runs if other is not candidate]
             for seed, x in others:
-                if any(x[name] != predictions[name] for name in ("set", "classes")):
+                if not is_of_same_set(x, predictions):
                     raise UserError(
                         f"--choose: {task}, {method}: seeds {candidate.seed} and {seed} have other "
                         "target images or classes; remove the folders of one seed to train it again"
@@ -209,9 +209,9 @@ def choice_report(suite: Suite, candidates: list[Candidate], folder_of: Callable
         "Scores are of the selected step on unlabeled target images. Shares of the predictions in "
         "percent: agreement, with the ensemble of the methods that are not vetoed; between seeds, "
         "with the same method on another seed; changed, which differ from those of "
-        f"{suite.baselines[0]}. "
-        f"Vetoes: a collapse alarm, or source validation more than {suite.margin:g} points (and "
-        f"two images) below that of {suite.baselines[0]} where batch norm does not train. The "
+        f"{suite.baselines[0]}. Vetoes: a collapse alarm, or source validation more than "
+        f"{suite.margin:g} points (and two images) below that of {suite.baselines[0]} where batch "
+        "norm does not train. The "
         "rule: the method whose predictions agree most between seeds, if that is known of all; "
         "else the best by infomax of the runs whose loss does not contain it, beside all others, "
         "and of these the one that agrees most with the ensemble (docs/selection.md)."

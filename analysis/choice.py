@@ -79,8 +79,8 @@ class Candidate:
 def vetoes(candidate: Candidate, reference: Candidate, margin: float = SOURCE_MARGIN) -> str:
     """Why a run is not to be chosen, found without a target label; "" if nothing speaks against it.
 
-    The reference is never vetoed. A run without source images has no source validation to lose, and
-    where batch norm learns, it falls for another reason: statistics of the target.
+    The reference is never vetoed. A run without source images has no source validation to lose.
+    Where batch norm learns, source validation may fall because the statistics fit the target.
     """
     if candidate.reference:
         return ""

@@ -80,15 +80,19 @@ class Sample:
         return torch.cat([x for _, x in numbered]).half()  # autocast cannot join halves on a CPU
 
 
-def is_of_same_images(first: dict, second: dict) -> bool:
-    """Whether two samples are of the same images and classes.
+def is_of_same_set(first: dict, second: dict) -> bool:
+    """Whether two samples are of one domain, whichever images of it, and of the same classes.
 
     Args:
         first, second: contents of predictions.pt. `set` names the images of the domain, `numbers`
             (N,) are those in the sample, and `classes` the names of the classes.
     """
-    same_set = all(first[name] == second[name] for name in ("set", "classes"))
-    return same_set and torch.equal(first["numbers"], second["numbers"])
+    return all(first[name] == second[name] for name in ("set", "classes"))
+
+
+def is_of_same_images(first: dict, second: dict) -> bool:
+    """Whether two samples are of the same images and classes; see `is_of_same_set`."""
+    return is_of_same_set(first, second) and torch.equal(first["numbers"], second["numbers"])
 
 
 def predictions_of(start: str | None, sample: dict) -> torch.Tensor | None:
@@ -123,7 +127,7 @@ def agreement_of(first: dict, second: dict) -> float | None:
     Returns:
         None if the runs have no image in common, or other domains or classes.
     """
-    if any(first[name] != second[name] for name in ("set", "classes")):
+    if not is_of_same_set(first, second):
         return None
     of_both = [x["selected"].unflatten(0, (len(x["numbers"]), -1)) for x in (first, second)]
     if of_both[0].shape[1] != of_both[1].shape[1]:  # other numbers of pixels per map
