@@ -25,17 +25,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from analysis.candidates import (
-    candidates_of,
-    check_has_reference,
-    choice_report,
-    unfinished,
-)
+from analysis.candidates import candidates_of, check_can_choose, choice_report, unfinished
 from analysis.choice import to_csv
 from analysis.suite_table import commits, place, report
 from analysis.suites import Entry, Suite, check_is_suite, script_config
 from common.config import changed_keys, dump_value, load_config
 from common.errors import UserError, exit_with
+from common.files import recorded_sha256
 from common.writing import write_text
 from training.folder import finished_summary
 from training.free_keys import FREE_AT_RESUME
@@ -82,14 +78,18 @@ class Job:
         """summary.json of a finished run.
 
         Returns None if the run is not finished or has lost its model.pt, if its config has changed
-        since or while it was trained (--allow-change), or if any of these holds for the run that it
-        starts from.
+        since or while it was trained (--allow-change), if any of these holds for the run that it
+        starts from, or if that run has been trained again since.
         """
         if self.start and not self.start.summary():
             return None
         summary = finished_summary(self.folder)
         if summary is None:
             return None
+        if self.start:
+            model = recorded_sha256(self.start.folder / "model.pt")
+            if summary.get("start_sha256") != model:
+                return None
         try:
             config_class = script_config(self.entry.script)
             trained = load_config(config_class, str(self.folder / "config.yaml"))
@@ -128,7 +128,9 @@ def report_end(job: Job, code: int, seconds: float, stopping: bool) -> bool:
         lines = log[log.rfind("\n$ ") + 1 :].strip().splitlines()  # of the last start
         errors = [line for line in lines if line.startswith("error: ")]  # before torchrun's report
         last_line = errors[-1] if job.processes > 1 and errors else lines[-1]
-        reason = last_line if code else "no summary.json of this config without a change"
+        of_start = f" from the present model of {job.start.folder}" if job.start else ""
+        other = f"no summary.json of this config{of_start}; remove the folder to train it again"
+        reason = last_line if code else other
         line += f" with exit code {code}: {reason} (log: {job.log})"
     print(line, flush=True)
     return end == "failed"
@@ -250,7 +252,7 @@ def main(argv: list[str] | None = None) -> int:
     check_is_suite(args.suite)
     suite, name = load_config(Suite, args.suite), Path(args.suite).stem
     if args.choose:
-        check_has_reference(suite)
+        check_can_choose(suite)
     if args.out:
         place(args.out, name, "")  # a file that cannot take the table is an error before any run
 
@@ -259,10 +261,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.list:
         print("\n".join(shlex.join(job.command()) for job in jobs))
         return 0
-    finished = [job for job in jobs if job.summary()]
-    for job in finished:
-        print(f"{job.folder}: finished already")
-    failed, stopped = run_all([job for job in jobs if job not in finished], args.jobs)
+    finished = {job.folder for job in jobs if job.summary()}
+    for folder in finished:
+        print(f"{folder}: finished already")
+    failed, stopped = run_all([job for job in jobs if job.folder not in finished], args.jobs)
     if stopped:
         number = signal.Signals(stopped).name
         print(f"stopped by {number}, no table written; the same command goes on from here")

@@ -7,11 +7,13 @@ from pathlib import Path
 
 from analysis.choice import (
     Candidate,
-    are_compared,
     candidates_table,
     choose,
+    default_of,
     score,
+    set_vetoes,
     worth,
+    worth_summary,
     worth_table,
 )
 from analysis.suites import Entry, Suite
@@ -19,6 +21,11 @@ from common.errors import UserError
 from common.files import load_tensors
 from common.metrics import main_metric
 from training.predictions import PREDICTIONS, agreement_of, is_of_same_images, is_of_same_set
+
+RULE_NAMES = {
+    "between_seeds": "agreement between seeds",
+    "one seed": "infomax and agreement with the ensemble",
+}
 
 
 def _alarm(summary: dict) -> str | None:
@@ -31,7 +38,7 @@ def _alarm(summary: dict) -> str | None:
 
 def _candidate(entry: Entry, seed: int, summary: dict, suite: Suite) -> Candidate:
     target, selection = summary["target"], summary["selection"]
-    if "source_vetoes" not in selection:
+    if "parameters" not in summary:
         raise UserError(
             f"--choose: {entry.task}, {entry.method}, seed {seed} is a run of an earlier version; "
             "remove its folder to train it again"
@@ -51,15 +58,35 @@ def _candidate(entry: Entry, seed: int, summary: dict, suite: Suite) -> Candidat
         last=target["last"].get(metric),
         selected=target["selected"].get(metric),
         hours=summary["seconds"] / 3600,
+        parameters=summary["parameters"],
     )
 
 
-def check_has_reference(suite: Suite) -> None:
-    """Raise `UserError` if the suite does not say which method is the one without adaptation."""
+def check_can_choose(suite: Suite) -> None:
+    """Raise `UserError` if a suite lacks what a choice among its runs needs.
+
+    That is the method without adaptation, first in the suite's baselines, in each task; and of each
+    run all that it has learned from.
+    """
     if not suite.baselines:
         raise UserError(
             "--choose: name the method without adaptation first in the suite's baselines"
         )
+    name = suite.baselines[0]
+    for entry in suite.runs:
+        if entry.run_config.init_from and entry.start is None:
+            raise UserError(
+                f"--choose: {entry.task}, {entry.method}: starts from "
+                f"{entry.run_config.init_from}, which may have seen target labels; "
+                "let the entry name a run of the suite by the key init_from"
+            )
+    candidates = [entry for entry in suite.runs if not entry.sees_target_labels()]
+    for task in dict.fromkeys(entry.task for entry in candidates):
+        if name not in [entry.method for entry in candidates if entry.task == task]:
+            raise UserError(
+                f"--choose: {task}: has no run of {name} that sees no target label; "
+                "the suite's first baseline is what the other runs are compared with"
+            )
 
 
 def candidates_of(
@@ -79,19 +106,25 @@ def candidates_of(
     Raises:
         UserError: predictions are missing or of other images, or a run is of an earlier version.
     """
-    groups: dict[tuple[str, int], list[tuple[Entry, dict]]] = {}
+    groups: dict[tuple[str, int], list[tuple[Entry, Candidate]]] = {}
     for entry, summaries in zip(suite.runs, results, strict=True):
         for seed, summary in summaries.items():
             if not entry.sees_target_labels():
-                groups.setdefault((entry.task, seed), []).append((entry, summary))
+                candidate = _candidate(entry, seed, summary, suite)
+                groups.setdefault((entry.task, seed), []).append((entry, candidate))
+    groups = {
+        key: runs
+        for key, runs in sorted(groups.items(), key=lambda item: item[0])
+        if any(candidate.reference for _, candidate in runs)
+    }
+    for task in dict.fromkeys(task for task, _ in groups):
+        of_task = [x for key, runs in groups.items() if key[0] == task for _, x in runs]
+        set_vetoes(of_task, suite.margin)
     scored: list[tuple[Candidate, dict]] = []
-    for (_, seed), runs in sorted(groups.items(), key=lambda item: item[0]):
-        if suite.baselines[0] not in [entry.method for entry, _ in runs]:
-            continue
-        candidates = [_candidate(entry, seed, summary, suite) for entry, summary in runs]
+    for (_, seed), runs in groups.items():
+        candidates = [candidate for _, candidate in runs]
         saved = _read([folder_of(entry, seed) for entry, _ in runs])
-        logits = [predictions["selected"] for predictions in saved]
-        score(candidates, logits, saved[0]["classes"], suite.margin)
+        score(candidates, [x["selected"] for x in saved], saved[0]["classes"])
         scored += zip(candidates, saved, strict=True)
     _compare_seeds(scored)
     return [candidate for candidate, _ in scored]
@@ -134,7 +167,7 @@ def _read(folders: list[Path]) -> list[dict]:
                 f"--choose: {file} is missing, so {folder} is a run of an earlier version; "
                 "remove that folder to train it again"
             )
-        saved.append(load_tensors(file))
+        saved.append({k: v for k, v in load_tensors(file).items() if k != "last"})
         if not is_of_same_images(saved[-1], saved[0]):
             raise UserError(
                 f"--choose: {folders[0]} and {folder} have other target images or classes; "
@@ -160,6 +193,8 @@ def unfinished(
             try:
                 status = json.loads((folder_of(entry, seed) / "status.json").read_text())
                 reason = status.get("reason", status["state"])
+                if status["state"] == "finished":
+                    reason = "trained by another config or from another model; remove its folder"
             except (OSError, ValueError, KeyError):
                 reason = "not started"
             line = f"{entry.task}, {entry.method}, seed {seed}: not finished ({reason})"
@@ -177,13 +212,14 @@ def choice_report(suite: Suite, candidates: list[Candidate], folder_of: Callable
         candidates: as `candidates_of` returns them.
         folder_of: the run folder of a task and a method, and of `seed`.
     """
+    if not candidates:
+        return "There is nothing to choose from: no run without adaptation has finished."
     parts, worths = [], []
     for task in dict.fromkeys(candidate.task for candidate in candidates):
         of_task = [candidate for candidate in candidates if candidate.task == task]
         first = [candidate for candidate in of_task if candidate.seed == of_task[0].seed]
         chosen = choose(first)
-        compared = are_compared([candidate for candidate in first if not candidate.veto])
-        rule = "agreement between seeds" if compared else "infomax and agreement with the ensemble"
+        rule = RULE_NAMES[default_of([candidate for candidate in first if not candidate.veto])]
         folder = folder_of(task, chosen.method, seed=chosen.seed)
         changed = (
             ""
@@ -201,17 +237,21 @@ def choice_report(suite: Suite, candidates: list[Candidate], folder_of: Callable
         parts += [
             "**What the choice is worth**",
             worth_table(worths),
+            worth_summary(worths),
             "Figures are by target test labels, which the choice has not seen, and means over the "
             "named seeds: all but that of the chosen run, if there are others. Regret is what the "
-            "best method, known by these labels, has more.",
+            "best method, known by these labels, has more. Gain is over the run without adaptation "
+            "of the same seed; intervals are of 95 % by Student's t, where there is more than one "
+            "value.",
         ]
     parts.append(
         "Scores are of the selected step on unlabeled target images. Shares of the predictions in "
         "percent: agreement, with the ensemble of the methods that are not vetoed; between seeds, "
         "with the same method on another seed; changed, which differ from those of "
-        f"{suite.baselines[0]}. Vetoes: a collapse alarm, or source validation more than "
-        f"{suite.margin:g} points (and two images) below that of {suite.baselines[0]} where batch "
-        "norm does not train. The "
+        f"{suite.baselines[0]}. Vetoes, of a method on all seeds: a run that has not finished, a "
+        f"collapse alarm, or source validation more than {suite.margin:g} points (of classes of "
+        f"images, also two images) below that of {suite.baselines[0]} where batch norm does not "
+        "train. The "
         "rule: the method whose predictions agree most between seeds, if that is known of all; "
         "else the best by infomax of the runs whose loss does not contain it, beside all others, "
         "and of these the one that agrees most with the ensemble (docs/selection.md)."

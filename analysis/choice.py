@@ -74,19 +74,21 @@ class Candidate:
     shares: str = ""
     veto: str = ""
     hours: float = 0.0
+    parameters: int | None = None
 
 
-def vetoes(candidate: Candidate, reference: Candidate, margin: float = SOURCE_MARGIN) -> str:
+def reasons_against(candidate: Candidate, reference: Candidate, margin: float) -> str:
     """Why a run is not to be chosen, found without a target label; "" if nothing speaks against it.
 
     The reference is never vetoed. A run without source images has no source validation to lose.
-    Where batch norm learns, source validation may fall because the statistics fit the target.
+    Where batch norm learns, in this run or in the reference, source validation may differ because
+    the statistics do.
     """
     if candidate.reference:
         return ""
     reasons = []
     known = None not in (candidate.source_val, reference.source_val)
-    if known and candidate.source_vetoes:
+    if known and candidate.source_vetoes and reference.source_vetoes:
         least = reference.source_val - source_margin(reference.source_count, margin)
         if candidate.source_val < least:
             reasons.append(f"source validation {candidate.source_val:.1f} < {least:.1f}")
@@ -95,29 +97,46 @@ def vetoes(candidate: Candidate, reference: Candidate, margin: float = SOURCE_MA
     return "; ".join(reasons)
 
 
-def score(
-    candidates: Sequence[Candidate],
-    logits: Sequence[torch.Tensor],
-    classes: Sequence[str],
-    margin: float = SOURCE_MARGIN,
-) -> None:
-    """Fill in the vetoes and all scores but `between_seeds`, of candidates of one task and seed.
+def set_vetoes(candidates: Sequence[Candidate], margin: float = SOURCE_MARGIN) -> None:
+    """Fill in the vetoes of the candidates of one task, of all its seeds.
+
+    What speaks against a method on one seed speaks against it on all: a method that is lost on one
+    of two seeds is not to be trusted on the other. So does a run that has not finished.
 
     Args:
-        candidates: one of them is the reference.
+        candidates: each seed has its reference.
+        margin: see `source_margin`.
+    """
+    references = {x.seed: x for x in candidates if x.reference}
+    against = {
+        (x.method, x.seed): reasons_against(x, references[x.seed], margin) for x in candidates
+    }
+    for candidate in candidates:
+        reasons = {
+            seed: against.get((candidate.method, seed), "not finished") for seed in references
+        }
+        own = reasons.pop(candidate.seed)
+        others = [f"seed {seed}: {reason}" for seed, reason in reasons.items() if reason]
+        if not candidate.reference:
+            candidate.veto = "; ".join([own, *others] if own else others)
+
+
+def score(
+    candidates: Sequence[Candidate], logits: Sequence[torch.Tensor], classes: Sequence[str]
+) -> None:
+    """Fill in all scores but `between_seeds`, of the candidates of one task and seed.
+
+    Args:
+        candidates: with their vetoes; one of them is the reference.
         logits: (M, K) of each, on the same images.
         classes: the K class names.
-        margin: see `source_margin`.
     """
     (at,) = [i for i, candidate in enumerate(candidates) if candidate.reference]
     for candidate, x in zip(candidates, logits, strict=True):
-        candidate.veto = vetoes(candidate, candidates[at], margin)
         for name, value in of_one_run(x).items():
             setattr(candidate, name, value)
         candidate.changed = share_that_differs(x, logits[at])
-        shares = x.argmax(1).bincount(minlength=len(classes)).double() / len(x)
-        order = shares.argsort(descending=True)[:SHOWN].tolist()
-        candidate.shares = ", ".join(f"{classes[k]} {100 * shares[k]:.0f} %" for k in order)
+        candidate.shares = describe_shares(x, classes)
     everything: dict[str, list[torch.Tensor]] = {}
     remaining: dict[str, list[torch.Tensor]] = {}
     for candidate, x in zip(candidates, logits, strict=True):
@@ -127,6 +146,23 @@ def score(
     both = [agreements(logits, list(x.values())) for x in (remaining, everything)]
     for candidate, agreement, agreement_all in zip(candidates, *both, strict=True):
         candidate.agreement, candidate.agreement_all = agreement, agreement_all
+
+
+def describe_shares(logits: torch.Tensor, classes: Sequence[str]) -> str:
+    """How often the most frequent classes are predicted, and which ones never are.
+
+    Args:
+        logits: (M, K).
+        classes: the K class names.
+    """
+    shares = logits.argmax(1).bincount(minlength=len(classes)).double() / len(logits)
+    order = shares.argsort(descending=True)[:SHOWN].tolist()
+    text = ", ".join(f"{classes[k]} {100 * shares[k]:.0f} %" for k in order if shares[k] > 0)
+    never = [name for name, share in zip(classes, shares.tolist(), strict=True) if share == 0]
+    if not never:
+        return text
+    names = ", ".join(never[:SHOWN])
+    return f"{text}; never {names}" + (", ..." if len(never) > SHOWN else "")
 
 
 # --- rules
@@ -155,13 +191,13 @@ def of_one_seed(candidates: Sequence[Candidate]) -> Candidate:
 
 def default_rule(candidates: Sequence[Candidate]) -> Candidate:
     """The one that agrees most between seeds if that is known of all, else `of_one_seed`."""
-    rule = highest("between_seeds") if are_compared(candidates) else of_one_seed
-    return rule(candidates)
+    return RULES[default_of(candidates)](candidates)
 
 
-def are_compared(candidates: Sequence[Candidate]) -> bool:
-    """Whether each of the candidates has been compared with another seed."""
-    return all(candidate.between_seeds is not None for candidate in candidates)
+def default_of(candidates: Sequence[Candidate]) -> str:
+    """The name of the rule that `default_rule` follows."""
+    compared = all(candidate.between_seeds is not None for candidate in candidates)
+    return "between_seeds" if compared else "one seed"
 
 
 COMPOSED = {"default": default_rule, "one seed": of_one_seed}
@@ -206,7 +242,8 @@ class Worth:
         seeds: those that the figures are of.
         last, selected: means over the seeds of the chosen method's last and selected step.
         reference: mean of the selected step without adaptation.
-        oracle: mean of the best method by target labels, and its name.
+        oracle: mean of the method that is best by target labels.
+        oracle_method: its name.
         gains: `selected` minus that without adaptation, by seed.
     """
 
@@ -229,32 +266,33 @@ class Worth:
 def worth(candidates: Sequence[Candidate], chosen: Candidate) -> Worth:
     """What a choice among the runs of one seed of a task is worth on the other seeds.
 
-    With one seed it is that of the same runs. Predictions of the other seeds may have entered the
+    It is measured on the seeds of which the chosen method and the reference have a figure. With one
+    seed it is that of the same runs. Predictions of the other seeds may have entered the
     choice, by `between_seeds`; their figures have not.
 
     Args:
         candidates: all runs of one task, of all seeds.
         chosen: one of them.
     """
-    seeds = list(dict.fromkeys(candidate.seed for candidate in candidates))
-    reported = [seed for seed in seeds if seed != chosen.seed] or seeds
     by_method: dict[str, dict[int, Candidate]] = {}
     for candidate in candidates:
-        if candidate.seed in reported:
+        if candidate.selected is not None:
             by_method.setdefault(candidate.method, {})[candidate.seed] = candidate
+    (name,) = {candidate.method for candidate in candidates if candidate.reference}
+    known = by_method.get(chosen.method, {}).keys() & by_method.get(name, {}).keys()
+    reported = sorted(known - {chosen.seed} or known)
+    if not reported:
+        return Worth(chosen.task, chosen.method, chosen.seed, [], *[None] * 5, [])
     complete = {
         method: [runs[seed] for seed in reported]
         for method, runs in by_method.items()
-        if runs.keys() == set(reported) and all(r.selected is not None for r in runs.values())
+        if runs.keys() >= set(reported)
     }
-    (reference,) = {candidate.method for candidate in candidates if candidate.reference}
-    if chosen.method not in complete or reference not in complete:
-        return Worth(chosen.task, chosen.method, chosen.seed, reported, *[None] * 5, [])
     means = {
         method: statistics.fmean(run.selected for run in runs) for method, runs in complete.items()
     }
     best = max(means, key=means.get)
-    runs, others = complete[chosen.method], complete[reference]
+    runs, others = complete[chosen.method], complete[name]
     return Worth(
         task=chosen.task,
         method=chosen.method,
@@ -262,7 +300,7 @@ def worth(candidates: Sequence[Candidate], chosen: Candidate) -> Worth:
         seeds=reported,
         last=statistics.fmean(run.last for run in runs),
         selected=means[chosen.method],
-        reference=means[reference],
+        reference=means[name],
         oracle=means[best],
         oracle_method=best,
         gains=[run.selected - other.selected for run, other in zip(runs, others, strict=True)],
@@ -307,7 +345,8 @@ def _cell(value: float | None, digits: int = 1) -> str:
 def candidates_table(candidates: Sequence[Candidate], chosen: Candidate) -> str:
     """The candidates of one task and seed with what the choice is made from: no target figure."""
     head = ("method", "chosen", "source validation", "infomax", "neg_entropy", "nuclear norm")
-    head = (*head, "MaNo", "agreement", "between seeds", "changed", "most predicted", "veto")
+    head = (*head, "MaNo", "agreement", "between seeds", "changed", "most predicted")
+    head = (*head, "hours", "parameters", "veto")
     rows = [
         (
             candidate.method,
@@ -321,6 +360,8 @@ def candidates_table(candidates: Sequence[Candidate], chosen: Candidate) -> str:
             "-" if candidate.between_seeds is None else _cell(100 * candidate.between_seeds),
             _cell(100 * candidate.changed),
             candidate.shares,
+            _cell(candidate.hours, 2),
+            "-" if candidate.parameters is None else f"{candidate.parameters / 1e6:.2f} M",
             candidate.veto or "-",
         )
         for candidate in candidates
@@ -334,7 +375,7 @@ def worth_table(worths: Sequence[Worth]) -> str:
     head = (
         *head,
         "no adaptation",
-        "oracle (by target test labels: no result)",
+        "best method by target test labels (no result)",
         "regret",
         "gain and its interval",
     )
@@ -343,7 +384,7 @@ def worth_table(worths: Sequence[Worth]) -> str:
             x.task,
             x.method,
             str(x.seed),
-            " ".join(map(str, x.seeds)),
+            " ".join(map(str, x.seeds)) or "-",
             _cell(x.last),
             _cell(x.selected),
             _cell(x.reference),
@@ -354,6 +395,25 @@ def worth_table(worths: Sequence[Worth]) -> str:
         for x in worths
     ]
     return markdown(head, rows)
+
+
+def worth_summary(worths: Sequence[Worth]) -> str:
+    """A sentence on the choices of all tasks with figures, each task counted once; "" without."""
+    by_task: dict[str, list[Worth]] = {}
+    for x in worths:
+        if x.selected is not None:
+            by_task.setdefault(x.task, []).append(x)
+    if not by_task:
+        return ""
+    gains, regrets = [], []
+    for of_task in by_task.values():
+        gains.append(statistics.fmean(statistics.fmean(x.gains) for x in of_task))
+        regrets.append(statistics.fmean(x.regret for x in of_task))
+    below = sum(gain < 0 for gain in gains)
+    return (
+        f"Mean gain over the tasks {interval(gains)}; mean regret {statistics.fmean(regrets):.1f}, "
+        f"at most {max(regrets):.1f}; {below} of {len(gains)} below the run without adaptation."
+    )
 
 
 # --- a file of candidates
@@ -386,7 +446,7 @@ def from_csv(file: Path) -> list[Candidate]:
             return None
         if kind is bool:
             return text == "True"
-        if kind is int:
+        if kind in (int, int | None):
             return int(text)
         return float(text) if "float" in str(kind) else text
 

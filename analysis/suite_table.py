@@ -14,7 +14,8 @@ ORACLE = "oracle (chosen on target test labels: no result)"
 COLUMNS = ("task", "method", "seeds", "last", "selected", ORACLE)
 LAST_COLUMNS = ("seconds", "published")
 # In place of figures, if the target has no labels.
-UNLABELED = ("task", "method", "seeds", "source validation", "criterion", "collapsed", "seconds")
+UNLABELED = ("task", "method", "seeds", "source validation", "infomax", "neg_entropy")
+UNLABELED += ("collapsed", "seconds")
 UNKNOWN_COMMIT = "an unknown commit"
 
 
@@ -161,27 +162,28 @@ class Table:
         cells = entry.task, entry.method, count, *figures, *differences
         return (*cells, mean_seconds, published)
 
-    def _without_labels(self, summaries: list[dict]) -> tuple[str, str, str]:
+    def _without_labels(self, summaries: list[dict]) -> tuple[str, ...]:
         """What runs on an unlabeled target have in place of figures, of the selected step."""
-        selections = [summary["selection"] for summary in summaries]
         # A run of an earlier version does not say it.
-        source_val = figure([selection.get("source_val") for selection in selections])
-        values = [selection["value"] for selection in selections]
-        criterion = "-"
-        if values and None not in values:
-            names = distinct(selection["criterion"] for selection in selections)
-            criterion = f"{names} {statistics.fmean(values):.3f}"
+        source_val, *criteria = (
+            [summary["selection"].get(name) for summary in summaries]
+            for name in ("source_val", "infomax", "neg_entropy")
+        )
+        means = (
+            "-" if not values or None in values else f"{statistics.fmean(values):.3f}"
+            for values in criteria
+        )
         alarmed = sum(bool(s["collapse_alarms"] or s["collapsed"]) for s in summaries)
-        return source_val, criterion, f"{alarmed} of {len(summaries)}"
+        return figure(source_val), *means, f"{alarmed} of {len(summaries)}"
 
     def caption(self, summaries: list[dict]) -> str:
         """What the figures are, and on which images they are measured."""
         labeled = [summary for summary in summaries if self.value(summary, "last") is not None]
         if summaries and not labeled:
             return (
-                "The target has no labels, so there are no figures of it. Source validation and "
-                "criterion are those of the selected step; collapsed: runs with a collapse alarm "
-                "(docs/selection.md)."
+                "The target has no labels, so there are no figures of it. Source validation, "
+                "infomax and neg_entropy are those of the selected step; collapsed: runs with a "
+                "collapse alarm (docs/selection.md)."
             )
         tests = distinct(summary["target_test"] for summary in labeled)
         unlabeled = " `-`: the target has no labels." if len(labeled) < len(summaries) else ""

@@ -185,12 +185,12 @@ class Entry:
 
     def sees_target_labels(self) -> bool:
         """Whether target labels train or select, so that the runs are no candidates of a choice."""
-        data, test = self.run_config.data, self.run_config.data.target_test
+        data = self.run_config.data
         return bool(
             isinstance(data, LabeledDataConfig)
             or data.target_labeled is not None
             or data.target_is_source()
-            or (test and (test.name, test.path) in [(x.name, x.path) for x in data.sources])
+            or data.is_source(data.target_test)
             or getattr(data, "order", None) == "sorted"  # of a stream, by label
             or (self.start is not None and self.start.sees_target_labels())
         )

@@ -24,11 +24,12 @@ from analysis.choice import (
     RULES,
     Candidate,
     Worth,
-    are_compared,
     choose,
+    default_of,
     from_csv,
     rank_correlation,
     worth,
+    worth_summary,
     worth_table,
 )
 from analysis.suite_table import markdown, place
@@ -78,7 +79,7 @@ def rules_table(candidates: Sequence[Candidate]) -> str:
     head = ("rule", "vetoes", "mean regret", "worst regret", "mean gain", "worst gain")
     head = (*head, "below no adaptation", "rank correlation")
     tasks, rows = by_task(candidates).values(), []
-    rules = [rule for rule in RULES if rule != "between_seeds" or are_compared(candidates)]
+    rules = [rule for rule in RULES if rule != "between_seeds" or default_of(candidates) == rule]
     for rule in rules:
         for veto in (True, False):
             worths = [
@@ -138,7 +139,8 @@ def tables(candidates: Sequence[Candidate]) -> str:
         for of_task in by_task(candidates).values()
         for of_seed in seeds_of(of_task)
     ]
-    return "\n\n".join([count, rules_table(candidates), worth_table(chosen)])
+    parts = [count, rules_table(candidates), worth_table(chosen), worth_summary(chosen)]
+    return "\n\n".join(parts)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -74,7 +74,8 @@ def _hash_file(path: Path) -> Path:
     return path.with_name(path.name + ".sha256")
 
 
-def _digest(path: Path) -> str:
+def sha256(path: Path) -> str:
+    """The hash of a file's content, as hexadecimal digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(2**20):
@@ -82,11 +83,19 @@ def _digest(path: Path) -> str:
     return digest.hexdigest()
 
 
+def recorded_sha256(path: Path) -> str | None:
+    """What the hash file of a file of `save_tensors` says; None if there is none to read."""
+    try:
+        return next(iter(_hash_file(path).read_text().split()), None)
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
 def is_intact(path: Path) -> bool:
     """Whether a file of `save_tensors` is there and matches its hash."""
     try:
-        return _hash_file(path).read_text().split()[:1] == [_digest(path)]
-    except (OSError, UnicodeDecodeError):
+        return recorded_sha256(path) == sha256(path)
+    except OSError:
         return False
 
 
@@ -165,7 +174,7 @@ def load_tensors(path: Path) -> dict:
     """
     hash_file = _hash_file(path)
     try:
-        if hash_file.is_file() and hash_file.read_text().split()[:1] != [_digest(path)]:
+        if hash_file.is_file() and hash_file.read_text().split()[:1] != [sha256(path)]:
             raise UserError(
                 f"{path}: does not match {hash_file.name}, the file is damaged; "
                 "use another checkpoint",

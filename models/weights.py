@@ -183,6 +183,11 @@ def pretrained_backbone(
     return backbone, channels
 
 
+def model_file(path: str) -> Path:
+    """The file of weights that `init_from` names: itself, or the model.pt of a run folder."""
+    return Path(path, "model.pt") if Path(path).is_dir() else Path(path)
+
+
 def init_from(model: nn.Module, path: str, classes: list[str], new_head: bool = False) -> None:
     """Load the model of an earlier run.
 
@@ -196,7 +201,7 @@ def init_from(model: nn.Module, path: str, classes: list[str], new_head: bool = 
     Raises:
         UserError: there is no such file, a tensor does not fit, or the classes differ.
     """
-    file = Path(path, "model.pt") if Path(path).is_dir() else Path(path)
+    file = model_file(path)
     if not file.is_file():
         raise UserError(f"init_from: there is no {file}")
     try:

@@ -304,6 +304,16 @@ def test_what_has_lost_the_source_is_not_selected():
     history.append(_entry(3, 0.1, 0.0, 50.0))
     history[2]["criteria"]["source_val"] = 60.0
     assert choose(history, "infomax")["selected"]["step"] == 1
+    # Nor, if it came first, what comes after.
+    values = (95.0, 0.5, "one class"), (80.0, 0.9), (70.0, 0.1), (60.0, 0.05)
+    history = []
+    for step, (source_val, infomax, *collapsed) in enumerate(values, 1):
+        history.append(_entry(step, infomax, 0.0, 50.0, *collapsed))
+        history[-1]["criteria"]["source_val"] = source_val
+    steps_then = [choose(history[:n], "infomax")["selected"]["step"] for n in (1, 2, 3, 4)]
+    assert steps_then == [1, 2, 2, 2]
+    history[0]["collapsed"] = None  # control: each later one is ruled out by the first
+    assert choose(history, "infomax")["selected"]["step"] == 1
     # Two of the 30 held-out images are 6.7 points.
     history = [_entry(1, 0.5, 0.0, 50.0), _entry(2, 0.9, 0.0, 50.0)]
     for entry, source_val in zip(history, (90.0, 83.4), strict=True):

@@ -75,7 +75,9 @@ def test_images_are_taken_entirely_in_order():
     assert torch.equal(rows_of([3, 3, 1], logits), logits.half())
     assert torch.equal(rows_of([7], logits), logits.half())
     large = torch.tensor([[1e9, -1e9, 0.0]])
-    assert rows_of([1], large).tolist() == [[LARGEST, -LARGEST, 0.0]]
+    assert rows_of([1], large).tolist() == [[LARGEST, -LARGEST, -LARGEST]]
+    two = torch.tensor([[70_000.0, 90_000.0, 50_000.0]])  # of which the second stays the largest
+    assert rows_of([1], two).tolist() == [[40_000.0, LARGEST, 20_000.0]]
 
 
 def test_pixels_against_a_plain_loop():

@@ -6,6 +6,7 @@ A small fake script takes the place of the training scripts; one test runs a rea
 import json
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -51,6 +52,9 @@ class Config:
     data: Data = field(default_factory=Data)
 """
     + """
+def start_hash(start):
+    return start and (pathlib.Path(start) / "model.pt.sha256").read_text().split()[0]
+
 def main():
     words = sys.argv[sys.argv.index("--config") + 1:-1]
     files = [word for word in words if "=" not in word]
@@ -87,8 +91,9 @@ def main():
         "machine": "a desk, torch 9", "commit": "abc1234",
         "target": target, "target_test": "its test split",
         "collapse_alarms": [], "collapsed": {},
+        "start_sha256": start_hash(config.init_from),
         "selection": {"criterion": "infomax", "part_of_training_loss": False, "value": 0.5,
-                      "source_val": 90.0}}))
+                      "source_val": 90.0, "infomax": 0.5}}))
     (folder / "status.json").write_text(json.dumps({"state": "finished", "step": 8, "steps": 8}))
 
 if __name__ == "__main__":
@@ -347,9 +352,9 @@ def test_unknown_figures_and_mean_iou(folder, capfd, monkeypatch):
     monkeypatch.setenv("FIGURES", '{"0": null}')
     assert reproduce.main(["suite.yaml", "--seeds", "0"]) == 0
     out = capfd.readouterr().out
-    head = ["seeds", "source validation", "criterion", "collapsed", "seconds"]
+    head = ["seeds", "source validation", "infomax", "neg_entropy", "collapsed", "seconds"]
     assert cells(out, "method")[2:] == head
-    assert cells(out, "one")[2:] == ["1", "90.0", "infomax 0.500", "0 of 1", "10"]
+    assert cells(out, "one")[2:] == ["1", "90.0", "0.500", "-", "0 of 1", "10"]
     file = Path("runs/one_seed0/summary.json")
     summary = json.loads(file.read_text())
     for entry in summary["target"].values():
@@ -599,7 +604,7 @@ def starts_from(folder):
         '    time.sleep(0.3)\n'
         '    print("training")',
     )  # fmt: skip
-    assert text.count("start") == 4
+    assert text.count("start = config.init_from") == 1
     Path("train.py").write_text(text)
     return folder
 
@@ -643,6 +648,28 @@ def test_a_run_is_not_finished_if_its_start_was_edited(starts_from, capfd):
     # The fake script trains again, whatever it finds in its folder.
     assert reproduce.main(["suite.yaml", "--seeds", "0"]) == 0
     assert [call["argv"][2] for call in calls()][-2:] == ["one.yaml", "two.yaml"]
+
+
+def test_a_run_is_not_finished_if_its_start_was_trained_again(starts_from, monkeypatch, capfd):
+    """The fake script leaves a finished run alone, as the scripts do."""
+    text = Path("train.py").read_text()
+    finished = '    if (folder / "summary.json").is_file():\n        return\n'
+    text = text.replace('    print("training")', f'{finished}    print("training")')
+    text = text.replace('b"weights"', 'os.environ["WEIGHTS"].encode()')
+    Path("train.py").write_text(text)
+    monkeypatch.setenv("WEIGHTS", "first")
+    assert reproduce.main(["suite.yaml", "--seeds", "0"]) == 0
+    capfd.readouterr()
+    shutil.rmtree("runs/one_seed0")
+    assert reproduce.main(["suite.yaml", "--seeds", "0"]) == 0  # the same weights again
+    monkeypatch.setenv("WEIGHTS", "second")
+    shutil.rmtree("runs/one_seed0")
+    assert reproduce.main(["suite.yaml", "--seeds", "0"]) == 1
+    out = capfd.readouterr().out
+    assert "runs/two_seed0: failed" in out
+    assert "this config from the present model of runs/one_seed0; remove the folder" in out
+    shutil.rmtree("runs/two_seed0")
+    assert reproduce.main(["suite.yaml", "--seeds", "0"]) == 0
 
 
 def test_a_start_that_no_earlier_entry_makes(folder):
@@ -920,7 +947,9 @@ def test_the_caption_of_targets_without_labels():
 def test_the_reason_is_that_of_the_last_start(tmp_path, capsys):
     log = tmp_path / "run.log"
     log.write_text("$ torchrun x\nerror: the first\n$ torchrun x\nValueError: the second\n")
-    job = types.SimpleNamespace(folder="run", log=log, processes=2, summary=lambda: None)
+    job = types.SimpleNamespace(
+        folder="run", log=log, processes=2, start=None, summary=lambda: None
+    )
     assert reproduce.report_end(job, 1, 3.0, False)
     assert (
         "failed after 3 s with exit code 1: ValueError: the second (log" in capsys.readouterr().out

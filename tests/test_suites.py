@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import reproduce
+from analysis.candidates import candidates_of, choice_report, unfinished
 from analysis.choice import from_csv
 from analysis.suites import Suite
 from common.config import load_config
@@ -130,15 +131,21 @@ def test_runs_that_see_target_labels_are_no_candidates(folder):
     # Labels are inherited, and those of the test set are labels, too.
     more = "more, script: train_source.py, init_from: runs/few, set: {out_dir: runs/more}"
     test = "test, script: train_source.py, set: {data.target_test: {name: drawn_digits}, "
+    spelled = "spelled, script: train_source.py, set: {data.source: {name: folder, path: b}, "
+    spelled += "data.target: {name: folder, path: a}, "
+    spelled += "data.target_test: {name: folder, path: ./b}, out_dir: runs/spelled}"
     write_suite(
         few,
         f"{upper}out_dir: runs/upper}}",
         more,
         f"{test}out_dir: runs/test}}",
+        spelled,
         dann("grid: {steps: [1]}"),
     )
     labels = [entry.sees_target_labels() for entry in load().runs]
-    assert labels == [False, True, True, True, True, False]
+    assert labels == [False, True, True, True, True, True, False]
+    Path("suite.yaml").write_text(Path("suite.yaml").read_text().replace("./b", "c"))
+    assert not load().runs[5].sees_target_labels()  # control
 
 
 @pytest.fixture(scope="module")
@@ -200,7 +207,7 @@ def test_runs_that_do_not_fit_together_are_refused(chosen, monkeypatch):
         reproduce.main(argv)
     save_tensors(file, before)
     text = Path("runs/mcc_seed1/summary.json").read_text()
-    old = re.sub(r'"source_vetoes": true,\s*', "", text)
+    old = re.sub(r'"parameters": \d+,\s*', "", text)
     assert old != text
     Path("runs/mcc_seed1/summary.json").write_text(old)
     with pytest.raises(UserError, match=r"A -> B, MCC, seed 1 is a run of an earlier version"):
@@ -222,9 +229,73 @@ def test_runs_that_do_not_fit_together_are_refused(chosen, monkeypatch):
     Path("suite.yaml").write_text(text.replace("baselines: [none]\n", ""))
     with pytest.raises(UserError, match="name the method without adaptation first"):
         reproduce.main(argv)
+    of_c = re.sub(r"task: A -> B(?=.*method: MCC)", "task: C", text)
+    Path("suite.yaml").write_text(of_c)
+    with pytest.raises(UserError, match="--choose: C: has no run of none that sees no target"):
+        reproduce.main(argv)
+    elsewhere = text.replace("out_dir: runs/mcc,", "out_dir: runs/mcc, init_from: runs/one_seed0,")
+    Path("suite.yaml").write_text(elsewhere)
+    with pytest.raises(UserError, match="MCC: starts from runs/one_seed0, which may have seen"):
+        reproduce.main(argv)
     Path("suite.yaml").write_text(text)
     with pytest.raises(UserError, match="--csv goes with --choose"):
         reproduce.main(["suite.yaml", "--csv", "x.csv"])
+
+
+def test_a_method_that_is_lost_on_one_seed_is_not_chosen_on_another(chosen, monkeypatch):
+    folder, _, _ = chosen
+    monkeypatch.chdir(folder)
+    suite, name = load(), "DANN, reversal_max=1"
+
+    def folder_of(entry, seed: int) -> Path:
+        return reproduce.Job(entry, seed).folder
+
+    complete = [{seed: reproduce.Job(x, seed).summary() for seed in (0, 1)} for x in suite.runs]
+    lost = [
+        {0: summaries[0]} if entry.method == name else summaries
+        for entry, summaries in zip(suite.runs, complete, strict=True)
+    ]
+
+    def chosen_of(results: list[dict]) -> str:
+        candidates = candidates_of(suite, results, folder_of)
+        for x in candidates:
+            if x.method == name:
+                x.between_seeds = 1.0
+        return choice_report(suite, candidates, lambda *row, seed: Path("run"))
+
+    assert f"Chosen by agreement between seeds: {name}" in chosen_of(complete)
+    text = chosen_of(lost)
+    assert "Chosen by agreement between seeds: none" in text
+    assert "| seed 1: not finished |" in text
+    # Without the reference there is no choice on a seed.
+    gone = [{} if x.method == "none" else y for x, y in zip(suite.runs, complete, strict=True)]
+    assert candidates_of(suite, gone, folder_of) == []
+    assert choice_report(suite, [], folder_of).startswith("There is nothing to choose from")
+
+
+def test_runs_that_have_not_finished_are_named_with_the_reason(chosen, monkeypatch):
+    folder, _, _ = chosen
+    monkeypatch.chdir(folder)
+    suite = load()
+    status = Path("runs/mcc_seed1/status.json")
+
+    def reason() -> str:
+        results = [{0: {}} if x.method == "MCC" else {0: {}, 1: {}} for x in suite.runs]
+        (line,) = unfinished(suite, results, lambda x, s: reproduce.Job(x, s).folder, (0, 1))
+        return line
+
+    before = status.read_text()
+    start = "A -> B, MCC, seed 1: not finished"
+    assert reason().startswith(f"{start} (trained by another config or from another model")
+    status.write_text('{"state": "failed", "reason": "step 3: cls_loss is nan"}')
+    assert reason() == f"{start} (step 3: cls_loss is nan)"
+    status.unlink()
+    assert reason() == f"{start} (not started)"
+    status.write_text(before)
+    (line,) = unfinished(suite, [{0: {}}, {0: {}, 1: {}}, {0: {}, 1: {}}], None, (0,)) or [""]
+    assert line == ""
+    (line,) = unfinished(suite, [{}, {1: {}}, {1: {}}], lambda x, s: Path("gone"), (1,))
+    assert line.endswith("without it there is no choice on this seed")
 
 
 def test_predictions_of_a_run_are_those_of_its_model(chosen):

@@ -249,8 +249,11 @@ def _select(history: list[dict], select: str) -> dict:
     for entry in history:
         if entry["collapsed"] and not selected["collapsed"]:
             continue
+        recovered = selected["collapsed"] and not entry["collapsed"]
+        if recovered:
+            best = -math.inf  # of the evaluations that have not collapsed
         best = max(best, _rank(entry["criteria"].get("source_val")))
-        if is_vetoed(selected) or (selected["collapsed"] and not entry["collapsed"]):
+        if is_vetoed(selected) or recovered:
             selected = entry
         elif not is_vetoed(entry):
             higher = _rank(entry["criteria"][select]) > _rank(selected["criteria"][select])

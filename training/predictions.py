@@ -65,7 +65,10 @@ class Sample:
             place = (x.to(device, non_blocking=True) for x in (images, rows, columns))
             of_image, row, column = place
             logits = logits[of_image, :, row, column]
-        self.numbered.append((self.number, logits.float().clamp(-LARGEST, LARGEST)))
+        logits = logits.float()
+        # What is too large for half precision is shifted, which changes no probability.
+        logits = logits - (logits.amax(1, keepdim=True) - LARGEST).clamp(min=0)
+        self.numbered.append((self.number, logits.clamp(-LARGEST, LARGEST)))
         self.number += ranks.count()
 
     def rows(self) -> torch.Tensor | None:

@@ -32,6 +32,7 @@ from data.fingerprint import difference, short_name
 from data.loaders import Loader, WorkerError
 from data.order import generator
 from models.card import card_text
+from models.weights import model_file
 from training.card import model_card
 from training.changes import check_changes, config_of, config_tree, is_rate
 from training.collapse import CollapseMonitor
@@ -167,6 +168,7 @@ class Run:
         # Logits float16 (M, K) of the last and the selected step, see `Sample`, and of the run that
         # this one starts from, which may be gone when this one is resumed.
         self.predictions: dict[str, torch.Tensor] = {}
+        self.start_sha256: str | None = None  # of the model of that run
         self.domains: Domains | None = None
         self.monitor: CollapseMonitor | None = None
         self.commits = [code_version()]  # now: the code may change while the run goes on
@@ -282,6 +284,8 @@ class Run:
         if not self.dry_run:
             self.fingerprints = self.domains.fingerprints()
             self.predictions = self._predictions_of_start()
+            if self.config.init_from:
+                self.start_sha256 = files.sha256(model_file(self.config.init_from))
             if self.writes:
                 self.run_folder.take_new()
             if self.checkpoint is not None:
@@ -445,6 +449,7 @@ class Run:
             "history": self.history,
             "selected": self.selected,
             "sampled_predictions": self.predictions,
+            "start_sha256": self.start_sha256,
             "seconds": self.total_seconds(),
             "commits": self.commits,
             "machines": self.machines,
@@ -499,6 +504,7 @@ class Run:
         self._restore(file, saved)
         self.history, self.selected = saved["history"], saved["selected"]
         self.predictions = saved["sampled_predictions"]
+        self.start_sha256 = saved["start_sha256"]
         self.seconds = saved["seconds"]
         self.commits = list(dict.fromkeys([*saved["commits"], *self.commits]))
         self.machines = list(dict.fromkeys([*saved["machines"], machine]))
@@ -671,6 +677,8 @@ class Run:
         self.log.close()
         if self.writes and "last" in self.predictions:
             facts = {**facts, **self._write_predictions()}
+        if self.start_sha256:
+            facts = {**facts, "start_sha256": self.start_sha256}
         summary = summarize(self, domains, facts)
         if self.dry_run:
             print("dry run: one step of training and of evaluation passed, nothing was written")

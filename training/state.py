@@ -13,7 +13,7 @@ from common.transfer import read
 # What a run saves of its own, by name.
 OWN_STATE = {"log", "step", "history", "selected", "seconds", "commits"}
 OWN_STATE |= {"evaluation_due", "config", "changes", "classes", "fingerprints", "machines"}
-OWN_STATE |= {"collapse"}
+OWN_STATE |= {"collapse", "start_sha256"}
 # Named `predictions` in older checkpoints, whose sample of images was another one per seed.
 OWN_STATE |= {"sampled_predictions"}
 BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes of a number

@@ -65,6 +65,7 @@ def summarize(run, domains: Domains, facts: dict) -> dict:
         "machine": "; ".join(run.machines),
         "commit": commit,
         "seconds": round(run.total_seconds(), 1),
+        "parameters": sum(x.numel() for x in run.state["model"].parameters()),
         "target": target,
         "confusion": {"last": _matrix(run.history[-1]), "selected": _matrix(selected)},
         **({"changed": run.changes} if run.changes else {}),
@@ -84,6 +85,8 @@ def summarize(run, domains: Domains, facts: dict) -> dict:
             "criterion": config.select,
             "value": selected["criteria"].get(config.select),  # none: the last step
             "source_val": selected["criteria"].get("source_val"),
+            "neg_entropy": selected["criteria"].get("neg_entropy"),
+            "infomax": selected["criteria"].get("infomax"),
             "source_count": selected["source_count"],
             "source_vetoes": selected["source_vetoes"],
             "part_of_training_loss": config.select in config.trained_criteria(),
