@@ -4,15 +4,16 @@
     over the scales and shifts of the normalization layers
 
     w = exp(E0 - H) where H < E0 = ent_margin * log K, else 0; times (1 - cos(p, mean p)), scaled
-    batch norm normalizes by (prior * statistics so far + n * those of the n images) / (prior + n)
+    batch norm normalizes by (prior * statistics so far + n * those of the n images) / (prior + n),
+    where the variance is that of both together
 
 Each batch is predicted, and the same forward is learned from. The unadapted model, that of
 `init_from`, predicts it, too: both figures stand in metrics.jsonl and summary.json. Labels of the
 stream score the predictions. After each step the weights go a share `source_pull` of the way back
 to the unadapted ones, and the entire way where the predictions have collapsed. Rate and share are
-for `lr_images` images; a batch of n has n/lr_images of them. The weights of EATA (arXiv:2204.02610)
-and ROID (arXiv:2306.00650), the prior (arXiv:2006.16971) and the way back of ROID can be left out
-by their keys. docs/online.md explains the rest.
+for `lr_images` images; a batch of n has n/lr_images of them. The weights, after those of EATA
+(arXiv:2204.02610) and ROID (arXiv:2306.00650), the prior (arXiv:2006.16971) and the way back of
+ROID can be left out by their keys. docs/online.md explains the rest.
 
     python adapt_online.py --config configs/demo/digits.yaml configs/demo/online.yaml
     python adapt_online.py --config configs/demo/digits.yaml configs/demo/online.yaml --resume

@@ -165,7 +165,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if mistakes:
         lines = [text for _, text in sorted(mistakes)]
         write_text(out / "unreadable.txt", "\n".join(lines) + "\n")
-        print(f"error: {len(lines)} files were skipped:", *lines, sep="\n  ", file=sys.stderr)
+        print(f"error: skipped ({len(lines)}):", *lines, sep="\n  ", file=sys.stderr)
     return 1 if mistakes else 0
 
 

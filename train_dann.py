@@ -7,13 +7,12 @@
                summed over feature layers
 
 R is the identity whose gradient is multiplied by -reversal_coeff (the paper's lambda): one step
-trains the discriminator D to tell the domains apart, and the features to confuse it. D judges the
-mean of a feature map, or with `disc_locations` every location. `conditional` gives D the outer
-product of features and class probabilities (CDAN; CDAN+E). mcc_loss, the confusion of the target's
-classes, is that of train_mcc.py. docs/dann.md explains the rest.
+trains the discriminator D to tell the domains apart, and the features to confuse it. Not in the
+paper: `reversal_bound` limits the norm of the reversed gradient to that of the classifier's.
+`conditional` gives D the outer product of features and class probabilities (CDAN; CDAN+E). mcc_loss
+is that of train_mcc.py. docs/dann.md explains the rest.
 
     python train_dann.py --config configs/demo/digits.yaml configs/demo/dann.yaml
-    python train_dann.py --config configs/demo/digits.yaml configs/demo/dann.yaml --resume
 """
 
 from dataclasses import dataclass, field
@@ -74,6 +73,7 @@ class Config(RunConfig):
         return [
             *super().rules(),
             (len(layers) > 0, "feature_layers must name a layer"),
+            (not self.compile or not self.reversal_bound, "compile needs reversal_bound: null"),
             (same, "layer_weights needs one weight, not negative, for each of feature_layers"),
             (plain or pooled, "conditional needs feature_layers: [pooled], which a classifier has"),
             (full or not plain, "conditional_map is for conditional: cdan or cdan_e"),

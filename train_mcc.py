@@ -2,8 +2,13 @@
 
     minimize  cls_loss + mcc_weight * mcc_loss
 
-CE is over the class of an image, or of each of its pixels. The script's page in docs/ explains
-every metric.
+    cls_loss = CE(model(x_s), y_s)
+    mcc_loss = mean over the classes k of 1 - C_kk, where C is the sum over i of w_i p_i p_i^T whose
+               rows are scaled to sum 1: how much each class is confused with the others
+    p_i      = softmax(model(x_t,i) / temperature) of a target image i, or of a pixel
+    w_i      = 1 + exp(-entropy of p_i), scaled to mean 1
+
+docs/mcc.md explains the rest.
 
     python train_mcc.py --config configs/demo/digits.yaml configs/demo/mcc.yaml
 """

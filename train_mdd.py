@@ -10,7 +10,9 @@
 A, the adversary, is a second head of the model's own kind. It learns to agree with the model on the
 source and to disagree on the target. R is the identity whose gradient is multiplied by
 -reversal_coeff: the features learn to make that impossible. The predictions k have no gradient, so
-that the model's head learns from cls_loss alone. docs/mdd.md explains the rest.
+that the model's head learns from cls_loss alone. For images with a class each, set
+`model.head_hidden` as the paper does: with linear heads, the default, adv_loss diverges at usual
+learning rates. docs/mdd.md explains the rest.
 
     python train_mdd.py --config configs/demo/digits.yaml configs/demo/mdd.yaml
 """

@@ -76,6 +76,7 @@ class Config(RunConfig):
                 "fd_weight needs model.weights: the network whose features it stays close to",
             ),
             *(self.data.strong_view_rules(self.strong_augment, self.mix) if self.data else ()),
+            *(self.data.block_rules(self.mask_block) if self.data and self.mask_weight > 0 else ()),
         ]
 
 

@@ -159,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
             run.monitor.add(out_weak.logits)
 
             # evaluation sees plain images, so their statistics are the running ones
-            if config.strong_augment:
+            if config.strong_augment and model.learns_statistics:
                 with torch.no_grad(), autocast:
                     model(x_weak)
             with autocast:

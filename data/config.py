@@ -248,6 +248,20 @@ class DataConfig:
             self.equal_batches_rule(mix != "none", f"mix: {mix} pastes"),
         ]
 
+    def block_rules(self, side: int) -> list[tuple[bool, str]]:
+        """The rule (holds, sentence) of the side of the blocks that hide parts of target images."""
+        sizes = self.target and (self.target.crop or self.target.resize)
+        shape = [self.size] if self.task == "classification" else sizes
+        if not isinstance(shape, list):  # images of any size
+            return []
+        return [
+            (
+                side <= min(shape) // 2,
+                f"mask_block: {side} px hide at least half of an image of {min(shape)} px; "
+                "the papers have a quarter to a sixteenth of the side",
+            )
+        ]
+
     def equal_batches_rule(self, needed: bool, reason: str) -> tuple[bool, str]:
         """The rule (holds, sentence) of a loss that pairs source and target images.
 
@@ -279,15 +293,17 @@ class DataConfig:
             return []
         return self.source if isinstance(self.source, list) else [self.source]
 
+    def is_source(self, domain: DomainConfig | None) -> bool:
+        """Whether a domain's images are those of a source."""
+
+        def images(section: DomainConfig) -> tuple[str, str]:
+            return section.name, os.path.realpath(Path(self.root, section.path or ""))
+
+        return domain is not None and images(domain) in [images(x) for x in self.sources if x]
+
     def target_is_source(self) -> bool:
         """Whether the target's images are those of a source."""
-        if self.target is None:
-            return False
-
-        def images(domain: DomainConfig) -> tuple[str, str]:
-            return domain.name, os.path.realpath(Path(self.root, domain.path or ""))
-
-        return images(self.target) in [images(domain) for domain in self.sources if domain]
+        return self.is_source(self.target)
 
     def augments_by(self, operation: str) -> bool:
         """Whether any set is augmented by an operation; sections that are mistakes do not count."""

@@ -1,8 +1,8 @@
 """Entropy of the predictions on a stream, and how much each of them is learned from.
 
 Minimized over scale and shift of normalization layers the entropy is TENT (Wang et al. 2021,
-arXiv:2006.10726). The weights are those of EATA (Niu et al. 2022, arXiv:2204.02610) and, up to a
-constant factor, of ROID (Marsden et al. 2024, arXiv:2306.00650).
+arXiv:2006.10726). The weights are those of EATA (Niu et al. 2022, arXiv:2204.02610), and what ROID
+(Marsden et al. 2024, arXiv:2306.00650) makes its weights of, 1 - cos(p, mean p).
 """
 
 import math

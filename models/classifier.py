@@ -70,9 +70,12 @@ class Classifier(Network):
     def check_layers(self, names: list[str], key: str = "feature_layers") -> None:
         super().check_layers(names, key)
         if "layer4" in names and not self.backbone.pools_layer4:
+            remedy = "name pooled, or layer1 to layer3"
+            if key != "feature_layers":
+                remedy = "leave it out, or take a backbone without one"
             raise UserError(
                 f"{key}: the classifier on this backbone reads the class token and not layer4; "
-                "name pooled, or layer1 to layer3"
+                f"{remedy}"
             )
 
     def head_inputs(self, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

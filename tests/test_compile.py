@@ -6,6 +6,7 @@ from functools import partialmethod
 import pytest
 import torch
 
+from common.errors import UserError
 from models.classifier import build_classifier
 from models.config import ModelConfig
 from models.network import Network, forward_domains
@@ -73,12 +74,24 @@ def test_the_default_backend():
 
 
 @pytest.mark.parametrize(
-    "script", others_slow(("train_source", "train_pseudo", "train_adda"), ("train_pseudo",))
+    "script",
+    others_slow(
+        ("train_source", "train_pseudo", "train_adda", "train_dann", "train_mdd"),
+        ("train_pseudo", "train_dann"),
+    ),
 )
 def test_a_compiled_run_trains_what_an_eager_one_does(tmp_path, monkeypatch, script):
-    monkeypatch.setattr(Network, "compile", partialmethod(Network.compile, backend="eager"))
-    config = tiny_config(tmp_path, steps=6)
+    """The graph is one node of autograd, as with the default backend."""
+    monkeypatch.setattr(Network, "compile", partialmethod(Network.compile, backend="aot_eager"))
+    keys = {"reversal_bound": "null"} if script == "train_dann" else {}
+    config = tiny_config(tmp_path, steps=6, **keys)
     for name in ("false", "true"):
         assert train(script, config, f"compile={name}", f"out_dir={tmp_path}/{name}") == 0
     assert differing(*(weights(tmp_path / name) for name in ("false", "true"))) == 0
     assert metrics(tmp_path / "false") == metrics(tmp_path / "true")
+
+
+def test_gradients_within_a_compiled_network_are_refused(tmp_path):
+    config = tiny_config(tmp_path)
+    with pytest.raises(UserError, match="compile needs reversal_bound: null"):
+        train("train_dann", config, "compile=true", "--dry-run")

@@ -287,8 +287,9 @@ def test_scripts_differ_by_the_method_only(name, limit):
 
 
 def test_a_new_method_is_a_small_diff():
-    """train_mcc.py is train_source.py with its loss, as the README tells it."""
-    source, mcc = ((ROOT / f"train_{n}.py").read_text().splitlines() for n in ("source", "mcc"))
+    """train_mcc.py is train_source.py with its loss and docstring, as the README tells it."""
+    texts = ((ROOT / f"train_{name}.py").read_text() for name in ("source", "mcc"))
+    source, mcc = (text.split('"""', 2)[2].splitlines() for text in texts)
     added, removed = ([x for x in a if x not in b] for a, b in ((mcc, source), (source, mcc)))
-    assert len(added) <= 16
-    assert len(removed) <= 13
+    assert len(added) <= 13
+    assert len(removed) <= 4

@@ -160,7 +160,7 @@ def test_keys_that_change_the_training(tmp_path):
     config = config_of(
         "classification", tmp_path, "train_mic", mask_block=7, weighting="confidence"
     )
-    cases = ["mask_ratio=0.7", "mask_ratio=0", "mask_weight=0", "mask_block=14", "weighting=mask"]
+    cases = ["mask_ratio=0.7", "mask_ratio=0", "mask_weight=0", "mask_block=4", "weighting=mask"]
     states = []
     for case in cases:
         keys = ["threshold=0.1", "steps=2", case, f"out_dir={tmp_path}/{case}"]
@@ -169,9 +169,22 @@ def test_keys_that_change_the_training(tmp_path):
     assert all(differing(a, b) > 1000 for a, b in itertools.combinations(states, 2))
 
 
+def test_blocks_that_hide_entire_images_are_refused(tmp_path):
+    config = config_of("classification", tmp_path, "train_mic", mask_block=7)  # images of 16 px
+    with pytest.raises(UserError, match="mask_block: 9 px hide at least half of an"):
+        train("train_mic", config, "--dry-run", "mask_block=9")
+    for keys in (["mask_block=8"], ["mask_block=9", "mask_weight=0"]):
+        assert train("train_mic", config, "--dry-run", *keys) == 0
+    street = config_of("segmentation", tmp_path, "train_mic")
+    crop = "data.target.crop=[16,32]"
+    with pytest.raises(UserError, match="mask_block: 16 px hide at least half of an"):
+        train("train_mic", street, "--dry-run", "mask_block=16", crop)
+
+
 def test_hidden_blocks_leave_no_trace_in_the_running_statistics(tmp_path):
     """Weights that learn nothing, so that statistics alone change."""
-    config = config_of("classification", tmp_path, "train_mic", model="{bn: separate}")
+    keys = {"mask_block": 7, "model": "{bn: separate}"}
+    config = config_of("classification", tmp_path, "train_mic", **keys)
     for ratio in ("0", "1"):
         keys = [f"mask_ratio={ratio}", "optim.lr=1e-30", "steps=3", f"out_dir={tmp_path}/{ratio}"]
         assert train("train_mic", config, *keys) == 0
@@ -184,7 +197,7 @@ def test_hidden_blocks_leave_no_trace_in_the_running_statistics(tmp_path):
 
 
 def test_self_training_is_no_judge_of_itself(tmp_path):
-    config = config_of("classification", tmp_path, "train_mic")
+    config = config_of("classification", tmp_path, "train_mic", mask_block=7)
     for weight, part in (("1", True), ("0", False)):
         keys = [f"pseudo_weight={weight}", f"mask_weight={weight}", f"out_dir={tmp_path}/{weight}"]
         assert train("train_mic", config, "steps=1", *keys) == 0
