@@ -169,6 +169,24 @@ def test_keys_that_change_the_training(tmp_path):
     assert all(differing(a, b) > 1000 for a, b in itertools.combinations(states, 2))
 
 
+@pytest.mark.parametrize("task", ["classification", "segmentation"])
+def test_without_hidden_blocks_it_is_self_training(tmp_path, task):
+    keys = ["threshold=0.1", "ema_decay=0.9", "pseudo_warmup=0.5", "steps=4"]
+    if task == "segmentation":  # an auxiliary head learns from the target in train_pseudo alone
+        keys += ["mix=classmix", "model.aux_weight=0"]
+    runs = {
+        "pseudo": ("train_pseudo", ["weighting=confident_fraction"]),
+        "mic": ("train_mic", ["mask_weight=0"]),
+        "control": ("train_mic", ["mask_weight=0.1", "mask_block=4"]),
+    }
+    config = config_of(task, tmp_path, "train_source")
+    for name, (script, more) in runs.items():
+        assert train(script, config, *keys, *more, f"out_dir={tmp_path}/{name}") == 0
+    states = {name: weights(tmp_path / name) for name in runs}
+    assert differing(states["pseudo"], states["mic"]) == 0
+    assert differing(states["pseudo"], states["control"]) > 1000
+
+
 def test_blocks_that_hide_entire_images_are_refused(tmp_path):
     config = config_of("classification", tmp_path, "train_mic", mask_block=7)  # images of 16 px
     with pytest.raises(UserError, match="mask_block: 9 px hide at least half of an"):
