@@ -5,7 +5,7 @@
 
     w = exp(E0 - H) where H < E0 = ent_margin * log K, else 0; times (1 - cos(p, mean p)), scaled
     batch norm normalizes by (prior * statistics so far + n * those of the n images) / (prior + n),
-    where the variance is that of both together
+    and with `prior_from: stream` the variance is that of both together
 
 Each batch is predicted, and the same forward is learned from. The unadapted model, that of
 `init_from`, predicts it, too: both figures stand in metrics.jsonl and summary.json. Labels of the

@@ -15,6 +15,7 @@ Exit codes: 0 done; 1 a run failed; 2 mistake in the suite or in the arguments; 
 """
 
 import argparse
+import json
 import os
 import shlex
 import signal
@@ -75,29 +76,45 @@ class Job:
         return [*command, self.entry.script, "--config", *self.entry.files, *options]
 
     def summary(self) -> dict | None:
-        """summary.json of a finished run.
+        """summary.json of a run that counts as finished, see `result`."""
+        return self.result()[0]
 
-        Returns None if the run is not finished or has lost its model.pt, if its config has changed
-        since or while it was trained (--allow-change), if any of these holds for the run that it
-        starts from, or if that run has been trained again since.
+    def result(self) -> tuple[dict | None, str]:
+        """summary.json of a finished run and "", or None and why the run does not count.
+
+        It does not if its config has changed since or while it was trained (--allow-change), if it
+        has lost its model.pt, or if the run that it starts from does not count, or has been trained
+        again since.
         """
         if self.start and not self.start.summary():
-            return None
+            return None, f"{self.start.folder}, which it starts from, is not finished"
         summary = finished_summary(self.folder)
         if summary is None:
-            return None
-        if self.start:
-            model = recorded_sha256(self.start.folder / "model.pt")
-            if summary.get("start_sha256") != model:
-                return None
+            return None, self._state()
+        again = "remove its folder to train it again"
         try:
             config_class = script_config(self.entry.script)
             trained = load_config(config_class, str(self.folder / "config.yaml"))
             wanted = load_config(config_class, self.entry.files, self.overrides)
-        except UserError:
-            return None
-        same = not changed_keys(trained, wanted, FREE_AT_RESUME) and not summary.get("changed")
-        return summary if same else None
+        except UserError as error:
+            return None, str(error)
+        if changed_keys(trained, wanted, FREE_AT_RESUME) or summary.get("changed"):
+            return None, f"it was trained by another config; {again}"
+        if self.start:
+            model = recorded_sha256(self.start.folder / "model.pt")
+            if summary.get("start_sha256") != model:
+                return None, f"{self.start.folder} has been trained again since; {again}"
+        return summary, ""
+
+    def _state(self) -> str:
+        """What status.json says of a run that is not finished."""
+        try:
+            status = json.loads((self.folder / "status.json").read_text())
+            if status["state"] == "finished":
+                return "summary.json or model.pt is gone or damaged"
+            return status.get("reason", status["state"])
+        except (OSError, ValueError, KeyError):
+            return "not started"
 
 
 def start_process(job: Job, at_once: int) -> subprocess.Popen:
@@ -128,9 +145,7 @@ def report_end(job: Job, code: int, seconds: float, stopping: bool) -> bool:
         lines = log[log.rfind("\n$ ") + 1 :].strip().splitlines()  # of the last start
         errors = [line for line in lines if line.startswith("error: ")]  # before torchrun's report
         last_line = errors[-1] if job.processes > 1 and errors else lines[-1]
-        of_start = f" from the present model of {job.start.folder}" if job.start else ""
-        other = f"no summary.json of this config{of_start}; remove the folder to train it again"
-        reason = last_line if code else other
+        reason = last_line if code else job.result()[1]
         line += f" with exit code {code}: {reason} (log: {job.log})"
     print(line, flush=True)
     return end == "failed"
@@ -238,7 +253,7 @@ def choice(suite: Suite, results: list[dict[int, dict]], args: argparse.Namespac
     def folder_of(entry: Entry, seed: int) -> Path:
         return Job(entry, seed).folder
 
-    lines = unfinished(suite, results, folder_of, args.seeds)
+    lines = unfinished(suite, results, args.seeds, lambda entry, seed: Job(entry, seed).result()[1])
     candidates = candidates_of(suite, results, folder_of)
     if args.csv:
         write_text(args.csv, to_csv(candidates))
@@ -261,7 +276,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.list:
         print("\n".join(shlex.join(job.command()) for job in jobs))
         return 0
-    finished = {job.folder for job in jobs if job.summary()}
+    finished = [job.folder for job in jobs if job.summary()]
     for folder in finished:
         print(f"{folder}: finished already")
     failed, stopped = run_all([job for job in jobs if job.folder not in finished], args.jobs)

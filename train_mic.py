@@ -28,7 +28,7 @@ from common.config import not_negative, positive
 from common.errors import exit_with
 from common.ranks import average_gradients
 from data.classmix import classmix
-from data.masking import hide_blocks
+from data.masking import hide_blocks, usual_block
 from data.order import generator
 from data.views import to_views
 from losses.feature_distance import feature_distance
@@ -54,7 +54,7 @@ class Config(RunConfig):
     pseudo_weight: float = not_negative(1.0)  # of pseudo_loss
     mask_weight: float = not_negative(1.0)  # of mask_loss
     mask_ratio: float = 0.7  # probability of a block to be hidden
-    mask_block: int = positive(64, most=100_000)  # side of a block, px
+    mask_block: int | None = positive(None, most=100_000)  # side of a block, px; null: the papers'
     pseudo_warmup: float = 0.0  # share of the run over which both weights rise
     fd_weight: float = not_negative(0.0)  # of fd_loss; the paper: 0.005
     fd_classes: list[str] = field(default_factory=list)  # where fd_loss acts; none: everywhere
@@ -76,7 +76,7 @@ class Config(RunConfig):
                 "fd_weight needs model.weights: the network whose features it stays close to",
             ),
             *(self.data.strong_view_rules(self.strong_augment, self.mix) if self.data else ()),
-            *(self.data.block_rules(self.mask_block) if self.data and self.mask_weight > 0 else ()),
+            *(self.data.block_rules(self.mask_block) if self.data and self.mask_block else ()),
         ]
 
 
@@ -137,9 +137,8 @@ def main(argv: list[str] | None = None) -> int:
                 weights = pseudo_label_weights(accepted, config.weighting)
 
             random = generator(config.seed, "mask", step, part)
-            x_masked = hide_blocks(
-                x_strong, config.mask_ratio, config.mask_block, model.mean, random
-            )
+            block = config.mask_block or usual_block(x_strong, y_t)
+            x_masked = hide_blocks(x_strong, config.mask_ratio, block, model.mean, random)
             labels, label_weights = y_t, weights
             if config.mix == "classmix":
                 random = generator(config.seed, "classmix", step, part)

@@ -1,8 +1,7 @@
 """The runs of a suite as candidates of a choice without target labels, and the report of it."""
 
-import json
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from analysis.choice import (
@@ -72,15 +71,15 @@ def check_can_choose(suite: Suite) -> None:
         raise UserError(
             "--choose: name the method without adaptation first in the suite's baselines"
         )
-    name = suite.baselines[0]
-    for entry in suite.runs:
+    candidates = [entry for entry in suite.runs if not entry.sees_target_labels()]
+    for entry in candidates:
         if entry.run_config.init_from and entry.start is None:
             raise UserError(
                 f"--choose: {entry.task}, {entry.method}: starts from "
                 f"{entry.run_config.init_from}, which may have seen target labels; "
                 "let the entry name a run of the suite by the key init_from"
             )
-    candidates = [entry for entry in suite.runs if not entry.sees_target_labels()]
+    name = suite.baselines[0]
     for task in dict.fromkeys(entry.task for entry in candidates):
         if name not in [entry.method for entry in candidates if entry.task == task]:
             raise UserError(
@@ -177,26 +176,24 @@ def _read(folders: list[Path]) -> list[dict]:
 
 
 def unfinished(
-    suite: Suite, results: list[dict[int, dict]], folder_of: Callable[[Entry, int], Path], seeds
+    suite: Suite,
+    results: list[dict[int, dict]],
+    seeds: Sequence[int],
+    reason_of: Callable[[Entry, int], str],
 ) -> list[str]:
-    """A line per run that is no candidate because it has not finished, with the reason.
+    """A line per run that is no candidate because it does not count as finished.
 
     Args:
-        suite, results, folder_of: see `candidates_of`.
+        suite, results: see `candidates_of`.
         seeds: all that were asked for.
+        reason_of: why the run of an entry and a seed does not count.
     """
     lines = []
     for entry, summaries in zip(suite.runs, results, strict=True):
         for seed in seeds:
             if seed in summaries or entry.sees_target_labels():
                 continue
-            try:
-                status = json.loads((folder_of(entry, seed) / "status.json").read_text())
-                reason = status.get("reason", status["state"])
-                if status["state"] == "finished":
-                    reason = "trained by another config or from another model; remove its folder"
-            except (OSError, ValueError, KeyError):
-                reason = "not started"
+            reason = reason_of(entry, seed)
             line = f"{entry.task}, {entry.method}, seed {seed}: not finished ({reason})"
             if entry.method == suite.baselines[0]:
                 line += "; without it there is no choice on this seed"
@@ -248,10 +245,10 @@ def choice_report(suite: Suite, candidates: list[Candidate], folder_of: Callable
         "Scores are of the selected step on unlabeled target images. Shares of the predictions in "
         "percent: agreement, with the ensemble of the methods that are not vetoed; between seeds, "
         "with the same method on another seed; changed, which differ from those of "
-        f"{suite.baselines[0]}. Vetoes, of a method on all seeds: a run that has not finished, a "
-        f"collapse alarm, or source validation more than {suite.margin:g} points (of classes of "
-        f"images, also two images) below that of {suite.baselines[0]} where batch norm does not "
-        "train. The "
+        f"{suite.baselines[0]}. Vetoes: a method is out on all seeds if, on one of them, its run "
+        "has not finished, has raised an alarm, or has a source validation that is more than "
+        f"{suite.margin:g} points (in classification also more than two images) below that of "
+        f"{suite.baselines[0]}, unless batch norm trains in either run. The "
         "rule: the method whose predictions agree most between seeds, if that is known of all; "
         "else the best by infomax of the runs whose loss does not contain it, beside all others, "
         "and of these the one that agrees most with the ensemble (docs/selection.md)."

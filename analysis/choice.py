@@ -93,7 +93,7 @@ def reasons_against(candidate: Candidate, reference: Candidate, margin: float) -
         if candidate.source_val < least:
             reasons.append(f"source validation {candidate.source_val:.1f} < {least:.1f}")
     if candidate.alarm:
-        reasons.append(f"collapse alarm: {candidate.alarm}")
+        reasons.append(f"alarm: {candidate.alarm}")
     return "; ".join(reasons)
 
 
@@ -398,21 +398,24 @@ def worth_table(worths: Sequence[Worth]) -> str:
 
 
 def worth_summary(worths: Sequence[Worth]) -> str:
-    """A sentence on the choices of all tasks with figures, each task counted once; "" without."""
+    """A sentence on the choices of all tasks with figures; "" without such a task.
+
+    Each task counts once, with the mean over its choices.
+    """
     by_task: dict[str, list[Worth]] = {}
     for x in worths:
         if x.selected is not None:
             by_task.setdefault(x.task, []).append(x)
     if not by_task:
         return ""
-    gains, regrets = [], []
-    for of_task in by_task.values():
-        gains.append(statistics.fmean(statistics.fmean(x.gains) for x in of_task))
-        regrets.append(statistics.fmean(x.regret for x in of_task))
+    gains = [statistics.fmean(statistics.fmean(x.gains) for x in y) for y in by_task.values()]
+    regrets = [statistics.fmean(x.regret for x in y) for y in by_task.values()]
+    worst = max(x.regret for of_task in by_task.values() for x in of_task)
     below = sum(gain < 0 for gain in gains)
     return (
         f"Mean gain over the tasks {interval(gains)}; mean regret {statistics.fmean(regrets):.1f}, "
-        f"at most {max(regrets):.1f}; {below} of {len(gains)} below the run without adaptation."
+        f"at most {worst:.1f}; {below} of {len(gains)} tasks end below the run without "
+        "adaptation."
     )
 
 

@@ -62,7 +62,8 @@ FAST = ["deterministic=false"]
 SPEED = [  # script, config, overrides
     ("train_dann", CLASSIFICATION, []),
     ("train_dann", CLASSIFICATION, FAST),
-    ("train_dann", CLASSIFICATION, [*FAST, "compile=true"]),
+    ("train_dann", CLASSIFICATION, [*FAST, "reversal_bound=null"]),
+    ("train_dann", CLASSIFICATION, [*FAST, "reversal_bound=null", "compile=true"]),
     ("train_dann", CLASSIFICATION, [*FAST, "amp=float32"]),
     ("train_pseudo", CLASSIFICATION, [*FAST, f"strong_augment={STRONG}"]),
     ("train_advent", SEGMENTATION, ["ent_weight=0.0", "adv_weight=0.001"]),

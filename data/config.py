@@ -257,8 +257,8 @@ class DataConfig:
         return [
             (
                 side <= min(shape) // 2,
-                f"mask_block: {side} px hide at least half of an image of {min(shape)} px; "
-                "the papers have a quarter to a sixteenth of the side",
+                f"mask_block: {side} px is more than half of an image's side of {min(shape)} px; "
+                "leave it out for a quarter of it, or for maps a sixteenth",
             )
         ]
 

@@ -5,6 +5,16 @@ import torch
 from common import ranks
 
 
+def usual_block(images: torch.Tensor, labels: torch.Tensor) -> int:
+    """The side of a block in the paper, px: a quarter of the image's, or for maps a sixteenth.
+
+    Args:
+        images: (N, 3, H, W).
+        labels: (N,), or maps (N, H, W).
+    """
+    return max(min(images.shape[2:]) // (4 if labels.dim() == 1 else 16), 1)
+
+
 def hide_blocks(
     images: torch.Tensor,
     ratio: float,

@@ -130,7 +130,7 @@ def test_what_speaks_against_a_run():
     assert against(candidate("a", source_val=83.4), few) == ""
     assert against(candidate("a", source_val=83.3), few) == "source validation 83.3 < 83.3"
     alarmed = candidate("a", source_val=80.0, alarm="step 3: b vanished")
-    both = "source validation 80.0 < 88.0; collapse alarm: step 3: b vanished"
+    both = "source validation 80.0 < 88.0; alarm: step 3: b vanished"
     assert against(alarmed) == both
     assert against(candidate("a", source_val=None)) == ""  # it saw no source
     # Other statistics of batch norm, in the run or in the reference, are not to be compared.
@@ -151,8 +151,8 @@ def test_what_speaks_against_a_method_on_one_seed_does_so_on_all():
     set_vetoes(runs)
     found = {(x.method, x.seed): x.veto for x in runs if x.veto}
     assert found == {
-        ("unstable", 0): f"seed 1: collapse alarm: {alarm}",
-        ("unstable", 1): f"collapse alarm: {alarm}",
+        ("unstable", 0): f"seed 1: alarm: {alarm}",
+        ("unstable", 1): f"alarm: {alarm}",
         ("diverged", 1): "seed 0: not finished",
     }
     alone = [x for x in runs if x.seed == 0]
@@ -313,7 +313,7 @@ def test_the_summary_of_choices_counts_each_task_once():
     # Means 8.5 and -0.5: 4, deviation 6.364, over the root of 2: 4.5; times 12.71: 57.2.
     expected = (
         "Mean gain over the tasks +4.0 [-53.2, +61.2]; mean regret 4.8, at most 9.0; "
-        "1 of 2 below the run without adaptation."
+        "1 of 2 tasks end below the run without adaptation."
     )
     assert worth_summary([first, second]) == expected
     assert worth_summary([first, first, second]) == expected

@@ -290,9 +290,7 @@ def test_a_run_without_results_has_failed(folder, capfd):
     )
     assert reproduce.main(["suite.yaml", "--seeds", "0"]) == 1
     out = capfd.readouterr().out
-    assert (
-        "runs/one_seed0: failed after 0 s with exit code 0: no summary.json of this config" in out
-    )
+    assert "runs/one_seed0: failed after 0 s with exit code 0: not started" in out
     assert cells(out, "one")[2:7] == ["0 of 1", "-", "-", "-", "-"]
 
 
@@ -667,7 +665,7 @@ def test_a_run_is_not_finished_if_its_start_was_trained_again(starts_from, monke
     assert reproduce.main(["suite.yaml", "--seeds", "0"]) == 1
     out = capfd.readouterr().out
     assert "runs/two_seed0: failed" in out
-    assert "this config from the present model of runs/one_seed0; remove the folder" in out
+    assert "exit code 0: runs/one_seed0 has been trained again since; remove its folder" in out
     shutil.rmtree("runs/two_seed0")
     assert reproduce.main(["suite.yaml", "--seeds", "0"]) == 0
 
@@ -947,9 +945,7 @@ def test_the_caption_of_targets_without_labels():
 def test_the_reason_is_that_of_the_last_start(tmp_path, capsys):
     log = tmp_path / "run.log"
     log.write_text("$ torchrun x\nerror: the first\n$ torchrun x\nValueError: the second\n")
-    job = types.SimpleNamespace(
-        folder="run", log=log, processes=2, start=None, summary=lambda: None
-    )
+    job = types.SimpleNamespace(folder="run", log=log, processes=2, summary=lambda: None)
     assert reproduce.report_end(job, 1, 3.0, False)
     assert (
         "failed after 3 s with exit code 1: ValueError: the second (log" in capsys.readouterr().out

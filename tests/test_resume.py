@@ -494,6 +494,10 @@ def test_a_run_goes_on_without_the_run_it_started_from(tmp_path, monkeypatch, sc
     with monkeypatch.context() as patch:
         stop_after(patch, 6)
         assert train(script, config) == 143
+    retrained = tmp_path / "source/model.pt.sha256"  # of other weights
+    retrained.write_text(f"{'0' * 64}  model.pt\n")
+    with pytest.raises(UserError, match="source has been trained again since .*run began"):
+        train(script, config, "--resume")
     shutil.rmtree(tmp_path / "source")
     assert train(script, config, "--resume") == 0
     assert _same_run(tmp_path / "whole", tmp_path / "run") == 0

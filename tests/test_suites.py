@@ -279,23 +279,32 @@ def test_runs_that_have_not_finished_are_named_with_the_reason(chosen, monkeypat
     suite = load()
     status = Path("runs/mcc_seed1/status.json")
 
-    def reason() -> str:
-        results = [{0: {}} if x.method == "MCC" else {0: {}, 1: {}} for x in suite.runs]
-        (line,) = unfinished(suite, results, lambda x, s: reproduce.Job(x, s).folder, (0, 1))
+    def line_of(results: list[dict]) -> str:
+        (line,) = unfinished(suite, results, (0, 1), lambda x, s: reproduce.Job(x, s).result()[1])
         return line
 
-    before = status.read_text()
+    known = {0: {}, 1: {}}
+    results = [known, known, {0: {}}]
     start = "A -> B, MCC, seed 1: not finished"
-    assert reason().startswith(f"{start} (trained by another config or from another model")
+    before = status.read_text()
     status.write_text('{"state": "failed", "reason": "step 3: cls_loss is nan"}')
-    assert reason() == f"{start} (step 3: cls_loss is nan)"
+    assert line_of(results) == f"{start} (step 3: cls_loss is nan)"
     status.unlink()
-    assert reason() == f"{start} (not started)"
+    assert line_of(results) == f"{start} (not started)"
     status.write_text(before)
-    (line,) = unfinished(suite, [{0: {}}, {0: {}, 1: {}}, {0: {}, 1: {}}], None, (0,)) or [""]
-    assert line == ""
-    (line,) = unfinished(suite, [{}, {1: {}}, {1: {}}], lambda x, s: Path("gone"), (1,))
-    assert line.endswith("without it there is no choice on this seed")
+    model = Path("runs/mcc_seed1/model.pt")
+    weights = model.read_bytes()
+    model.write_bytes(weights[:-1])
+    assert line_of(results) == f"{start} (summary.json or model.pt is gone or damaged)"
+    model.write_bytes(weights)
+    text = Path("suite.yaml").read_text()
+    Path("suite.yaml").write_text(text.replace("model.bn: frozen", "model.bn: concat"))
+    suite = load()
+    assert line_of(results).startswith(f"{start} (it was trained by another config; remove its")
+    Path("suite.yaml").write_text(text)
+    suite = load()
+    assert reproduce.Job(suite.runs[2], 1).result()[1] == ""  # control
+    assert line_of([{0: {}}, known, known]).endswith("without it there is no choice on this seed")
 
 
 def test_predictions_of_a_run_are_those_of_its_model(chosen):

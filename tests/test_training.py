@@ -427,7 +427,7 @@ def test_a_collapsed_evaluation_is_neither_selected_nor_silent(tmp_path, capsys,
     said = f"evaluation: {evaluations[first]['collapsed']}"  # what goes on is no new alarm
     assert any(alarm["reason"] == said for alarm in result["collapse_alarms"])
     for alarm in result["collapse_alarms"]:
-        assert f"step {alarm['step']}  collapse alarm: {alarm['reason']}" in out
+        assert f"step {alarm['step']}  alarm: {alarm['reason']}" in out
 
 
 def test_a_script_that_does_not_watch_is_watched_at_its_evaluations(tmp_path, collapsing):

@@ -220,7 +220,7 @@ class CollapseMonitor(nn.Module):
         name = self.classes[now.index(most)]
         return {"one class": f"{name} has {100 * most:.4g} % of the target predictions"}
 
-    def alarm(self, step: int, reason: str, kind: str = "collapse alarm") -> None:
+    def alarm(self, step: int, reason: str) -> None:
         """Record an alarm, and print it."""
         self.alarms.append({"step": step, "reason": reason})
-        self.tell(f"step {step}  {kind}: {reason}")
+        self.tell(f"step {step}  alarm: {reason}")

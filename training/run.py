@@ -490,6 +490,12 @@ class Run:
         self.changed = set(changed)
         new = ({"key": key, "before": pair[0], "now": pair[1]} for key, pair in changed.items())
         self.changes = [*saved["changes"], *({"step": step, **change} for change in new)]
+        start = self.config.init_from and files.recorded_sha256(model_file(self.config.init_from))
+        if start and start != saved["start_sha256"]:
+            raise UserError(
+                f"init_from: {self.config.init_from} has been trained again since {self.folder} "
+                "began; remove that folder, or choose another out_dir"
+            )
         self.config.model.weights = self.config.init_from = None
 
     def _go_on(self) -> int:

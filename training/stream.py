@@ -178,7 +178,6 @@ class StreamRecord(nn.Module):
                 f"the adapted model agrees with {100 * agreement:.0f} % of the predictions that "
                 "the unadapted model is confident of, mean over the classes: the adaptation may "
                 "have hurt",
-                "alarm",
             )
         self.in_doubt.fill_(doubt)
 
