@@ -496,7 +496,7 @@ def test_a_run_goes_on_without_the_run_it_started_from(tmp_path, monkeypatch, sc
         assert train(script, config) == 143
     retrained = tmp_path / "source/model.pt.sha256"  # of other weights
     retrained.write_text(f"{'0' * 64}  model.pt\n")
-    with pytest.raises(UserError, match="source has been trained again since .*run began"):
+    with pytest.raises(UserError, match=r"source has been trained again since .*run began"):
         train(script, config, "--resume")
     shutil.rmtree(tmp_path / "source")
     assert train(script, config, "--resume") == 0
