@@ -1,8 +1,11 @@
 """Strict configs: precedence, pitfalls of yaml, all mistakes at once, and the command line."""
 
 import dataclasses
+import os
 import re
 import shlex
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import ClassVar
@@ -1157,3 +1160,30 @@ def test_a_device_that_is_absent_is_refused(monkeypatch):
 def test_half_precision_on_a_cpu_is_warned_of(tmp_path, capsys, amp):
     assert train("train_source", tiny_config(tmp_path, steps=1, amp=amp), "--dry-run") == 0
     assert ("amp: float16 is many times slower" in capsys.readouterr().out) == (amp == "float16")
+
+
+FAULTS = """
+import resource, torch
+from training.device import get_device
+get_device("cpu")
+torch.zeros(2_000_000)  # the first block is new in any case
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(50):
+    torch.zeros(10_000_000)  # 40 MB, larger than what glibc keeps by itself
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc is that of Linux")
+def test_memory_is_kept_on_a_cpu():
+    """Pages that are asked for again are no faults, unless a variable of malloc is set."""
+
+    def faults(**variables: str) -> int:
+        free = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+        command = [sys.executable, "-c", FAULTS]
+        run = subprocess.run(command, env={**free, **variables}, cwd=ROOT, capture_output=True)
+        return int(run.stdout)
+
+    kept, returned = faults(), faults(MALLOC_CHECK_="0")
+    assert returned > 400_000  # all 9,766 pages of a block, 50 times
+    assert kept < returned / 4

@@ -226,7 +226,7 @@ def test_the_last_weights_are_kept_without_a_criterion(tmp_path, capsys):
     assert result["selection"] == {
         "criterion": "last",
         "value": None,
-        "source_val": last["criteria.source_val"],
+        **{name: last[f"criteria.{name}"] for name in ("source_val", "neg_entropy", "infomax")},
         "source_vetoes": False,  # batch norm trains
         "part_of_training_loss": False,
     }

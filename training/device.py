@@ -1,8 +1,10 @@
 """The device of a run, its description, and the seeds."""
 
+import ctypes
 import os
 import platform
 import re
+import sys
 from pathlib import Path
 
 import torch
@@ -10,9 +12,13 @@ import torch
 from common import ranks
 from common.errors import UserError
 
+TRIM_THRESHOLD, MMAP_MAX = -1, -4  # parameters of mallopt(3)
+
 
 def get_device(name: str) -> torch.device:
     """The device for `auto` (a GPU of CUDA if there is one), `cpu`, `cuda`, `cuda:1` or `mps`.
+
+    On a CPU it lets the process keep the memory that it frees, see `_keep_freed_memory`.
 
     Raises:
         UserError: the device is absent (there is never a silent fall-back), or of several processes
@@ -44,7 +50,24 @@ def get_device(name: str) -> torch.device:
                 f"cuda:0 to cuda:{count - 1}; name one of them, or start fewer processes"
             )
         torch.cuda.set_device(device)  # also for the pinned memory of the loaders
+    if device.type == "cpu":
+        _keep_freed_memory()
     return device
+
+
+def _keep_freed_memory() -> None:
+    """Keep the memory that a step frees for the next step, on Linux with glibc.
+
+    glibc returns large blocks to the kernel, which clears every page of them when the next step
+    asks for them again: up to a fifth of the CPU time of a run (benchmarks/README.md).
+    Who sets a variable of its malloc, such as MALLOC_CHECK_=0, decides otherwise.
+    """
+    if sys.platform != "linux" or any(name.startswith("MALLOC_") for name in os.environ):
+        return
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # another C library may have none
+    if mallopt is not None:
+        mallopt(MMAP_MAX, 0)
+        mallopt(TRIM_THRESHOLD, -1)
 
 
 def warn_of_slow_precision(device: torch.device, amp: str) -> None:
