@@ -42,7 +42,7 @@ class Config(RunConfig):
     data: ClassificationTargetDataConfig
     neighbors: int = positive(5)  # of each image that attract it
     disperse_weight: float = not_negative(1.0)  # of disperse_loss, at the start
-    disperse_decay: float = not_negative(5.0)  # 0: disperse_coeff is constant
+    disperse_decay: float = not_negative(0.0)  # 0: disperse_coeff is constant
 
     def __post_init__(self):
         if self.data and self.data.classes_from is None:
