@@ -113,7 +113,7 @@ class Job:
             if status["state"] == "finished":
                 return "summary.json or model.pt is gone or damaged"
             return status.get("reason", status["state"])
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError):
             return "not started"
 
 

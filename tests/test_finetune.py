@@ -402,6 +402,8 @@ def test_a_run(tmp_path, task):
         "criterion": "neg_val_loss",
         "value": history[lowest]["criteria.neg_val_loss"],
         "source_val": None,
+        "neg_entropy": None,
+        "infomax": None,
         "source_count": 0,
         "source_vetoes": True,  # the statistics are those of the start
         "part_of_training_loss": False,

@@ -48,7 +48,7 @@ def test_mutations_are_repeatable(tmp_path):
 
 
 def test_a_few_mutations(capfd):
-    results = fuzz_config.fuzz(range(20), seed=0)
+    results = fuzz_config.fuzz(range(25), seed=0)
     faults = [result for result in results if result.outcome in fuzz_config.FAULTS]
     assert faults == [], capfd.readouterr().out
     outcomes = {result.outcome for result in results}
